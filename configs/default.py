@@ -1,0 +1,96 @@
+"""Every field there is, with the value that holds where no other config says otherwise.
+
+A field that is ``placeholder(type)`` is unset: the comment says what stands in for it, and
+the run's config.json records what it became. Any field can be set on the command line:
+
+    python main.py --config=configs/mnist.py --workdir=DIR --config.schedule.s=0.02
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from diffusion_jax import schedules
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    config.seed = 0  # of the initial weights, batches, noise and timesteps; samples too
+    config.num_devices = placeholder(int)  # of each process; unset: all (on a CPU, every core)
+    config.distributed = False  # join the processes of a pod, or those of JAX_COORDINATOR_ADDRESS
+    config.compilation_cache = placeholder(str)  # folder; unset: ~/.cache/diffusion_jax; "off"
+
+    config.dataset = ConfigDict()
+    config.dataset.name = "mnist"  # data.DATASETS, or any TFDS image set that is prepared
+    config.dataset.archives = placeholder(str)  # folder of the original archives (offline use)
+    config.dataset.data_dir = placeholder(str)  # prepared sets; unset: ~/tensorflow_datasets
+    config.dataset.flip = False  # mirror half of the training images left to right
+
+    config.schedule = ConfigDict()
+    config.schedule.name = "cosine"  # schedules.SCHEDULES
+    config.schedule.num_timesteps = 1000  # T
+    # The float arguments of the schedule functions, unset: the function's own default.
+    # cosine: s, max_beta, min_beta; sigmoid: start, end, tau, max_beta, min_beta;
+    # linear: beta_start, beta_end, rescale (by 1000/T); scaled_linear, quadratic,
+    # sigmoid_beta, warmup10, warmup50: beta_start, beta_end; constant: beta_end;
+    # from_betas: betas (path of a .npy file that holds the array).
+    for field, kind in schedules.config_fields().items():
+        config.schedule[field] = placeholder(kind)
+    config.schedule.zero_terminal_snr = False  # rescale so that alpha_bar_T = 0 (Lin et al.)
+    config.schedule.base_resolution = placeholder(int)  # shift log SNR by 2 log(base/height)
+
+    config.model = ConfigDict()
+    config.model.name = "unet"  # models.MODELS
+    config.model.width = 128  # channels of the first level
+    config.model.channel_multipliers = (1, 2, 2)  # channels of each level, in widths
+    config.model.num_blocks = 2  # residual blocks per level
+    config.model.attention_resolutions = (14,)  # image heights that get self-attention
+    config.model.head_channels = 64  # channels of one attention head
+    config.model.dropout = 0.1  # rate inside residual blocks, in training
+    config.model.class_conditional = False  # give the network the label
+    config.model.dtype = "float32"  # of the computation: float32, bfloat16 (parameters: float32)
+
+    config.loss = ConfigDict()
+    config.loss.prediction = "eps"  # eps, x_0, v, mu, score: what the network puts out
+    config.loss.weighting = "simple"  # losses.WEIGHTINGS
+    config.loss.variance = "posterior"  # of p(x_{t-1}|x_t): beta, posterior
+    config.loss.timesteps = "low_discrepancy"  # losses.TIMESTEP_SAMPLERS
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # adamw, adam
+    config.optimizer.learning_rate = 2e-4  # after the warm-up
+    config.optimizer.warmup_steps = 500  # linear, from 0
+    config.optimizer.decay = "constant"  # constant, cosine (to 0 at train.num_steps)
+    config.optimizer.b1 = 0.9  # decay of Adam's first moment
+    config.optimizer.b2 = 0.999  # decay of Adam's second moment
+    config.optimizer.weight_decay = 0.0  # adamw's, decoupled
+    config.optimizer.clip_norm = 1.0  # largest global norm of the gradient
+
+    config.ema = ConfigDict()
+    config.ema.decay = 0.9999  # of the averaged weights that sample
+    config.ema.warmup = True  # decay min(decay, (1 + step) / (10 + step))
+
+    config.train = ConfigDict()
+    config.train.num_steps = 100_000  # of the optimizer
+    config.train.batch_size = 128  # of all devices together
+    config.train.steps_per_call = placeholder(int)  # unset: 1 on a CPU, up to 10 elsewhere
+    config.train.log_every_steps = 100  # a record in metrics.jsonl and TensorBoard
+    config.train.sample_every_steps = 5_000  # a DDIM-50 grid; 0: none
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 5_000  # and after the last one
+    config.checkpoint.keep_last = 2  # newest checkpoints to keep
+    config.checkpoint.keep_best = 1  # by the mean loss since the checkpoint before
+
+    config.sampling = ConfigDict()
+    config.sampling.sampler = "ancestral"  # samplers.SAMPLERS
+    config.sampling.num_steps = placeholder(int)  # unset: all timesteps
+    config.sampling.spacing = "trailing"  # trailing, leading, linspace, quadratic
+    config.sampling.variance = placeholder(str)  # ancestral's: beta, posterior; unset: the loss's
+    config.sampling.eta = 0.0  # ddim's: 0 deterministic, 1 as noisy as ancestral
+    config.sampling.clip_x_0 = True  # the predicted x_0 to [-1, 1] (images only)
+    config.sampling.num_images = 64  # image i depends on the seed and i alone
+    config.sampling.batch_size = 64  # of all devices together
+    config.sampling.num_frames = 40  # of the animations; 0: none
+
+    return config

@@ -1,0 +1,1 @@
+"""Denoising diffusion models in JAX: train, sample, score and ablate."""

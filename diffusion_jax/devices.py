@@ -1,0 +1,101 @@
+"""The devices of a run: every accelerator or, without one, every CPU core as a device of its own.
+
+XLA:CPU runs a convolution on one core, so two cores train faster as two devices. What is set
+here must be set before jax starts its backends.
+"""
+
+import logging
+import os
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from diffusion_jax.config import ConfigError, require
+
+LOG = logging.getLogger("diffusion_jax")
+
+# The environment of a run of several processes, one per host; on a pod jax finds it by itself.
+COORDINATOR, NUM_PROCESSES, PROCESS_ID = (
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID",
+)
+MIN_EXAMPLES_PER_CORE = 8  # fewer leave a core waiting for the others
+
+
+def start(num_devices: int | None, batch_size: int, distributed: bool) -> None:
+    """Start jax: join the other processes, make cores devices, and check that batches divide.
+
+    Raises:
+        ConfigError: a batch that the devices cannot share evenly, or more devices than there are.
+    """
+    at_least_1 = num_devices is None or num_devices >= 1
+    require(at_least_1, "config.num_devices", num_devices, "at least 1")
+    require(batch_size >= 1, "config.train.batch_size", batch_size, "at least 1")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = int(os.environ.get(NUM_PROCESSES, 1)) if distributed else 1
+    on_cpu = num_devices or _devices_for(batch_size // processes, cores)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "multi_thread_eigen" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+    jax.config.update("jax_num_cpu_devices", on_cpu)
+    if distributed:
+        _join()
+    local = jax.local_device_count()
+    if num_devices is not None and num_devices > local:
+        raise ConfigError(f"config.num_devices = {num_devices}: there are {local}")
+    count = len(used(num_devices))
+    if batch_size % count:
+        raise ConfigError(
+            f"config.train.batch_size = {batch_size}: must be a multiple of the {count} devices"
+        )
+    platform = jax.default_backend()
+    note = f" of {cores} cores" if platform == "cpu" else ""
+    LOG.info("%d %s devices%s, %d process(es)", count, platform, note, jax.process_count())
+
+
+def _devices_for(batch_size: int, cores: int) -> int:
+    """The most cores that share a batch evenly and get enough examples each."""
+    fitting = [
+        n
+        for n in range(1, cores + 1)
+        if batch_size % n == 0 and batch_size // n >= MIN_EXAMPLES_PER_CORE
+    ]
+    return max(fitting, default=1)
+
+
+def _join() -> None:
+    if COORDINATOR not in os.environ:
+        jax.distributed.initialize()
+        return
+    missing = [name for name in (NUM_PROCESSES, PROCESS_ID) if name not in os.environ]
+    if missing:
+        raise ConfigError(f"{COORDINATOR} is set, {' and '.join(missing)} must be set too")
+    jax.distributed.initialize(
+        os.environ[COORDINATOR], int(os.environ[NUM_PROCESSES]), int(os.environ[PROCESS_ID])
+    )
+
+
+def used(num_devices: int | None) -> list[jax.Device]:
+    """The devices of all processes that the run uses, ``num_devices`` of each process."""
+    if num_devices is None:
+        return jax.devices()
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in jax.devices():
+        by_process.setdefault(device.process_index, []).append(device)
+    return [device for local in by_process.values() for device in local[:num_devices]]
+
+
+def replicate(tree: object, devices: list[jax.Device]) -> object:
+    """Put every array of a pytree on every device, as ``pmap(in_axes=None)`` wants to find it.
+
+    Done before the first call, for otherwise that call and the second one compile each.
+    """
+    sharding = NamedSharding(Mesh(np.array(devices), ("device",)), PartitionSpec())
+    return jax.device_put(tree, sharding)
+
+
+def local_copy(tree: object) -> object:
+    """A host copy of a replicated pytree (one replica of it), safe from buffer donation."""
+    return jax.tree.map(lambda leaf: np.array(leaf.addressable_data(0)), tree)

@@ -1,0 +1,126 @@
+"""What a training run tells while it goes on, read from the devices late so that nothing waits."""
+
+import time
+from types import TracebackType
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from diffusion_jax import generate
+from diffusion_jax.metrics import MetricsWriter, Progress
+from diffusion_jax.workdir import Workdir
+
+QUARTILES = 4  # of the timesteps, whose losses are reported apart
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient of a step is not a number."""
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports; quartile k is a sum over, and a count of, timesteps (k, k+1] T/4."""
+
+    loss: Float[Array, "*steps"]
+    gradient_norm: Float[Array, "*steps"]
+    quartile_losses: Float[Array, "*steps quartiles"]
+    quartile_counts: Float[Array, "*steps quartiles"]
+
+
+class Journal:
+    """Reads each call's metrics when ``max_in_flight`` later ones are under way, and reports.
+
+    Every process reads (a non-finite loss stops them all), the first one writes.
+    """
+
+    def __init__(
+        self,
+        workdir: Workdir,
+        start: int,
+        num_steps: int,
+        batch_size: int,
+        log_every_steps: int,
+        max_in_flight: int,
+    ) -> None:
+        self._samples = workdir.samples
+        self._num_steps = num_steps
+        self._batch_size = batch_size
+        self._log_every_steps = log_every_steps
+        self._max_in_flight = max_in_flight
+        self._in_flight: list[tuple[int, StepMetrics, generate.Grid | None]] = []
+        self._since_log: list[StepMetrics] = []
+        self._since_save: list[np.ndarray] = []
+        self._clock: tuple[int, float] | None = None  # starts after the call that compiles
+        is_writer = jax.process_index() == 0
+        self._writer = MetricsWriter(workdir.path, start) if is_writer else None
+        self._progress = Progress(num_steps, start) if is_writer else None
+
+    def add(self, step: int, metrics: StepMetrics, grid: generate.Grid | None) -> None:
+        """Take what the call that ends at ``step`` will report; report what is due."""
+        self._in_flight.append((step, metrics, grid))
+        while len(self._in_flight) > self._max_in_flight:
+            self._read()
+
+    def drain(self) -> None:
+        """Wait for every call that is under way."""
+        while self._in_flight:
+            self._read()
+
+    def loss_since_save(self) -> float:
+        """The mean loss since the last checkpoint, which ranks the next one."""
+        losses, self._since_save = self._since_save, []
+        return float(np.concatenate(losses).mean())
+
+    def _read(self) -> None:
+        step, on_device, grid = self._in_flight.pop(0)
+        metrics = StepMetrics(*(np.asarray(leaf.addressable_data(0)) for leaf in on_device))
+        finite = np.isfinite(metrics.loss) & np.isfinite(metrics.gradient_norm)
+        if not finite.all():
+            bad = int(np.argmin(finite))
+            raise NonFiniteLossError(
+                f"step {step - len(finite) + 1 + bad}: loss {metrics.loss[bad]}, "
+                f"gradient norm {metrics.gradient_norm[bad]}"
+            )
+        self._since_log.append(metrics)
+        self._since_save.append(metrics.loss)
+        if self._progress is not None:
+            self._progress.advance(step)
+        if step % self._log_every_steps == 0 or step == self._num_steps:
+            self._log(step)
+        if grid is not None and self._writer is not None:
+            image = generate.write_grid(grid, self._samples / f"step_{step:08d}.png")
+            self._writer.write_image(step, "samples", image)
+        if self._clock is None:
+            self._clock = step, time.perf_counter()
+
+    def _log(self, step: int) -> None:
+        steps = StepMetrics(*map(np.concatenate, zip(*self._since_log)))
+        self._since_log = []
+        record = {"loss": steps.loss.mean(), "gradient_norm": steps.gradient_norm.mean()}
+        counts = steps.quartile_counts.sum(0)
+        for quartile in np.flatnonzero(counts):  # few steps may leave a quartile without examples
+            mean = steps.quartile_losses.sum(0)[quartile] / counts[quartile]
+            record[f"loss_quartile_{quartile + 1}"] = mean
+        if self._writer is None:
+            return
+        now = time.perf_counter()
+        if self._clock is not None:
+            speed = (step - self._clock[0]) * self._batch_size / (now - self._clock[1])
+            record["images_per_second"] = speed
+        self._clock = step, now
+        self._writer.write(step, **record)
+        self._progress.report(step, record["loss"], record.get("images_per_second", 0.0))
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._progress.close()

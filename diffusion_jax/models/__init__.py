@@ -1,0 +1,108 @@
+"""Networks as pairs of pure functions: the only place that knows Flax."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int, Key
+from ml_collections import ConfigDict
+
+from diffusion_jax.config import ConfigError, choose, require
+from diffusion_jax.models.mlp import MLP
+from diffusion_jax.models.unet import UNet
+
+
+class Model(NamedTuple):
+    """A network as two pure functions of its parameters, nested dicts of float32 arrays.
+
+    init(key) -> params
+    apply(params, x_t, timestep, label, keys) -> float32 output of the shape of x_t, its last axis
+        doubled where the variance is learned. timestep: float, 1..T or between; label: None
+        unless the model is class-conditional; keys: one per example for dropout, None for none.
+    """
+
+    init: Callable[..., Any]
+    apply: Callable[..., Any]
+
+
+def create_model(
+    config: ConfigDict,
+    shape: tuple[int, ...],
+    num_classes: int | None,
+    learned_variance: bool = False,
+) -> Model:
+    """The network that config.model describes, for data of one shape; allocates nothing.
+
+    The fields of config.model are its name and the keyword arguments of that network.
+
+    Raises:
+        ConfigError: a field is unknown, missing, of a wrong type, or has a value that no network
+            of this shape can be built from.
+    """
+    network = choose("config.model.name", config.name, MODELS, "model")
+    fields = _check_fields(network, config)
+    if fields["class_conditional"]:
+        named = "config.model.class_conditional", True
+        require(num_classes is not None, *named, "False for a data set without classes")
+
+    def create() -> nnx.Module:
+        return network(shape, num_classes, learned_variance, **fields, rngs=nnx.Rngs(0))
+
+    graphdef = nnx.graphdef(nnx.eval_shape(create))
+
+    # The layers are built holding the half-width of each parameter's uniform distribution, and all
+    # are drawn at once: a draw for each layer would take the compiler four times as long.
+    @jax.jit
+    def init(key: Key[Array, ""]) -> dict[str, Any]:
+        half_widths = _with_string_keys(nnx.to_pure_dict(nnx.state(create(), nnx.Param)))
+        flat, unravel = ravel_pytree(half_widths)
+        draws = unravel(jax.random.uniform(key, flat.shape, minval=-1, maxval=1))
+        return jax.tree.map(jnp.multiply, half_widths, draws)
+
+    def apply(
+        params: Mapping[str, Any],
+        x_t: Float[Array, "B *dims"],
+        timestep: Float[Array, " B"],
+        label: Int[Array, " B"] | None,
+        keys: Key[Array, " B"] | None,
+    ) -> Float[Array, "B *dims_out"]:
+        return nnx.merge(graphdef, nnx.restore_int_paths(params))(x_t, timestep, label, keys)
+
+    return Model(init, apply)
+
+
+def _check_fields(network: type[nnx.Module], config: ConfigDict) -> dict[str, Any]:
+    """The keyword arguments of a network, of the types that it declares."""
+    parameters = inspect.signature(network.__init__).parameters.values()
+    types = {
+        p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "rngs"
+    }
+    fields = {name: value for name, value in config.items() if name != "name"}
+    for name in fields:
+        choose("config.model", name, types, f"field of the {config.name}")
+    for name, expected in types.items():
+        if name not in fields:
+            raise ConfigError(f"config.model.{name} is missing: the {config.name} needs it")
+        value = fields[name]
+        if get_args(expected):  # tuple[int, ...]
+            fits = isinstance(value, tuple) and all(type(element) is int for element in value)
+        else:
+            fits = type(value) in {float: (float, int)}.get(expected, (expected,))
+        words = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
+        require(fits, f"config.model.{name}", value, words.get(expected, "a tuple of integers"))
+    return fields
+
+
+def _with_string_keys(tree: dict[Any, Any]) -> dict[str, Any]:
+    # Lists of layers have integers for keys, which checkpoints would turn into strings.
+    return {
+        str(key): _with_string_keys(value) if isinstance(value, dict) else value
+        for key, value in tree.items()
+    }
+
+
+MODELS = {"unet": UNet, "mlp": MLP}

@@ -1,0 +1,277 @@
+"""Pictures: the schedule card, grids of images, animations, point clouds."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from diffusion_jax.schedules import Schedule
+
+# Thin lines between the images of a grid: mid-grey shows on black digits and on white plots.
+SEPARATOR_PIXELS = 2
+SEPARATOR_GREY = 128
+
+# An image smaller than this many pixels is enlarged in a grid.
+COMFORTABLE_PIXELS = 64
+
+# How long an animation rests on its last frame before it starts again.
+LAST_FRAME_MILLISECONDS = 1500
+
+# More points than a panel has pixels only make it slow to draw.
+PLOTTED_TIMESTEPS = 4000
+
+BLUE, RED, GREY = (31, 73, 135), (192, 57, 43), (190, 190, 190)
+
+
+def pixel_bin(levels: int) -> float:
+    """Distance between two neighbouring grey levels of x_0 in [-1, 1]: 2/(levels - 1)."""
+    return 2 / (levels - 1)
+
+
+def schedule_card(
+    schedule: Schedule, levels: int | None, num_clipped: int, title: str, path: str | Path
+) -> str:
+    """Draw beta, alpha_bar, sigma and log SNR against the timestep, and put them into words.
+
+    Nichol & Dhariwal 2021 (section 3.2) choose the offset s of the cosine schedule so that
+    sqrt(beta_1) is slightly smaller than the pixel bin; the card shows the one beside the other.
+
+    Args:
+        schedule: the schedule of the run, after all rescaling.
+        levels: grey levels of the data set (256: bin 1/127.5); None where there are no pixels.
+        num_clipped: how many betas were held at max_beta or min_beta.
+        title: the schedule's name and parameters.
+        path: where the PNG goes.
+
+    Returns:
+        The lines that the run prints.
+    """
+    columns = {
+        name: np.asarray(getattr(schedule, name), np.float64)
+        for name in ("timestep", "beta", "alpha_bar", "sigma", "snr", "log_snr")
+    }
+    _draw_card(columns, levels, title, path)
+
+    root_beta_1 = np.sqrt(columns["beta"][0])
+    lines = [f"schedule      {title}"]
+    if levels is None:
+        lines.append(f"sqrt(beta_1)  {root_beta_1:.3g} (the data have no pixel bin)")
+    else:
+        lines.append(
+            f"sqrt(beta_1)  {root_beta_1:.3g} = {root_beta_1 / pixel_bin(levels):.3g} pixel bins"
+            f" (one bin: {_fraction(levels)} = {pixel_bin(levels):.3g})"
+        )
+    snr, log_snr = columns["snr"], columns["log_snr"]
+    ending = " (zero terminal SNR)" if columns["alpha_bar"][-1] == 0 else ""
+    lines += [
+        f"alpha_bar_T   {columns['alpha_bar'][-1]:.3g}{ending}",
+        f"SNR           {snr[0]:.3g} to {snr[-1]:.3g} (log SNR {log_snr[0]:.3g} to"
+        f" {log_snr[-1]:.3g})",
+        f"clipped       {num_clipped} of {len(schedule)} betas",
+    ]
+    return "\n".join(lines)
+
+
+def _fraction(levels: int) -> str:
+    return f"1/{1 / pixel_bin(levels):g}"
+
+
+def _draw_card(
+    columns: dict[str, np.ndarray], levels: int | None, title: str, path: str | Path
+) -> None:
+    # Half a second to import, which evaluation and the tests of other things need not pay.
+    # A Figure of its own draws with Agg: no display, no pyplot state.
+    from matplotlib.figure import Figure
+
+    num_rows = columns["timestep"].size
+    shown = np.unique(np.linspace(0, num_rows - 1, PLOTTED_TIMESTEPS).round().astype(int))
+    timestep = columns["timestep"][shown]
+    style = {"color": _hex(BLUE), "linewidth": 2, "marker": "." if num_rows <= 50 else None}
+
+    figure = Figure(figsize=(10, 7), dpi=120, layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)
+    figure.suptitle(title, fontsize=14)
+    axes = figure.subplots(2, 2, sharex=True).ravel()
+    panels = {
+        "beta": (r"$\beta_t$", "variance of the noise that step t adds"),
+        "alpha_bar": (r"$\bar\alpha_t$", "share of the signal's variance that is left"),
+        "sigma": (
+            r"$\sigma_t=\sqrt{(1-\bar\alpha_t)\,/\,\bar\alpha_t}$",
+            "noise level of k-diffusion and EDM",
+        ),
+        "log_snr": (r"$\log\mathrm{SNR}(t)$", "log signal-to-noise ratio (natural log)"),
+    }
+    for axis, (name, (symbol, meaning)) in zip(axes, panels.items()):
+        values = columns[name][shown]
+        finite = np.isfinite(values)
+        axis.plot(timestep[finite], values[finite], **style)
+        axis.set_title(meaning, fontsize=11)
+        axis.set_ylabel(symbol, fontsize=13)
+        axis.grid(color=_hex(GREY), linewidth=0.5)
+        if not finite.all():
+            # alpha_bar = 0 from here on: the curve has no end to draw.
+            upwards = values[~finite][0] > 0
+            word = "at" if finite[:-1].all() else "from"
+            axis.text(
+                0.5,
+                0.94 if upwards else 0.06,
+                rf"${'' if upwards else '-'}\infty$ {word} t = {timestep[~finite][0]:g}",
+                transform=axis.transAxes,
+                ha="center",
+                va="top" if upwards else "bottom",
+                color=_hex(RED),
+                fontsize=11,
+            )
+    beta_axis, alpha_bar_axis, sigma_axis, log_snr_axis = axes
+    beta_axis.set_yscale("log")
+    if np.isfinite(columns["sigma"]).any():  # there may be the one row alpha_bar = 0
+        sigma_axis.set_yscale("log")
+    alpha_bar_axis.set_ylim(-0.03, 1.03)
+    log_snr_axis.axhline(0, color="black", linewidth=0.8)  # as much signal as noise
+    for axis in (sigma_axis, log_snr_axis):
+        axis.set_xlabel("timestep t", fontsize=11)
+        axis.set_xlim(0, 1.02 * timestep[-1])  # the data, t = 0, are where every curve starts
+
+    beta_1 = columns["beta"][0]
+    beta_axis.plot(
+        timestep[0],
+        beta_1,
+        "o",
+        color=_hex(RED),
+        markersize=7,
+        clip_on=False,
+        label=rf"$\sqrt{{\beta_1}}$ = {np.sqrt(beta_1):.3g}",
+    )
+    drawn = [columns["beta"].min(), columns["beta"].max()]
+    if levels is not None:
+        drawn.append(pixel_bin(levels) ** 2)
+        beta_axis.axhline(
+            pixel_bin(levels) ** 2,
+            color=_hex(RED),
+            linestyle="--",
+            linewidth=1.2,
+            label=rf"$\sqrt{{\beta}}$ = pixel bin = {_fraction(levels)} = {pixel_bin(levels):.3g}",
+        )
+    # A decade at least, or rounding would fill the panel of a constant beta; and room below,
+    # so that the legend hides no line.
+    low, high = np.min(drawn), np.max(drawn)
+    span = max(high / low, 10)
+    beta_axis.set_ylim(low / span**0.45, high * span**0.05)
+    beta_axis.legend(fontsize=10, loc="lower right")
+    # The same curve read as a standard deviation, which is what a pixel bin compares with.
+    root_axis = beta_axis.secondary_yaxis("right", functions=(np.sqrt, np.square))
+    root_axis.set_ylabel(r"$\sqrt{\beta_t}$", fontsize=13)
+
+    figure.savefig(path, format="png")
+
+
+def _hex(colour: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def image_grid(
+    images: UInt8[np.ndarray, "n h w c"], columns: int | None = None, scale: int | None = None
+) -> Image.Image:
+    """Lay images out in rows, left to right and top to bottom, as one picture.
+
+    Args:
+        images: grey (c = 1) or colour (c = 3), 0..255.
+        columns: images per row; None: as square a picture as possible.
+        scale: whole factor of enlargement, by repeating pixels; None: as much as makes one
+            image comfortable to look at.
+
+    Raises:
+        ValueError: there is no image, or c is neither 1 nor 3.
+    """
+    num_images, height, width, channels = images.shape
+    if num_images == 0:
+        raise ValueError("images: must hold at least one")
+    if channels not in (1, 3):
+        raise ValueError(f"images: {channels} channels; must be 1 (grey) or 3 (colour)")
+    if columns is None:
+        columns = _columns(num_images, height, width)
+    if scale is None:
+        scale = -(-COMFORTABLE_PIXELS // max(height, width))  # rounded up
+    rows = -(-num_images // columns)
+
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    down, across = height * scale + SEPARATOR_PIXELS, width * scale + SEPARATOR_PIXELS
+    canvas = np.full((rows * down, columns * across, channels), SEPARATOR_GREY, np.uint8)
+    for i, image in enumerate(images):
+        y, x = i // columns * down, i % columns * across
+        canvas[y : y + height * scale, x : x + width * scale] = image
+    # Separators lie between the images, not around them.
+    canvas = canvas[:-SEPARATOR_PIXELS, :-SEPARATOR_PIXELS]
+    return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
+
+
+def _columns(num_images: int, height: int, width: int) -> int:
+    def cost(columns: int) -> tuple[int, int, int]:
+        rows = -(-num_images // columns)
+        # The longer side, then the empty places; of equals the wide one, as screens are.
+        return max(rows * height, columns * width), rows * columns, -columns
+
+    return min(range(1, num_images + 1), key=cost)
+
+
+def save_animation(
+    frames: UInt8[np.ndarray, "f n h w c"], path: str | Path, milliseconds: int
+) -> None:
+    """Save a grid per frame as an endless GIF (.gif) or animated PNG (.png, .apng).
+
+    PNG keeps every colour; GIF reduces colour frames to 256 colours, grey ones are exact. Both
+    store equal neighbours as one frame that is shown for the sum of their times.
+
+    Args:
+        frames: the same n images at each of f moments.
+        path: its suffix chooses the format.
+        milliseconds: how long a frame is shown (a GIF counts in steps of 10); the last one
+            stays for LAST_FRAME_MILLISECONDS.
+
+    Raises:
+        ValueError: another suffix, or no frames.
+    """
+    formats = {".gif": "GIF", ".png": "PNG", ".apng": "PNG"}
+    suffix = Path(path).suffix
+    if suffix not in formats:
+        raise ValueError(f"path = {str(path)!r}: must end in {', '.join(formats)}")
+    if len(frames) == 0:
+        raise ValueError("frames: must hold at least one")
+    first, *others = [image_grid(frame) for frame in frames]
+    first.save(
+        path,
+        format=formats[suffix],
+        save_all=True,
+        append_images=others,
+        duration=[milliseconds] * len(others) + [LAST_FRAME_MILLISECONDS],
+        loop=0,  # for ever
+    )
+
+
+def draw_points(
+    x: Float[np.ndarray, "n 2"],
+    limit: float,
+    size: int = 256,
+    reference: Float[np.ndarray, "m 2"] | None = None,
+) -> UInt8[np.ndarray, "size size 3"]:
+    """Draw 2-D points (blue) over reference points (grey) on [-limit, limit]^2, y upwards.
+
+    An image like any other: image_grid and save_animation take it. Points outside are not drawn.
+    """
+    picture = np.full((size, size, 3), 255.0)
+    middle = size // 2
+    picture[middle, :] = picture[:, middle] = 225.0  # the axes through 0
+    layers = [(x, BLUE)] if reference is None else [(reference, GREY), (x, BLUE)]
+    for points, colour in layers:
+        # Rows of the picture run downwards: minus y, then x.
+        inside = points[(np.abs(points) <= limit).all(axis=1)]
+        counts, _, _ = np.histogram2d(
+            -inside[:, 1], inside[:, 0], bins=size, range=[(-limit, limit)] * 2
+        )
+        # A point is a dot of 3 x 3 pixels; dots that lie on each other grow darker.
+        padded = np.pad(counts, 1)
+        dots = sum(padded[i : i + size, j : j + size] for i in range(3) for j in range(3))
+        opacity = 1 - 0.4 ** dots[..., None]
+        picture = (1 - opacity) * picture + opacity * np.array(colour)
+    return picture.round().astype(np.uint8)

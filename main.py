@@ -1,0 +1,144 @@
+"""Train and sample denoising diffusion models.
+
+    python main.py --config=configs/digits.py --workdir=DIR                 train, then sample
+    python main.py --config=configs/digits.py --workdir=DIR --mode=sample   sample again
+
+The same command in the same folder goes on where it stopped. Any field of a config is a flag:
+--config.schedule.s=0.02. configs/default.py says what fields there are.
+
+Exit status: 0 done; 1 a failure while running; 2 a mistake in the command line or the config,
+and nothing was written; 143 stopped by SIGTERM after saving (130 by Ctrl-C).
+"""
+
+import logging
+import os
+import pathlib
+import sys
+
+from absl import flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict
+
+from diffusion_jax import config as configuration
+from diffusion_jax.config import ConfigError
+
+LOG = logging.getLogger("diffusion_jax")
+MODES = ("train", "sample")
+
+
+def main(argv: list[str]) -> int:
+    """Run one mode; returns the exit status."""
+    if {"--help", "-h"} & set(argv):
+        print(__doc__)
+        return 0
+    flags.FLAGS.mark_as_parsed()  # ours are parsed below; absl's logging asks for this
+    LOG.addHandler(absl_logging.get_absl_handler())
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    try:
+        arguments = configuration.parse_arguments(argv, MODES)
+        config = configuration.load(arguments.config_path, arguments.overrides)
+        return run(arguments.mode, config, pathlib.Path(arguments.workdir))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
+    """Check everything, then start the devices, prepare the data, and train or sample."""
+    # imported here so that --help and a mistyped flag answer at once
+    import jax
+
+    from diffusion_jax import data, devices, plots, workdir
+    from diffusion_jax.checkpoint import Checkpoints, NoIntactCheckpointError
+    from diffusion_jax.experiment import create_experiment
+    from diffusion_jax.generate import Generator, write_samples
+    from diffusion_jax.journal import NonFiniteLossError
+    from diffusion_jax.train import init_state, train
+
+    start_compilation_cache(config.compilation_cache)
+    devices.start(config.num_devices, config.train.batch_size, config.distributed)
+    used = devices.used(config.num_devices)
+    experiment = create_experiment(config)
+    folder = workdir.Workdir(path)
+    is_training = mode == "train"
+    fixed = workdir.OF_THE_TRAINING if is_training else workdir.OF_THE_MODEL
+    is_there = folder.check(config, fixed)
+    if not is_training and not is_there:
+        raise ConfigError(f"--workdir={path}: holds no run; train one first")
+    dataset = data.load(config.dataset)
+    is_first = jax.process_index() == 0
+    if is_first:
+        folder.lock()
+        if is_training:
+            folder.record(config)
+            card = folder.path / "schedule.png"
+            facts = experiment.schedule_title, experiment.num_clipped
+            levels = experiment.dataset.levels
+            title, num_clipped = facts
+            print(plots.schedule_card(experiment.schedule, levels, num_clipped, title, card))
+
+    plan, sampling = experiment.training, experiment.sampling
+    generator = Generator(
+        experiment.model,
+        experiment.objective.parametrisation,
+        experiment.dataset,
+        sampling,
+        experiment.seed,
+        used,
+    )
+    try:
+        if is_training:
+            state, stopped_by = train(
+                plan,
+                experiment.seed,
+                experiment.model,
+                experiment.objective,
+                experiment.schedule,
+                dataset,
+                folder,
+                used,
+                generator,
+            )
+            if stopped_by is not None:
+                LOG.info("stopped by signal %d after saving step %d", stopped_by, state.step)
+                return 128 + stopped_by
+        else:
+            checkpoints = Checkpoints(folder.checkpoints, plan.keep_last, plan.keep_best)
+            empty = jax.eval_shape(
+                lambda: init_state(experiment.model, plan.optimizer, experiment.seed)
+            )
+            restored = checkpoints.restore(empty)
+            if restored is None:
+                raise ConfigError(f"--workdir={path}: has no checkpoint yet")
+            LOG.info("sampling from step %d", restored.step)
+            state = restored.state
+        if is_first:
+            ema = devices.local_copy(state.ema) if is_training else state.ema
+            write_samples(
+                generator,
+                ema,
+                experiment.schedule,
+                dataset,
+                sampling.num_frames,
+                folder.samples,
+            )
+    except (NonFiniteLossError, NoIntactCheckpointError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def start_compilation_cache(folder: str | None) -> None:
+    """Keep compiled programs on disk, so that a second start takes seconds; "off" does not."""
+    import jax
+
+    if folder == "off":
+        return
+    folder = folder or os.path.expanduser("~/.cache/diffusion_jax")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,240 @@
+import os
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax import plots, schedules
+
+random = np.random.default_rng(0)
+
+
+def random_images(*shape):
+    return random.integers(0, 256, shape, dtype=np.uint8)
+
+
+def card(tmp_path, schedule, levels=256, num_clipped=0):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing may divide by zero or take log(0) unawares
+        text = plots.schedule_card(schedule, levels, num_clipped, "a title", tmp_path / "card.png")
+    return dict(line.split(maxsplit=1) for line in text.splitlines()), tmp_path / "card.png"
+
+
+# schedule card ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("levels", "fraction"), [(256, "1/127.5"), (17, "1/8"), (3, "1/1")])
+def test_pixel_bin_is_the_distance_of_two_grey_levels(levels, fraction):
+    grey = np.linspace(-1, 1, levels)
+    np.testing.assert_allclose(plots.pixel_bin(levels), np.diff(grey), rtol=1e-12)
+    assert float(fraction.removeprefix("1/")) == pytest.approx(1 / plots.pixel_bin(levels))
+    assert plots._fraction(levels) == fraction
+
+
+def test_card_of_the_cosine_schedule_shows_the_papers_numbers(tmp_path):
+    # Nichol & Dhariwal 2021: s = 0.008 puts sqrt(beta_1) slightly under the bin 1/127.5.
+    lines, _ = card(tmp_path, schedules.cosine(1000, s=0.008), levels=256, num_clipped=1)
+    root_beta_1, rest = lines["sqrt(beta_1)"].split(" = ", 1)
+    assert float(root_beta_1) == pytest.approx(0.0064, abs=5e-5)
+    assert "1/127.5 = 0.00784" in rest
+    assert float(rest.split()[0]) == pytest.approx(0.0064 * 127.5, abs=0.01)
+    assert lines["clipped"] == "1 of 1000 betas"
+    assert lines["schedule"] == "a title"
+
+
+# Every schedule that numbers alone determine; from_betas needs the user's array.
+NAMES = sorted(set(schedules.SCHEDULES) - {"from_betas"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_card_agrees_with_any_schedule(tmp_path, name):
+    schedule = schedules.SCHEDULES[name](100)
+    lines, path = card(tmp_path, schedule, levels=17)
+    alpha_bar = np.asarray(schedule.alpha_bar, np.float64)
+    snr = alpha_bar / np.asarray(schedule.one_minus_alpha_bar, np.float64)
+    assert float(lines["sqrt(beta_1)"].split()[0]) == pytest.approx(
+        float(schedule.beta[0]) ** 0.5, rel=0.01
+    )
+    assert float(lines["alpha_bar_T"].split()[0]) == pytest.approx(alpha_bar[-1], rel=0.01)
+    first, _, last, *_ = lines["SNR"].split()
+    assert float(first) == pytest.approx(snr[0], rel=0.01)
+    assert float(last) == pytest.approx(snr[-1], rel=0.01)
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("L").getcolors()) > 2  # something is drawn
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 20_000])
+@pytest.mark.parametrize("name", ["cosine", "jsd"])
+def test_card_of_the_shortest_and_of_long_schedules(tmp_path, name, num_timesteps):
+    lines, _ = card(tmp_path, schedules.SCHEDULES[name](num_timesteps))
+    assert lines["clipped"].endswith(f"of {num_timesteps} betas")
+
+
+def test_card_of_zero_terminal_snr_has_no_end_but_is_drawn(tmp_path):
+    schedule = schedules.zero_terminal_snr(schedules.cosine(50))
+    lines, _ = card(tmp_path, schedule)
+    assert lines["alpha_bar_T"] == "0 (zero terminal SNR)"
+    assert " to 0 (log SNR" in lines["SNR"]
+    assert lines["SNR"].endswith("to -inf)")
+
+
+def test_card_without_pixels_names_no_bin(tmp_path):
+    lines, _ = card(tmp_path, schedules.cosine(10), levels=None)
+    assert "1/" not in lines["sqrt(beta_1)"]
+
+
+def test_importing_plots_does_not_import_matplotlib():
+    code = "import sys; from diffusion_jax import plots; sys.exit('matplotlib' in sys.modules)"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+# grids -----------------------------------------------------------------------------------------
+
+
+def cells(grid, height, width, columns, scale):
+    """The images of a grid, cut out of the picture and reduced to their own size."""
+    pixels = np.asarray(grid)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    down = height * scale + plots.SEPARATOR_PIXELS
+    across = width * scale + plots.SEPARATOR_PIXELS
+    for top in range(0, pixels.shape[0], down):
+        for left in range(0, pixels.shape[1], across):
+            cell = pixels[top : top + height * scale, left : left + width * scale]
+            blocks = cell.reshape(height, scale, width, scale, -1)
+            assert (blocks == blocks[:, :1, :, :1]).all()  # whole pixels, nothing in between
+            yield blocks[:, 0, :, 0]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("scale", [1, 3])
+@pytest.mark.parametrize(("num_images", "columns"), [(1, 1), (6, 3), (7, 3), (5, 5), (4, 1)])
+def test_grid_holds_every_image_pixel_by_pixel(tmp_path, num_images, columns, scale, channels):
+    images = random_images(num_images, 4, 5, channels)
+    path = tmp_path / "grid.png"
+    plots.image_grid(images, columns=columns, scale=scale).save(path)
+    with Image.open(path) as grid:
+        assert grid.mode == ("L" if channels == 1 else "RGB")
+        found = list(cells(grid, 4, 5, columns, scale))
+    np.testing.assert_array_equal(found[:num_images], images)
+    assert all((cell == plots.SEPARATOR_GREY).all() for cell in found[num_images:])
+    assert len(found) == -(-num_images // columns) * columns
+
+
+@pytest.mark.parametrize(
+    ("num_images", "height", "width", "columns"),
+    [(64, 8, 8, 8), (1, 8, 8, 1), (2, 8, 8, 2), (10, 8, 8, 4), (16, 8, 16, 3), (9, 32, 32, 3)],
+)
+def test_grid_is_as_square_as_possible(num_images, height, width, columns):
+    images = random_images(num_images, height, width, 1)
+    expected = plots.image_grid(images, columns=columns)
+    assert plots.image_grid(images).size == expected.size
+
+
+@pytest.mark.parametrize("size", [1, 8, 28, 32, 63, 64, 65, 256])
+def test_small_images_are_enlarged_to_a_comfortable_size(size):
+    width, height = plots.image_grid(random_images(1, size, size, 1)).size
+    assert width == height
+    assert width % size == 0
+    assert width >= plots.COMFORTABLE_PIXELS
+    assert width == size or width < 2 * plots.COMFORTABLE_PIXELS
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 8, 1), (2, 8, 8, 2), (2, 8, 8, 4)])
+def test_grid_refuses_what_it_cannot_draw(shape):
+    with pytest.raises(ValueError, match="images"):
+        plots.image_grid(random_images(*shape))
+
+
+# animations ------------------------------------------------------------------------------------
+
+
+def read_animation(path):
+    with Image.open(path) as animation:
+        for i in range(animation.n_frames):
+            animation.seek(i)
+            yield np.asarray(animation.convert("RGB")), animation.info["duration"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("suffix", [".gif", ".png", ".apng"])
+def test_animation_read_back(tmp_path, suffix, channels):
+    frames = random_images(5, 4, 8, 8, channels)
+    path = tmp_path / f"denoising{suffix}"
+    plots.save_animation(frames, path, milliseconds=80)
+    shown, durations = zip(*read_animation(path))
+    assert durations == (80,) * 4 + (plots.LAST_FRAME_MILLISECONDS,)
+    expected = np.stack([np.asarray(plots.image_grid(f).convert("RGB")) for f in frames])
+    if suffix != ".gif" or channels == 1:
+        np.testing.assert_array_equal(shown, expected)
+    else:  # 256 colours
+        assert np.abs(np.stack(shown).astype(int) - expected).mean() < 16
+    with Image.open(path) as animation:
+        assert animation.info["loop"] == 0
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".png"])
+def test_a_still_lasts_as_long_as_its_frames(tmp_path, suffix):
+    frames = random_images(1, 2, 8, 8, 1).repeat(6, axis=0)
+    frames[0] = 255 - frames[0]
+    path = tmp_path / f"still{suffix}"
+    plots.save_animation(frames, path, milliseconds=100)
+    durations = [duration for _, duration in read_animation(path)]
+    assert sum(durations) == 5 * 100 + plots.LAST_FRAME_MILLISECONDS
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".jpg", ""])
+def test_animation_refuses_other_formats(tmp_path, suffix):
+    with pytest.raises(ValueError, match=r"\.gif, \.png, \.apng"):
+        plots.save_animation(random_images(2, 1, 8, 8, 1), tmp_path / f"a{suffix}", 100)
+    assert not list(tmp_path.iterdir())
+
+
+# points ----------------------------------------------------------------------------------------
+
+
+def dark_centre(picture, colour_difference):
+    rows, columns = np.nonzero(colour_difference(picture.astype(int)) > 30)
+    return columns.mean(), rows.mean()
+
+
+def blueness(picture):
+    return picture[..., 2] - picture[..., 0]
+
+
+@pytest.mark.parametrize("point", [(0.0, 0.0), (1.5, 1.0), (-1.5, 1.0), (0.25, -1.75)])
+def test_a_point_is_drawn_at_its_place_with_y_upwards(point):
+    limit, size = 2.0, 200
+    picture = plots.draw_points(np.array([point], np.float32), limit, size)
+    assert picture.shape == (size, size, 3)
+    column, row = dark_centre(picture, blueness)
+    x = (column + 0.5) / size * 2 * limit - limit
+    y = limit - (row + 0.5) / size * 2 * limit
+    np.testing.assert_allclose((x, y), point, atol=2 * limit / size)
+
+
+def test_points_outside_or_undefined_are_not_drawn():
+    empty = plots.draw_points(np.zeros((0, 2), np.float32), 2.0, 64)
+    outside = np.array([[3, 0], [0, -2.5], [np.nan, 0], [np.inf, 1]], np.float32)
+    np.testing.assert_array_equal(plots.draw_points(outside, 2.0, 64), empty)
+
+
+def test_reference_points_lie_under_the_samples():
+    samples = random.normal(size=(200, 2)).astype(np.float32)
+    alone = plots.draw_points(samples, 4.0, 64)
+    far = np.full((50, 2), 3.9, np.float32)
+    both = plots.draw_points(samples, 4.0, 64, reference=far)
+    assert (both != alone).any(axis=-1).sum() <= 9  # only the dot of the reference
+    assert (blueness(both.astype(int))[both[..., 0] != alone[..., 0]] == 0).all()
+
+
+def test_pictures_of_points_animate(tmp_path):
+    x = random.normal(size=(3, 100, 2)).astype(np.float32)
+    frames = np.stack([plots.draw_points(moment, 4.0, 128) for moment in x])[:, None]
+    plots.save_animation(frames, tmp_path / "points.gif", milliseconds=50)
+    assert len(list(read_animation(tmp_path / "points.gif"))) == 3
