@@ -26,6 +26,7 @@ UNET = {
     "dtype": "float32",
 }
 MLP = {"name": "mlp", "width": 8, "num_layers": 2, "class_conditional": False}
+ONE_LEVEL = {"channel_multipliers": (1,), "attention_resolutions": (8,)}  # quicker to compile
 CASES = {"unet": (UNET, (8, 8, 1)), "mlp": (MLP, (2,))}
 NUM_CLASSES = 3
 
@@ -136,22 +137,24 @@ def test_bfloat16_computes_the_same_to_its_precision():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_an_output_depends_on_its_own_example_only(name):
+def test_an_output_depends_on_its_own_example_and_every_parameter(name):
     model, shape = create(name, class_conditional=True)
     x_t, timestep = inputs(shape)
-    label, params = jnp.array([0, 1, 2]), random_params(model)
-    weights = inputs(shape, seed=2)[0][1]
+    label, weights = jnp.array([0, 1, 2]), inputs(shape, seed=2)[0][1]
 
     @jax.jit
-    @functools.partial(jax.grad, argnums=(0, 1))
-    def gradients(x_t, timestep):
+    @functools.partial(jax.grad, argnums=(0, 1, 2))
+    def gradient(params, x_t, timestep):
         return (model.apply(params, x_t, timestep, label, None)[1] * weights).sum()
 
-    gradient, by_timestep = gradients(x_t, timestep)
-    assert not gradient[::2].any()
+    by_params, by_x_t, by_timestep = gradient(random_params(model), x_t, timestep)
+    assert not by_x_t[::2].any()
     assert not by_timestep[::2].any()
-    assert gradient[1].all()
+    assert by_x_t[1].all()
     assert by_timestep[1] != 0
+    leaves = jax.tree_util.tree_leaves_with_path(by_params)
+    assert all(jnp.isfinite(leaf).all() for _, leaf in leaves)
+    assert [jax.tree_util.keystr(path) for path, leaf in leaves if not leaf.any()] == []
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -169,7 +172,7 @@ def test_the_label_matters_if_and_only_if_conditional(name):
 
 
 def test_dropout_belongs_to_the_example_not_to_the_batch():
-    model, shape = create("unet", dropout=0.5)
+    model, shape = create("unet", dropout=0.5, **ONE_LEVEL)
     params = random_params(model)
     x_t, timestep = inputs(shape)
     keys = jax.random.split(jax.random.key(3), 3)
@@ -177,7 +180,7 @@ def test_dropout_belongs_to_the_example_not_to_the_batch():
     order = jnp.array([2, 2, 0])
     part = model.apply(params, x_t[order], timestep[order], None, keys[order])
     np.testing.assert_allclose(part, whole[order], rtol=1e-4, atol=1e-4)
-    without = create("unet")[0].apply(params, x_t, timestep, None, None)
+    without = create("unet", **ONE_LEVEL)[0].apply(params, x_t, timestep, None, None)
     assert (jnp.abs(whole - without) > 1e-3).any(axis=(1, 2, 3)).all()
     other = model.apply(params, x_t, timestep, None, jax.random.split(jax.random.key(4), 3))
     assert (jnp.abs(whole - other) > 1e-3).any(axis=(1, 2, 3)).all()
@@ -204,7 +207,7 @@ def test_group_norm_is_the_formula(channels, offset):
     assert norm.groups == 1 or channels // norm.groups >= 4
     rng = np.random.default_rng(0)
     scale, bias = rng.standard_normal((2, channels))
-    norm.scale[...], norm.bias[...] = jnp.float32(scale - 1), jnp.float32(bias)
+    norm.scale[...], norm.bias[...] = jnp.float32(scale), jnp.float32(bias)
     x = np.float32(rng.standard_normal((2, 4, 6, channels)) * rng.uniform(0.5, 2, channels))
     x += np.float32(offset + rng.standard_normal(channels))
     grouped = x.astype(np.float64).reshape(2, 24, norm.groups, -1)
@@ -258,7 +261,7 @@ def test_any_size_that_the_strides_divide():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_compiles_once_and_runs_under_every_transformation(name):
-    model, shape = create(name)
+    model, shape = create(name, **(ONE_LEVEL if name == "unet" else {}))
     params, others = random_params(model, 0), random_params(model, 1)
     x_t, timestep = inputs(shape)
     traces = []
@@ -280,21 +283,6 @@ def test_compiles_once_and_runs_under_every_transformation(name):
     np.testing.assert_allclose(scanned[0], first, **close)
     mapped = jax.pmap(apply, in_axes=(None, None, 0))(params, x_t, steps)
     np.testing.assert_allclose(mapped, scanned, **close)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_every_parameter_has_a_finite_gradient(name):
-    model, shape = create(name, class_conditional=True)
-    x_t, timestep = inputs(shape)
-
-    @jax.jit
-    @jax.grad
-    def gradient(params):
-        return jnp.square(model.apply(params, x_t, timestep, jnp.arange(3), None) - x_t).sum()
-
-    gradients = jax.tree_util.tree_leaves_with_path(gradient(random_params(model)))
-    assert all(jnp.isfinite(leaf).all() for _, leaf in gradients)
-    assert [jax.tree_util.keystr(path) for path, leaf in gradients if not leaf.any()] == []
 
 
 WRONG = [

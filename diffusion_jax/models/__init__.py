@@ -54,14 +54,14 @@ def create_model(
 
     graphdef = nnx.graphdef(nnx.eval_shape(create))
 
-    # The layers are built holding the half-width of each parameter's uniform distribution, and all
-    # are drawn at once: a draw for each layer would take the compiler four times as long.
+    # Kernels are built holding the half-width of their uniform distribution, and all are drawn at
+    # once: a draw for each layer would take the compiler ten times as long.
     @jax.jit
     def init(key: Key[Array, ""]) -> dict[str, Any]:
-        half_widths = _with_string_keys(nnx.to_pure_dict(nnx.state(create(), nnx.Param)))
-        flat, unravel = ravel_pytree(half_widths)
+        built = _with_string_keys(nnx.to_pure_dict(nnx.state(create(), nnx.Param)))
+        flat, unravel = ravel_pytree(built)
         draws = unravel(jax.random.uniform(key, flat.shape, minval=-1, maxval=1))
-        return jax.tree.map(jnp.multiply, half_widths, draws)
+        return jax.tree.map(lambda leaf, u: leaf * u if leaf.ndim > 1 else leaf, built, draws)
 
     def apply(
         params: Mapping[str, Any],

@@ -212,7 +212,7 @@ class GroupNorm(nnx.Module):
     def __init__(self, channels: int) -> None:
         most = max(1, min(32, channels // 4))
         self.groups = max(g for g in range(1, most + 1) if channels % g == 0)
-        self.scale = nnx.Param(jnp.zeros(channels))  # less 1
+        self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -226,7 +226,7 @@ class GroupNorm(nnx.Module):
         mean = mean_c.reshape(groups).mean(2, keepdims=True)
         var = (var_c + jnp.square(mean_c.reshape(groups) - mean)).mean(2, keepdims=True)
         mean, var = (jnp.broadcast_to(m, groups).reshape(mean_c.shape) for m in (mean, var))
-        gain = (1 + self.scale[...][None]) * jax.lax.rsqrt(var + 1e-5)
+        gain = self.scale[...][None] * jax.lax.rsqrt(var + 1e-5)
         h = (x_32 - mean[:, None, None]) * gain[:, None, None] + self.bias[...][None, None, None]
         return h.astype(x.dtype)
 

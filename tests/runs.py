@@ -1,0 +1,132 @@
+"""Runs of main.py in processes of their own, forked from one that has the imports behind it."""
+
+import multiprocessing
+import os
+import pathlib
+import signal
+import sys
+import time
+from typing import NamedTuple
+
+import conftest
+import numpy as np
+
+from diffusion_jax.checkpoint import Arrays, Checkpoints
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+TIMEOUT = 120  # seconds, of any run here
+
+# A start costs seconds of imports; a child that is forked after them is as fresh in all else.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [f"diffusion_jax.{name}" for name in ("checkpoint", "experiment", "generate", "train")]
+)
+
+TOY2D = {
+    "dataset.name": "toy2d",
+    "model.width": 16,
+    "model.num_layers": 1,
+    "schedule.num_timesteps": 10,
+    "optimizer.warmup_steps": 5,
+    "train.num_steps": 40,
+    "train.batch_size": 16,
+    "train.log_every_steps": 10,
+    "train.sample_every_steps": 0,
+    "checkpoint.every_steps": 10,
+    "sampling.num_images": 4,
+    "sampling.batch_size": 4,
+    "sampling.num_frames": 0,
+}
+DIGITS = {
+    **TOY2D,
+    "dataset.name": "digits",
+    "model.width": 8,
+    "model.channel_multipliers": (1, 2),
+    "model.num_blocks": 1,
+    "model.head_channels": 8,
+}
+del DIGITS["model.num_layers"]
+
+
+def arguments(
+    workdir: pathlib.Path | str, fields: dict, config: str = "toy2d", mode: str = "train"
+) -> list[str]:
+    """The command line of a small run."""
+    words = [f"--config={REPOSITORY}/configs/{config}.py", f"--workdir={workdir}", f"--mode={mode}"]
+    fields = {"compilation_cache": conftest.CACHE, **fields}
+    return words + [f"--config.{field}={value}" for field, value in fields.items()]
+
+
+class Result(NamedTuple):
+    """How a run ended."""
+
+    code: int  # negative: the signal that killed it
+    stdout: str
+    stderr: str
+
+
+class Run:
+    """A run of main.py under way; files of what it prints lie at ``log``.out and ``log``.err."""
+
+    def __init__(self, words: list[str], log: pathlib.Path, **environment: str) -> None:
+        self._files = log.with_suffix(".out"), log.with_suffix(".err")
+        self._process = FORKS.Process(target=_main, args=(words, self._files, environment))
+        self._process.start()
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal."""
+        os.kill(self._process.pid, number)
+
+    def is_running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._process.is_alive()
+
+    def wait(self) -> Result:
+        """Wait for the end."""
+        self._process.join(TIMEOUT)
+        if self._process.is_alive():
+            self._process.kill()
+            raise TimeoutError(self._files[1].read_text())
+        return Result(self._process.exitcode, *(file.read_text() for file in self._files))
+
+    def wait_for(self, path: pathlib.Path) -> None:
+        """Wait until a file is there."""
+        deadline = time.monotonic() + TIMEOUT
+        while not path.exists():
+            assert self.is_running(), self.wait().stderr
+            assert time.monotonic() < deadline, path
+            time.sleep(0.01)
+
+
+def run(words: list[str], log: pathlib.Path) -> Result:
+    """Run main.py from start to end."""
+    return Run(words, log).wait()
+
+
+def _main(words: list[str], files: tuple[pathlib.Path, ...], environment: dict[str, str]) -> None:
+    for stream, file in zip((1, 2), files):
+        os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+    os.environ.update({"JAX_PLATFORMS": "cpu", **environment})
+    sys.path.insert(0, str(REPOSITORY))
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    import main
+
+    sys.exit(main.main(words))
+
+
+def checkpoint(workdir: pathlib.Path, step: int | None = None) -> Arrays:
+    """The arrays of a run's checkpoint, the newest unless ``step`` says which."""
+    checkpoints = Checkpoints(workdir / "checkpoints", 1, 0)
+    try:
+        return checkpoints._load(checkpoints.steps[-1] if step is None else step)
+    finally:
+        checkpoints.close()
+
+
+def assert_same(arrays: Arrays, others: Arrays) -> None:
+    """Two states are the same, bit for bit."""
+    assert arrays.keys() == others.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, others[name], err_msg=name, strict=True)

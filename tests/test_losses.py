@@ -1,0 +1,331 @@
+"""The loss against a plain loop in numpy, its known minimum, and the draws of timesteps."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gaussian import cosine_betas, gaussian, rows
+
+from diffusion_jax import losses, process, schedules
+from diffusion_jax.losses import TIMESTEP_SAMPLERS, WEIGHTINGS, Objective
+from diffusion_jax.process import PREDICTIONS
+
+T, BATCH, SHAPE = 8, 8, (3, 2)
+KINDS = sorted(PREDICTIONS)
+ALL = list(itertools.product(KINDS, WEIGHTINGS, TIMESTEP_SAMPLERS))
+
+
+def objective(kind="eps", weighting="simple", timesteps="uniform"):
+    return Objective(PREDICTIONS[kind], WEIGHTINGS[weighting], TIMESTEP_SAMPLERS[timesteps])
+
+
+def half(params, x_t, timestep, label, keys):
+    """A network that says half of what it sees."""
+    return params["scale"] * x_t
+
+
+def batch_losses(objective, apply=half, seed=0, x_0=None, indices=None, size=BATCH, label=None):
+    schedule = schedules.from_betas(cosine_betas(T))
+    indices = jnp.arange(size) if indices is None else indices
+    x_0 = images(size)[indices] if x_0 is None else x_0
+    params, key = {"scale": jnp.float32(0.5)}, jax.random.key(seed)
+    return losses.batch_losses(objective, apply, params, schedule, key, x_0, label, indices, size)
+
+
+def images(size=BATCH):
+    return jax.random.uniform(jax.random.key(9), (size, *SHAPE), minval=-1.0)
+
+
+def recorded(calls):
+    """A network that remembers what it is given."""
+
+    def apply(params, x_t, timestep, label, keys):
+        calls.append((x_t, timestep, label, keys))
+        return half(params, x_t, timestep, label, keys)
+
+    return apply
+
+
+def target(kind, row, x_0, eps, x_t):
+    """What the papers have the network predict."""
+    return {
+        "eps": lambda: eps,
+        "x_0": lambda: x_0,
+        "v": lambda: np.sqrt(row.alpha_bar) * eps - np.sqrt(row.noise) * x_0,
+        "mu": lambda: (x_t - row.beta / np.sqrt(row.noise) * eps) / np.sqrt(row.alpha),
+        "score": lambda: -eps / np.sqrt(row.noise),
+    }[kind]()
+
+
+@pytest.mark.parametrize(("kind", "weighting", "timesteps"), ALL)
+def test_batch_losses_are_a_loop_over_the_examples(kind, weighting, timesteps):
+    calls = []
+    found, position = batch_losses(objective(kind, weighting, timesteps), recorded(calls))
+    [(x_t, timestep, _, _)] = calls
+    np.testing.assert_array_equal(timestep, position + 1)
+    schedule = schedules.from_betas(cosine_betas(T))
+    for i in range(BATCH):
+        row, x_0 = rows(cosine_betas(T))[position[i]], np.asarray(images()[i], np.float64)
+        # the noise that took x_0 to the x_t that the network saw
+        eps = (np.asarray(x_t[i], np.float64) - np.sqrt(row.alpha_bar) * x_0) / np.sqrt(row.noise)
+        error = target(kind, row, x_0, eps, x_t[i]) - 0.5 * np.asarray(x_t[i], np.float64)
+        weight = float(WEIGHTINGS[weighting](schedule[position[i]]))
+        np.testing.assert_allclose(found[i], weight * np.mean(error**2), rtol=2e-5)
+
+
+def test_the_noise_is_standard_normal_and_each_example_has_its_own():
+    calls, size = [], 512
+    batch_losses(objective(), recorded(calls), x_0=jnp.zeros((size, 8, 8)), size=size)
+    [(x_t, timestep, _, _)] = calls
+    noise = np.array([row.noise for row in rows(cosine_betas(T))])[np.int32(timestep) - 1]
+    eps = np.asarray(x_t, np.float64).reshape(size, 64) / np.sqrt(noise)[:, None]
+    assert abs(eps.mean()) < 5 / np.sqrt(eps.size)
+    assert abs(eps.var() - 1) < 5 * np.sqrt(2 / eps.size)
+    # the correlation of two examples is N(0, 1/64); of 130,816 pairs none is beyond 7 sigma
+    correlation = eps @ eps.T / 64 - np.diag(np.mean(eps**2, axis=1))
+    assert np.abs(correlation).max() < 7 / np.sqrt(64)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_example_loss_is_a_weighted_mean_square(weighting):
+    schedule = schedules.cosine(T)
+    for i in range(T):
+        weight = WEIGHTINGS[weighting](schedule[i])
+        assert weight.shape == ()
+        assert weight >= 0
+        assert jnp.isfinite(weight)
+        loss = losses.example_loss(
+            WEIGHTINGS[weighting], schedule[i], jnp.array([[1.0, 2.0]]), jnp.array([[4.0, -2.0]])
+        )
+        np.testing.assert_allclose(loss, weight * (3**2 + 4**2) / 2, rtol=1e-6)
+
+
+def test_the_simple_weighting_is_one():
+    np.testing.assert_array_equal(WEIGHTINGS["simple"](schedules.cosine(T)), np.ones(T))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_perfect_output_has_no_loss(kind):
+    # data of one image only: x_0, and hence all else, can be told from x_t
+    schedule, image = schedules.cosine(T), images()[0]
+
+    def apply(params, x_t, timestep, label, keys):
+        def of_example(x_t, t):
+            row = schedule[t.astype(int) - 1]
+            truth = process.Prediction(image, process.eps_of_x_0(row, x_t, image))
+            return PREDICTIONS[kind].encode(row, truth, x_t)
+
+        return jax.vmap(of_example)(x_t, timestep)
+
+    found, _ = batch_losses(objective(kind), apply, x_0=jnp.broadcast_to(image, (BATCH, *SHAPE)))
+    np.testing.assert_allclose(found, 0, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_of_the_best_network_is_the_conditional_variance(kind):
+    # x_0 ~ N(m, c): var(x_0 | x_t) = c (1 - ab) / (ab c + 1 - ab), and all else is linear in it
+    mean, variance, size = 0.4, 0.3, 64
+    schedule, dimensions = schedules.from_betas(cosine_betas(T)), 2000
+    x_0 = mean + np.sqrt(variance) * jax.random.normal(jax.random.key(1), (size, dimensions))
+    best = gaussian(mean, variance)
+
+    def apply(params, x_t, timestep, label, keys):
+        def of_example(x_t, t):
+            row = schedule[t.astype(int) - 1]
+            return PREDICTIONS[kind].encode(row, best(x_t, row), x_t)
+
+        return jax.vmap(of_example)(x_t, timestep)
+
+    found, position = batch_losses(
+        objective(kind, timesteps="low_discrepancy"), apply, x_0=x_0, size=size
+    )
+    for i, row in enumerate(rows(cosine_betas(T))):
+        # d target / d x_0 at given x_t
+        slope = {
+            "eps": np.sqrt(row.alpha_bar / row.noise),
+            "x_0": 1,
+            "v": 1 / np.sqrt(row.noise),
+            "mu": np.sqrt(row.alpha_bar_prev) * row.beta / row.noise,
+            "score": np.sqrt(row.alpha_bar) / row.noise,
+        }[kind]
+        least = slope**2 * variance * row.noise / (row.alpha_bar * variance + row.noise)
+        of_row = np.asarray(found)[np.asarray(position) == i]
+        num_samples = len(of_row) * dimensions
+        assert abs(of_row.mean() / least - 1) < 5 * np.sqrt(2 / num_samples), i
+
+
+@pytest.mark.parametrize("timesteps", TIMESTEP_SAMPLERS)
+def test_losses_do_not_depend_on_how_the_batch_is_split(timesteps):
+    whole, position = batch_losses(objective(timesteps=timesteps))
+    for parts in ([range(0, 3), range(3, 8)], [[7, 0, 4], [2, 1], [3, 5, 6]]):
+        for part in parts:
+            indices = jnp.array(part)
+            loss, where = batch_losses(objective(timesteps=timesteps), indices=indices)
+            np.testing.assert_array_equal(where, position[indices])
+            np.testing.assert_allclose(loss, whole[indices], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_jit_with_the_schedule_as_an_argument(kind):
+    traces = []
+
+    def loss(schedule, key):
+        traces.append(())
+        return losses.batch_losses(
+            objective(kind),
+            half,
+            {"scale": jnp.float32(0.5)},
+            schedule,
+            key,
+            images(),
+            None,
+            jnp.arange(BATCH),
+            BATCH,
+        )[0]
+
+    compiled = jax.jit(loss)
+    for seed, s in enumerate((0.0, 0.008, 0.1)):
+        schedule, key = schedules.cosine(T, s=s), jax.random.key(seed)
+        value = compiled(schedule, key)
+        np.testing.assert_allclose(value, loss(schedule, key), rtol=1e-4)
+    assert len(traces) == 1 + 3  # once for the compiler, three times without it
+
+
+@pytest.mark.parametrize(("kind", "weighting", "timesteps"), ALL)
+def test_the_gradient(kind, weighting, timesteps):
+    # d/dw of weight (target - w x_t)^2; the target is what a network that says 0 misses
+    seen = []
+    chosen = objective(kind, weighting, timesteps)
+    batch_losses(chosen, recorded(seen))
+    x_t, position = np.asarray(seen[0][0], np.float64), np.int32(seen[0][1]) - 1
+    expected = []
+    for i in range(BATCH):
+        row, x_0 = rows(cosine_betas(T))[position[i]], np.asarray(images()[i], np.float64)
+        eps = (x_t[i] - np.sqrt(row.alpha_bar) * x_0) / np.sqrt(row.noise)
+        miss = target(kind, row, x_0, eps, x_t[i]) - 0.5 * x_t[i]
+        weight = float(chosen.weighting(schedules.from_betas(cosine_betas(T))[position[i]]))
+        expected.append(weight * np.mean(-2 * x_t[i] * miss))
+
+    def mean_loss(scale):
+        def apply(params, x_t, *rest):
+            return scale * x_t
+
+        return jnp.mean(batch_losses(chosen, apply)[0])
+
+    gradient = jax.grad(mean_loss)(jnp.float32(0.5))
+    scale = np.mean(np.abs(expected))
+    np.testing.assert_allclose(gradient, np.mean(expected), rtol=0, atol=2e-5 * scale)
+
+
+def test_labels_go_to_the_network_as_they_are():
+    calls, label = [], jnp.arange(BATCH) % 3
+    batch_losses(objective(), recorded(calls), label=label)
+    batch_losses(objective(), recorded(calls))
+    np.testing.assert_array_equal(calls[0][2], label)
+    assert calls[1][2] is None
+
+
+def test_dropout_keys_differ_by_example_and_step_and_not_by_batch():
+    calls = []
+    for seed in range(3):
+        batch_losses(objective(), recorded(calls), seed=seed)
+    batch_losses(objective(), recorded(calls), indices=jnp.arange(2, 6))
+    keys = [np.asarray(jax.random.key_data(call[3])) for call in calls]
+    assert len(np.unique(np.concatenate(keys[:3]), axis=0)) == 3 * BATCH
+    np.testing.assert_array_equal(keys[3], keys[0][2:6])
+    # nor is the mask made of the same bits as the noise
+    x_t, timestep = calls[0][:2]
+    for i in range(BATCH):
+        row = rows(cosine_betas(T))[int(timestep[i]) - 1]
+        same = jax.random.normal(calls[0][3][i], SHAPE)
+        x_t_of_same = np.sqrt(row.alpha_bar) * images()[i] + np.sqrt(row.noise) * same
+        assert np.abs(x_t_of_same - x_t[i]).max() > 1e-3
+
+
+# --- timesteps ------------------------------------------------------------------------------
+
+
+def drawn(name, num_batches, batch_size, num_timesteps, seed=0):
+    """Rows of many batches: [num_batches, batch_size]."""
+
+    def of_batch(key):
+        indices = jnp.arange(batch_size)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
+        return TIMESTEP_SAMPLERS[name](key, keys, indices, batch_size, num_timesteps)
+
+    return np.asarray(
+        jax.jit(jax.vmap(of_batch))(jax.random.split(jax.random.key(seed), num_batches))
+    )
+
+
+@pytest.mark.parametrize("name", TIMESTEP_SAMPLERS)
+@pytest.mark.parametrize(("batch_size", "num_timesteps"), [(4, 5), (3, 7), (1, 2), (5, 1)])
+def test_every_timestep_is_uniform(name, batch_size, num_timesteps):
+    num_batches = 20_000
+    rows = drawn(name, num_batches, batch_size, num_timesteps)
+    assert rows.min() == 0
+    assert rows.max() == num_timesteps - 1
+    expected = num_batches / num_timesteps
+    for of_example in rows.T:
+        chi_square = np.sum((np.bincount(of_example, minlength=num_timesteps) - expected) ** 2)
+        chi_square /= expected
+        # of T - 1 degrees of freedom: mean T - 1, variance 2 (T - 1)
+        freedom = num_timesteps - 1
+        assert chi_square <= freedom + 6 * np.sqrt(2 * freedom)
+
+
+def test_uniform_timesteps_are_independent():
+    # the joint counts of two examples of a batch, 9 cells
+    first, second = drawn("uniform", 20_000, 2, 3).T
+    counts = np.bincount(3 * first + second, minlength=9)
+    assert np.sum((counts - 20_000 / 9) ** 2) / (20_000 / 9) < 8 + 6 * 4
+
+
+@pytest.mark.parametrize("num_timesteps", [8, 10, 64, 100])
+def test_low_discrepancy_takes_every_row_once(num_timesteps):
+    rows = drawn("low_discrepancy", 200, num_timesteps, num_timesteps)
+    np.testing.assert_array_equal(np.sort(rows), np.tile(np.arange(num_timesteps), (200, 1)))
+    # in order, wrapping around once
+    np.testing.assert_array_equal(np.diff(rows) % num_timesteps, 1 % num_timesteps)
+    assert len(np.unique(rows[:, 0])) > 5  # from a random beginning
+
+
+@pytest.mark.parametrize(("batch_size", "num_timesteps"), [(12, 4), (6, 30), (7, 5)])
+def test_low_discrepancy_fills_every_stretch_evenly(batch_size, num_timesteps):
+    # of evenly spaced points any interval holds its share, rounded up or down
+    for rows in drawn("low_discrepancy", 200, batch_size, num_timesteps):
+        for first, last in itertools.combinations(range(num_timesteps + 1), 2):
+            share = batch_size * (last - first) / num_timesteps
+            count = np.sum((first <= rows) & (rows < last))
+            assert np.floor(share - 1e-3) <= count <= np.ceil(share + 1e-3)
+
+
+def test_low_discrepancy_keeps_to_the_rows_at_the_end_of_the_interval(monkeypatch):
+    # an offset just under 1, as float32 has it
+    for offset in (0.0, np.nextafter(np.float32(1), np.float32(0))):
+        monkeypatch.setattr(jax.random, "uniform", lambda key, value=offset: jnp.float32(value))
+        for num_timesteps in (1, 10, 1000, 4000):
+            indices = jnp.arange(16)
+            rows = losses.low_discrepancy_timesteps(
+                jax.random.key(0),
+                jax.random.split(jax.random.key(0), 16),
+                indices,
+                16,
+                num_timesteps,
+            )
+            assert rows.min() >= 0
+            assert rows.max() < num_timesteps
+
+
+def test_low_discrepancy_lowers_the_variance_of_the_mean():
+    def mean_of_rows(name):
+        return drawn(name, 2000, 16, 100).mean(axis=1)
+
+    assert mean_of_rows("low_discrepancy").var() < mean_of_rows("uniform").var() / 4
+
+
+@pytest.mark.parametrize("name", TIMESTEP_SAMPLERS)
+def test_timesteps_change_with_the_step(name):
+    assert len(np.unique(drawn(name, 50, 4, 1000), axis=0)) == 50
