@@ -54,9 +54,8 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
     from diffusion_jax.experiment import create_experiment
     from diffusion_jax.generate import Generator, write_samples
     from diffusion_jax.journal import NonFiniteLossError
-    from diffusion_jax.train import init_state, train
+    from diffusion_jax.train import train
 
-    start_compilation_cache(config.compilation_cache)
     devices.start(config.num_devices, config.train.batch_size, config.distributed)
     used = devices.used(config.num_devices)
     experiment = create_experiment(config)
@@ -67,9 +66,11 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
     if not is_training and not is_there:
         raise ConfigError(f"--workdir={path}: holds no run; train one first")
     dataset = data.load(config.dataset)
+    start_compilation_cache(config.compilation_cache)
     is_first = jax.process_index() == 0
     if is_first:
         folder.lock()
+        devices.log(used)
         if is_training:
             folder.record(config)
             card = folder.path / "schedule.png"
@@ -105,16 +106,13 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
                 return 128 + stopped_by
         else:
             checkpoints = Checkpoints(folder.checkpoints, plan.keep_last, plan.keep_best)
-            empty = jax.eval_shape(
-                lambda: init_state(experiment.model, plan.optimizer, experiment.seed)
-            )
-            restored = checkpoints.restore(empty)
+            params = jax.eval_shape(experiment.model.init, jax.random.key(0))
+            restored = checkpoints.restore({"ema": params})
             if restored is None:
                 raise ConfigError(f"--workdir={path}: has no checkpoint yet")
             LOG.info("sampling from step %d", restored.step)
-            state = restored.state
         if is_first:
-            ema = devices.local_copy(state.ema) if is_training else state.ema
+            ema = devices.local_copy(state.ema) if is_training else restored.state["ema"]
             write_samples(
                 generator,
                 ema,
@@ -132,12 +130,14 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
 def start_compilation_cache(folder: str | None) -> None:
     """Keep compiled programs on disk, so that a second start takes seconds; "off" does not."""
     import jax
+    from jax.experimental.compilation_cache import compilation_cache
 
     if folder == "off":
         return
     folder = folder or os.path.expanduser("~/.cache/diffusion_jax")
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    compilation_cache.reset_cache()  # the checks may have compiled a trifle: jax looked only then
 
 
 if __name__ == "__main__":

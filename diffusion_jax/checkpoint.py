@@ -4,9 +4,12 @@ Orbax writes and prunes them. It restores flipped bits without a word, so a dige
 is saved beside it and compared at restore; a damaged step falls back to the newest intact one.
 """
 
+import contextlib
 import hashlib
 import logging
+import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,11 +34,12 @@ class Restored(NamedTuple):
 
 def flatten(state: Any) -> Arrays:
     """A pytree as a dict from path ("params/stem/kernel") to array."""
+    return {name: np.asarray(leaf) for name, leaf in _by_path(state).items()}
+
+
+def _by_path(state: Any) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-        for path, leaf in leaves
-    }
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def digest(arrays: Arrays) -> str:
@@ -48,38 +52,62 @@ def digest(arrays: Arrays) -> str:
     return total.hexdigest()
 
 
+class _LowestN:
+    """Keeps the ``n`` steps of the lowest losses.
+
+    Orbax's own BestN reads a file of metrics at each start, and fails if one is damaged.
+    """
+
+    def __init__(self, n: int, losses: dict[int, float]) -> None:
+        self._n, self._losses = n, losses
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """For each checkpoint whether it stays (orbax's PreservationPolicy)."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        lowest = sorted(steps, key=lambda step: self._losses.get(step, math.inf))[: self._n]
+        return [step in lowest for step in steps]
+
+
 class Checkpoints:
     """The checkpoints of one run: the ``keep_last`` newest and the ``keep_best`` lowest losses."""
 
     def __init__(self, directory: pathlib.Path, keep_last: int, keep_best: int) -> None:
+        self._directory = directory.absolute()
+        self._losses: dict[int, float] = {}
+        self._damaged: list[int] = []
         policies = ocp.training.preservation_policies
-        keep = [policies.LatestN(keep_last)]
-        if keep_best:
-            lowest = policies.BestN(
-                get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=keep_best
-            )
-            keep.append(lowest)
+        keep = [policies.LatestN(keep_last), _LowestN(keep_best, self._losses)]
         self._checkpointer = ocp.training.Checkpointer(
-            directory.absolute(),
+            self._directory,
             preservation_policy=policies.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # reads no step's files, which fails if one is damaged
         )
+        for step in self.steps:
+            with contextlib.suppress(Exception):  # damage is for restore to tell of
+                self._losses[step] = ocp.metadata(self._path(step)).custom_metadata["loss"]
 
     @property
     def steps(self) -> list[int]:
         """Every step that is there, oldest first."""
-        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+        return sorted(int(path.name) for path in self._directory.glob("*") if path.name.isdigit())
+
+    def _path(self, step: int) -> pathlib.Path:
+        return self._directory / str(step)
 
     def save(self, step: int, state: Any, loss: float) -> None:
         """Save host arrays in the background; ``loss`` ranks the checkpoint."""
+        while self._damaged:  # else they would be kept, as the newest, in the place of intact ones
+            ocp.delete(self._path(self._damaged.pop()), missing_ok=True)
+            self._checkpointer.reload()
         arrays = flatten(state)
+        self._losses[step] = loss
         self._checkpointer.save_async(
             step,
             arrays,
-            metrics={"loss": loss},
-            custom_metadata={"digest": digest(arrays)},
+            custom_metadata={"digest": digest(arrays), "loss": loss},
             force=True,
-            overwrite=step in self.steps,  # a damaged step that the run fell behind of
+            overwrite=True,  # nothing is there; without it orbax reads every step's files
         )
 
     def restore(self, template: Any) -> Restored | None:
@@ -89,13 +117,14 @@ class Checkpoints:
             NoIntactCheckpointError: every checkpoint is damaged.
             ValueError: an intact checkpoint of another structure (another model).
         """
-        steps = self.steps
+        steps, self._damaged = self.steps, []
         for step in reversed(steps):
             try:
                 arrays = self._load(step)
             except Exception as error:  # damage shows as any exception of orbax or tensorstore
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 LOG.warning("checkpoint %d is damaged (%s), trying an older one", step, reason)
+                self._damaged.append(step)
                 continue
             return Restored(step, _unflatten(arrays, template))
         if steps:
@@ -103,9 +132,9 @@ class Checkpoints:
         return None
 
     def _load(self, step: int) -> Arrays:
-        saved = self._checkpointer.metadata(step)
+        saved = ocp.metadata(self._path(step))
         abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved.metadata)
-        arrays = self._checkpointer.load(step, abstract)
+        arrays = ocp.load(self._path(step), abstract)
         if digest(arrays) != saved.custom_metadata["digest"]:
             raise ValueError("its contents do not have the digest they were saved with")
         return arrays
@@ -116,9 +145,13 @@ class Checkpoints:
 
 
 def _unflatten(arrays: Arrays, template: Any) -> Any:
-    expected = flatten(template)
-    for name, array in expected.items():
-        if name not in arrays or arrays[name].shape != array.shape:
-            found = arrays[name].shape if name in arrays else "nothing"
-            raise ValueError(f"checkpoint has {found} for {name}, the model has {array.shape}")
+    expected = _by_path(template)
+    fields = {name.partition("/")[0] for name in expected}  # others may be left out as a whole
+    for name in sorted(expected.keys() | {n for n in arrays if n.partition("/")[0] in fields}):
+        found, wanted = (
+            f"{tree[name].dtype}{list(tree[name].shape)}" if name in tree else "nothing"
+            for tree in (arrays, expected)
+        )
+        if found != wanted:
+            raise ValueError(f"checkpoint has {found} for {name}, the model has {wanted}")
     return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in expected])

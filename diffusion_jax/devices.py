@@ -33,9 +33,8 @@ def start(num_devices: int | None, batch_size: int, distributed: bool) -> None:
     at_least_1 = num_devices is None or num_devices >= 1
     require(at_least_1, "config.num_devices", num_devices, "at least 1")
     require(batch_size >= 1, "config.train.batch_size", batch_size, "at least 1")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     processes = int(os.environ.get(NUM_PROCESSES, 1)) if distributed else 1
-    on_cpu = num_devices or _devices_for(batch_size // processes, cores)
+    on_cpu = num_devices or _devices_for(batch_size // processes, _count_cores())
     flags = os.environ.get("XLA_FLAGS", "")
     if "multi_thread_eigen" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
@@ -50,9 +49,17 @@ def start(num_devices: int | None, batch_size: int, distributed: bool) -> None:
         raise ConfigError(
             f"config.train.batch_size = {batch_size}: must be a multiple of the {count} devices"
         )
+
+
+def log(devices: list[jax.Device]) -> None:
+    """Say what the run uses."""
     platform = jax.default_backend()
-    note = f" of {cores} cores" if platform == "cpu" else ""
-    LOG.info("%d %s devices%s, %d process(es)", count, platform, note, jax.process_count())
+    note = f" of {_count_cores()} cores" if platform == "cpu" else ""
+    LOG.info("%d %s devices%s, %d process(es)", len(devices), platform, note, jax.process_count())
+
+
+def _count_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _devices_for(batch_size: int, cores: int) -> int:
@@ -93,7 +100,7 @@ def replicate(tree: object, devices: list[jax.Device]) -> object:
     Done before the first call, for otherwise that call and the second one compile each.
     """
     sharding = NamedSharding(Mesh(np.array(devices), ("device",)), PartitionSpec())
-    return jax.device_put(tree, sharding)
+    return jax.jit(lambda tree: tree, out_shardings=sharding)(tree)
 
 
 def local_copy(tree: object) -> object:

@@ -142,17 +142,12 @@ class Generator:
             x_0, of_batch = self._run(
                 params, plan.schedule, plan.sampler, first, plan.batch_size, plan.num_frames
             )
-            parts.append(_join(x_0)[: plan.batch_size])
+            parts.append(np.concatenate(x_0)[: plan.batch_size])
             if frames is None:  # of the first batch
-                frames = np.moveaxis(_join(np.moveaxis(of_batch, 1, 2)), 1, 0)[:, :NUM_ANIMATED]
+                frames = np.concatenate(of_batch, axis=1)[:, :NUM_ANIMATED]
             done = min(first + plan.batch_size, plan.num_images)
             LOG.info("%d/%d images", done, plan.num_images)
         return np.concatenate(parts)[: plan.num_images], frames
-
-
-def _join(array: Array) -> np.ndarray:
-    """[device, batch, ...] -> [image, ...]."""
-    return np.asarray(array).reshape(-1, *array.shape[2:])
 
 
 def noising(
@@ -160,7 +155,8 @@ def noising(
 ) -> Float[Array, "frames batch ..."]:
     """Real data on its way to noise: x_t at evenly spaced timesteps, the same eps all the way."""
     eps = jax.random.normal(key, x_0.shape)
-    rows = schedule[np.linspace(0, len(schedule) - 1, num_frames - 1).round().astype(int)]
+    timesteps = np.linspace(0, len(schedule), num_frames)[1:].round().astype(int)
+    rows = schedule[timesteps - 1]
     x_t = jax.vmap(process.q_sample, (0, None, None))(rows, x_0, eps)
     return jnp.concatenate([x_0[None], x_t])
 
@@ -175,7 +171,7 @@ def pictures(x_0: Float[Array, "images ..."], levels: int | None) -> UInt8[np.nd
 def write_grid(grid: Grid, path: pathlib.Path) -> UInt8[np.ndarray, "h w c"]:
     """Wait for a grid's images and write them as one PNG."""
     path.parent.mkdir(exist_ok=True)
-    image = plots.image_grid(pictures(_join(grid.x_0)[: grid.num_images], grid.levels))
+    image = plots.image_grid(pictures(np.concatenate(grid.x_0)[: grid.num_images], grid.levels))
     image.save(path)
     return np.atleast_3d(np.asarray(image))
 

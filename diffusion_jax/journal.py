@@ -28,10 +28,21 @@ class StepMetrics(NamedTuple):
     quartile_counts: Float[Array, "*steps quartiles"]
 
 
+# The sums over no steps, as a Journal keeps them.
+NO_STEPS: dict[str, np.ndarray] = {
+    "steps": np.zeros(()),
+    "loss": np.zeros(()),
+    "gradient_norm": np.zeros(()),
+    "quartile_losses": np.zeros(QUARTILES),
+    "quartile_counts": np.zeros(QUARTILES),
+}
+
+
 class Journal:
     """Reads each call's metrics when ``max_in_flight`` later ones are under way, and reports.
 
-    Every process reads (a non-finite loss stops them all), the first one writes.
+    Every process reads (a non-finite loss stops them all), the first one writes. ``since_log``
+    has the sums over the steps since the last record; a checkpoint keeps them.
     """
 
     def __init__(
@@ -42,14 +53,15 @@ class Journal:
         batch_size: int,
         log_every_steps: int,
         max_in_flight: int,
+        since_log: dict[str, np.ndarray],
     ) -> None:
+        self.since_log = since_log
         self._samples = workdir.samples
         self._num_steps = num_steps
         self._batch_size = batch_size
         self._log_every_steps = log_every_steps
         self._max_in_flight = max_in_flight
         self._in_flight: list[tuple[int, StepMetrics, generate.Grid | None]] = []
-        self._since_log: list[StepMetrics] = []
         self._since_save: list[np.ndarray] = []
         self._clock: tuple[int, float] | None = None  # starts after the call that compiles
         is_writer = jax.process_index() == 0
@@ -82,7 +94,9 @@ class Journal:
                 f"step {step - len(finite) + 1 + bad}: loss {metrics.loss[bad]}, "
                 f"gradient norm {metrics.gradient_norm[bad]}"
             )
-        self._since_log.append(metrics)
+        for of_step in zip(*metrics):  # one by one, so that a sum does not depend on the calls
+            values = {"steps": 1, **StepMetrics(*of_step)._asdict()}
+            self.since_log = {name: sum_ + values[name] for name, sum_ in self.since_log.items()}
         self._since_save.append(metrics.loss)
         if self._progress is not None:
             self._progress.advance(step)
@@ -95,12 +109,11 @@ class Journal:
             self._clock = step, time.perf_counter()
 
     def _log(self, step: int) -> None:
-        steps = StepMetrics(*map(np.concatenate, zip(*self._since_log)))
-        self._since_log = []
-        record = {"loss": steps.loss.mean(), "gradient_norm": steps.gradient_norm.mean()}
-        counts = steps.quartile_counts.sum(0)
+        sums, self.since_log = self.since_log, NO_STEPS
+        record = {name: sums[name] / sums["steps"] for name in ("loss", "gradient_norm")}
+        counts = sums["quartile_counts"]
         for quartile in np.flatnonzero(counts):  # few steps may leave a quartile without examples
-            mean = steps.quartile_losses.sum(0)[quartile] / counts[quartile]
+            mean = sums["quartile_losses"][quartile] / counts[quartile]
             record[f"loss_quartile_{quartile + 1}"] = mean
         if self._writer is None:
             return

@@ -6,7 +6,7 @@ a pytree whose numbers (eta) are leaves, so that changing them compiles nothing 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ Batch = Float[Array, "batch ..."]
 Predict = Callable[[Batch, Schedule], Prediction]
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """An init/step pair; ``state`` is what a multistep method remembers."""
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from diffusion_jax import data, devices, losses
 from diffusion_jax.checkpoint import Checkpoints, Restored
 from diffusion_jax.generate import Generator
-from diffusion_jax.journal import QUARTILES, Journal, StepMetrics
+from diffusion_jax.journal import NO_STEPS, QUARTILES, Journal, StepMetrics
 from diffusion_jax.losses import Objective
 from diffusion_jax.models import Model
 from diffusion_jax.schedules import Schedule
@@ -113,7 +113,7 @@ def train_step(
 
     quartile = jax.nn.one_hot(position * QUARTILES // len(schedule), QUARTILES)
     sums = lax.psum((example_losses @ quartile, jnp.sum(quartile, axis=0)), "device")
-    metrics = StepMetrics(loss, optax.global_norm(gradient), *sums)
+    metrics = StepMetrics(loss, optax.tree.norm(gradient), *sums)
     return TrainState(state.step + 1, params, ema, opt_state, state.timestep_state), metrics
 
 
@@ -149,12 +149,20 @@ def compile_steps(step: Callable[..., Any], used: list[jax.Device]) -> Callable[
 
 
 class Stop:
-    """SIGTERM and SIGINT as a question that the loop asks between steps."""
+    """SIGTERM and SIGINT as a question that the loop asks between steps.
+
+    Of several processes jax's preemption service hears the SIGTERM, if nobody else handles it.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
+        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self._before = {number: signal.signal(number, self._remember) for number in numbers}
+
+    def close(self) -> None:
+        """Let signals do again what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
@@ -163,8 +171,7 @@ class Stop:
         """Whether to stop now; several processes agree on the step through jax."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal = signal.SIGTERM
-            return True
-        return jax.process_count() == 1 and self.signal is not None
+        return self.signal is not None
 
 
 def train(
@@ -190,7 +197,10 @@ def train(
     steps_per_call = plan.steps_per_call or (1 if on_cpu else plan.steps_per_call_of_accelerators)
     checkpoints = Checkpoints(workdir.checkpoints, plan.keep_last, plan.keep_best)
     state = init_state(model, plan.optimizer, seed)
-    start, state = checkpoints.restore(state) or Restored(0, state)
+    # what the next record is made of is saved too: a resumed run reports as one never stopped
+    fresh = {**state._asdict(), "since_log": NO_STEPS}
+    start, saved = checkpoints.restore(fresh) or Restored(0, fresh)
+    since_log, state = saved["since_log"], TrainState(*(saved[name] for name in state._fields))
     if start:
         LOG.info("resuming at step %d", start)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -206,14 +216,23 @@ def train(
     indices = indices.reshape(len(local), -1)
     batches = data.batches(dataset.train, plan.batch_size, seed, start, plan.flip, *processes)
 
-    stop = Stop()
     in_flight = MAX_IN_FLIGHT_ON_CPU if on_cpu else MAX_IN_FLIGHT
     journal = Journal(
-        workdir, start, plan.num_steps, plan.batch_size, plan.log_every_steps, in_flight
+        workdir,
+        start,
+        plan.num_steps,
+        plan.batch_size,
+        plan.log_every_steps,
+        in_flight,
+        since_log,
     )
-    with closing(checkpoints), journal:
-        for step in range(start + steps_per_call, plan.num_steps + 1, steps_per_call):
-            batch = _share(batches, steps_per_call, len(local))
+    # the first call is a short one if the run stopped where calls of another length ended
+    ends = range(start - start % steps_per_call, plan.num_steps + 1, steps_per_call)[1:]
+    done = start
+    with closing(checkpoints), closing(Stop()) as stop, journal:
+        for step in ends:
+            batch = _share(batches, step - done, len(local))
+            done = step
             state, metrics = steps(state, schedule, key, indices, batch)
             grid = None
             if plan.sample_every_steps and step % plan.sample_every_steps == 0:
@@ -222,7 +241,9 @@ def train(
             stopping = stop.asked(step)
             if stopping or step % plan.checkpoint_every_steps == 0 or step == plan.num_steps:
                 journal.drain()  # nothing is saved before its losses are known to be finite
-                checkpoints.save(step, devices.local_copy(state), journal.loss_since_save())
+                on_host = devices.local_copy(state)._asdict()
+                loss = journal.loss_since_save()
+                checkpoints.save(step, {**on_host, "since_log": journal.since_log}, loss)
             if stopping:
                 break
     return state, stop.signal

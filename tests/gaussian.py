@@ -107,7 +107,7 @@ def linear_prediction(row, mean, variance):
 
 
 def ancestral_step(row, mean, variance, sigma2):
-    """DDPM algorithm 2, in its own form: (x_t - beta / sqrt(1 - ab) eps) / sqrt(alpha) + sigma z."""
+    """DDPM algorithm 2: (x_t - beta / sqrt(1 - ab) eps) / sqrt(alpha) + sigma z."""
     _, eps = linear_prediction(row, mean, variance)
     slope, shift = (np.array([1, 0]) - row.beta / np.sqrt(row.noise) * eps) / np.sqrt(row.alpha)
     return Step(slope, shift, np.sqrt(sigma2) if row.alpha_bar_prev < 1 else 0.0)

@@ -107,6 +107,7 @@ def _main(words: list[str], files: tuple[pathlib.Path, ...], environment: dict[s
     for stream, file in zip((1, 2), files):
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
     os.environ.update({"JAX_PLATFORMS": "cpu", **environment})
+    os.chdir(os.environ["PWD"])
     sys.path.insert(0, str(REPOSITORY))
     import jax
 

@@ -128,8 +128,8 @@ def posterior_mean_checks():
     schedule = schedules.linear(1000)
     row = columns(schedule)
     one, zero = jnp.ones(1000), jnp.zeros(1000)
-    of_x_0 = np.asarray(process.posterior_mean(schedule, one, zero), np.float64)
-    ours = np.asarray(process.posterior_mean(schedule, zero, one), np.float64)
+    mean = jax.vmap(process.posterior_mean)
+    of_x_0, ours = (np.asarray(mean(schedule, *x), np.float64) for x in [(one, zero), (zero, one)])
     misprint = ours * np.sqrt(row.alpha_bar) / np.sqrt(row.alpha)
     i = 499
 
@@ -167,10 +167,10 @@ def beta_checks():
     clipped = [min(1 - value, mpf("0.999")) for value in slipped]
     of_ours = np.sum(ours.beta >= np.float32(0.999))
     of_misprint = sum(beta == mpf("0.999") for beta in clipped)
-    yield "rows clipped at 0.999, with \"1 minus\"", (0, of_ours, of_misprint)
+    yield 'rows clipped at 0.999, with "1 minus"', (0, of_ours, of_misprint)
     after_two = (1 - clipped[0]) * (1 - clipped[1])
     yield (
-        "alpha_bar_2, with \"1 minus\" and clipped",
+        'alpha_bar_2, with "1 minus" and clipped',
         (alpha_bar[1], ours.alpha_bar[1], after_two),
     )
 
@@ -453,7 +453,7 @@ def posterior(d):
 
 
 def predictions(d):
-    beta, alpha, ab, ab_prev, _ = d.row
+    beta, alpha, ab, _, _ = d.row
     x_0, eps, x_t = d.example()
     signal, noise = mp.sqrt(ab), mp.sqrt(1 - ab)
     v = signal * eps - noise * x_0

@@ -1,5 +1,6 @@
 """The loss against a plain loop in numpy, its known minimum, and the draws of timesteps."""
 
+import functools
 import itertools
 
 import jax
@@ -76,16 +77,16 @@ def test_batch_losses_are_a_loop_over_the_examples(kind, weighting, timesteps):
 
 
 def test_the_noise_is_standard_normal_and_each_example_has_its_own():
-    calls, size = [], 512
-    batch_losses(objective(), recorded(calls), x_0=jnp.zeros((size, 8, 8)), size=size)
+    calls, size, dimensions = [], 64, 2000
+    batch_losses(objective(), recorded(calls), x_0=jnp.zeros((size, dimensions)), size=size)
     [(x_t, timestep, _, _)] = calls
     noise = np.array([row.noise for row in rows(cosine_betas(T))])[np.int32(timestep) - 1]
-    eps = np.asarray(x_t, np.float64).reshape(size, 64) / np.sqrt(noise)[:, None]
+    eps = np.asarray(x_t, np.float64) / np.sqrt(noise)[:, None]
     assert abs(eps.mean()) < 5 / np.sqrt(eps.size)
     assert abs(eps.var() - 1) < 5 * np.sqrt(2 / eps.size)
-    # the correlation of two examples is N(0, 1/64); of 130,816 pairs none is beyond 7 sigma
-    correlation = eps @ eps.T / 64 - np.diag(np.mean(eps**2, axis=1))
-    assert np.abs(correlation).max() < 7 / np.sqrt(64)
+    # the correlation of two examples is N(0, 1/dimensions); of 2,016 pairs none is beyond 6 sigma
+    correlation = np.corrcoef(eps) - np.eye(size)
+    assert np.abs(correlation).max() < 6 / np.sqrt(dimensions)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -159,38 +160,30 @@ def test_the_loss_of_the_best_network_is_the_conditional_variance(kind):
 @pytest.mark.parametrize("timesteps", TIMESTEP_SAMPLERS)
 def test_losses_do_not_depend_on_how_the_batch_is_split(timesteps):
     whole, position = batch_losses(objective(timesteps=timesteps))
-    for parts in ([range(0, 3), range(3, 8)], [[7, 0, 4], [2, 1], [3, 5, 6]]):
-        for part in parts:
-            indices = jnp.array(part)
-            loss, where = batch_losses(objective(timesteps=timesteps), indices=indices)
-            np.testing.assert_array_equal(where, position[indices])
-            np.testing.assert_allclose(loss, whole[indices], rtol=1e-6)
+    for part in ([0, 1, 2, 3], [4, 5, 6, 7], [7, 0, 4, 2]):
+        indices = jnp.array(part)
+        loss, where = batch_losses(objective(timesteps=timesteps), indices=indices)
+        np.testing.assert_array_equal(where, position[indices])
+        np.testing.assert_allclose(loss, whole[indices], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_under_jit_with_the_schedule_as_an_argument(kind):
+def test_under_jit_with_the_schedule_as_an_argument():
     traces = []
 
     def loss(schedule, key):
         traces.append(())
+        params, indices = {"scale": jnp.float32(0.5)}, jnp.arange(BATCH)
         return losses.batch_losses(
-            objective(kind),
-            half,
-            {"scale": jnp.float32(0.5)},
-            schedule,
-            key,
-            images(),
-            None,
-            jnp.arange(BATCH),
-            BATCH,
+            objective("v"), half, params, schedule, key, images(), None, indices, BATCH
         )[0]
 
     compiled = jax.jit(loss)
-    for seed, s in enumerate((0.0, 0.008, 0.1)):
-        schedule, key = schedules.cosine(T, s=s), jax.random.key(seed)
-        value = compiled(schedule, key)
-        np.testing.assert_allclose(value, loss(schedule, key), rtol=1e-4)
-    assert len(traces) == 1 + 3  # once for the compiler, three times without it
+    inputs = [(0, 0.0), (0, 0.008), (0, 0.1), (1, 0.1)]
+    values = [compiled(schedules.cosine(T, s=s), jax.random.key(seed)) for seed, s in inputs]
+    assert len(traces) == 1
+    np.testing.assert_allclose(values[1], loss(schedules.cosine(T), jax.random.key(0)), rtol=1e-5)
+    for first, second in itertools.combinations(values, 2):
+        assert np.abs(first - second).max() > 1e-3
 
 
 @pytest.mark.parametrize(("kind", "weighting", "timesteps"), ALL)
@@ -236,18 +229,19 @@ def test_dropout_keys_differ_by_example_and_step_and_not_by_batch():
     assert len(np.unique(np.concatenate(keys[:3]), axis=0)) == 3 * BATCH
     np.testing.assert_array_equal(keys[3], keys[0][2:6])
     # nor is the mask made of the same bits as the noise
-    x_t, timestep = calls[0][:2]
+    x_0, (x_t, timestep, _, dropout_keys) = images(), calls[0]
     for i in range(BATCH):
         row = rows(cosine_betas(T))[int(timestep[i]) - 1]
-        same = jax.random.normal(calls[0][3][i], SHAPE)
-        x_t_of_same = np.sqrt(row.alpha_bar) * images()[i] + np.sqrt(row.noise) * same
+        same = jax.random.normal(dropout_keys[i], SHAPE)
+        x_t_of_same = np.sqrt(row.alpha_bar) * x_0[i] + np.sqrt(row.noise) * same
         assert np.abs(x_t_of_same - x_t[i]).max() > 1e-3
 
 
 # --- timesteps ------------------------------------------------------------------------------
 
 
-def drawn(name, num_batches, batch_size, num_timesteps, seed=0):
+@functools.cache
+def drawn(name, num_batches, batch_size, num_timesteps):
     """Rows of many batches: [num_batches, batch_size]."""
 
     def of_batch(key):
@@ -255,20 +249,18 @@ def drawn(name, num_batches, batch_size, num_timesteps, seed=0):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
         return TIMESTEP_SAMPLERS[name](key, keys, indices, batch_size, num_timesteps)
 
-    return np.asarray(
-        jax.jit(jax.vmap(of_batch))(jax.random.split(jax.random.key(seed), num_batches))
-    )
+    return np.asarray(jax.jit(jax.vmap(of_batch))(jax.random.split(jax.random.key(0), num_batches)))
 
 
 @pytest.mark.parametrize("name", TIMESTEP_SAMPLERS)
-@pytest.mark.parametrize(("batch_size", "num_timesteps"), [(4, 5), (3, 7), (1, 2), (5, 1)])
+@pytest.mark.parametrize(("batch_size", "num_timesteps"), [(3, 5)])
 def test_every_timestep_is_uniform(name, batch_size, num_timesteps):
     num_batches = 20_000
-    rows = drawn(name, num_batches, batch_size, num_timesteps)
-    assert rows.min() == 0
-    assert rows.max() == num_timesteps - 1
+    position = drawn(name, num_batches, batch_size, num_timesteps)
+    assert position.min() == 0
+    assert position.max() == num_timesteps - 1
     expected = num_batches / num_timesteps
-    for of_example in rows.T:
+    for of_example in position.T:
         chi_square = np.sum((np.bincount(of_example, minlength=num_timesteps) - expected) ** 2)
         chi_square /= expected
         # of T - 1 degrees of freedom: mean T - 1, variance 2 (T - 1)
@@ -277,28 +269,28 @@ def test_every_timestep_is_uniform(name, batch_size, num_timesteps):
 
 
 def test_uniform_timesteps_are_independent():
-    # the joint counts of two examples of a batch, 9 cells
-    first, second = drawn("uniform", 20_000, 2, 3).T
-    counts = np.bincount(3 * first + second, minlength=9)
-    assert np.sum((counts - 20_000 / 9) ** 2) / (20_000 / 9) < 8 + 6 * 4
+    # the joint counts of two examples of a batch, 25 cells
+    first, second, _ = drawn("uniform", 20_000, 3, 5).T
+    counts, expected = np.bincount(5 * first + second, minlength=25), 20_000 / 25
+    assert np.sum((counts - expected) ** 2) / expected < 24 + 6 * np.sqrt(2 * 24)
 
 
-@pytest.mark.parametrize("num_timesteps", [8, 10, 64, 100])
+@pytest.mark.parametrize("num_timesteps", [8, 100])
 def test_low_discrepancy_takes_every_row_once(num_timesteps):
-    rows = drawn("low_discrepancy", 200, num_timesteps, num_timesteps)
-    np.testing.assert_array_equal(np.sort(rows), np.tile(np.arange(num_timesteps), (200, 1)))
+    position = drawn("low_discrepancy", 200, num_timesteps, num_timesteps)
+    np.testing.assert_array_equal(np.sort(position), np.tile(np.arange(num_timesteps), (200, 1)))
     # in order, wrapping around once
-    np.testing.assert_array_equal(np.diff(rows) % num_timesteps, 1 % num_timesteps)
-    assert len(np.unique(rows[:, 0])) > 5  # from a random beginning
+    np.testing.assert_array_equal(np.diff(position) % num_timesteps, 1 % num_timesteps)
+    assert len(np.unique(position[:, 0])) > 5  # from a random beginning
 
 
-@pytest.mark.parametrize(("batch_size", "num_timesteps"), [(12, 4), (6, 30), (7, 5)])
+@pytest.mark.parametrize(("batch_size", "num_timesteps"), [(12, 4), (7, 11)])
 def test_low_discrepancy_fills_every_stretch_evenly(batch_size, num_timesteps):
     # of evenly spaced points any interval holds its share, rounded up or down
-    for rows in drawn("low_discrepancy", 200, batch_size, num_timesteps):
+    for position in drawn("low_discrepancy", 200, batch_size, num_timesteps):
         for first, last in itertools.combinations(range(num_timesteps + 1), 2):
             share = batch_size * (last - first) / num_timesteps
-            count = np.sum((first <= rows) & (rows < last))
+            count = np.sum((first <= position) & (position < last))
             assert np.floor(share - 1e-3) <= count <= np.ceil(share + 1e-3)
 
 
@@ -308,24 +300,12 @@ def test_low_discrepancy_keeps_to_the_rows_at_the_end_of_the_interval(monkeypatc
         monkeypatch.setattr(jax.random, "uniform", lambda key, value=offset: jnp.float32(value))
         for num_timesteps in (1, 10, 1000, 4000):
             indices = jnp.arange(16)
-            rows = losses.low_discrepancy_timesteps(
+            position = losses.low_discrepancy_timesteps(
                 jax.random.key(0),
                 jax.random.split(jax.random.key(0), 16),
                 indices,
                 16,
                 num_timesteps,
             )
-            assert rows.min() >= 0
-            assert rows.max() < num_timesteps
-
-
-def test_low_discrepancy_lowers_the_variance_of_the_mean():
-    def mean_of_rows(name):
-        return drawn(name, 2000, 16, 100).mean(axis=1)
-
-    assert mean_of_rows("low_discrepancy").var() < mean_of_rows("uniform").var() / 4
-
-
-@pytest.mark.parametrize("name", TIMESTEP_SAMPLERS)
-def test_timesteps_change_with_the_step(name):
-    assert len(np.unique(drawn(name, 50, 4, 1000), axis=0)) == 50
+            assert position.min() >= 0
+            assert position.max() < num_timesteps

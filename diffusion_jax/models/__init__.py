@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, Key
@@ -58,7 +57,8 @@ def create_model(
     # once: a draw for each layer would take the compiler ten times as long.
     @jax.jit
     def init(key: Key[Array, ""]) -> dict[str, Any]:
-        built = _with_string_keys(nnx.to_pure_dict(nnx.state(create(), nnx.Param)))
+        built = nnx.to_pure_dict(nnx.state(create(), nnx.Param))
+        built = _rename(built, str)  # checkpoints would make strings of a list's integers
         flat, unravel = ravel_pytree(built)
         draws = unravel(jax.random.uniform(key, flat.shape, minval=-1, maxval=1))
         return jax.tree.map(lambda leaf, u: leaf * u if leaf.ndim > 1 else leaf, built, draws)
@@ -70,7 +70,7 @@ def create_model(
         label: Int[Array, " B"] | None,
         keys: Key[Array, " B"] | None,
     ) -> Float[Array, "B *dims_out"]:
-        return nnx.merge(graphdef, nnx.restore_int_paths(params))(x_t, timestep, label, keys)
+        return nnx.merge(graphdef, _rename(params, _number))(x_t, timestep, label, keys)
 
     return Model(init, apply)
 
@@ -97,12 +97,15 @@ def _check_fields(network: type[nnx.Module], config: ConfigDict) -> dict[str, An
     return fields
 
 
-def _with_string_keys(tree: dict[Any, Any]) -> dict[str, Any]:
-    # Lists of layers have integers for keys, which checkpoints would turn into strings.
+def _rename(tree: Mapping[Any, Any], rename: Callable[[Any], Any]) -> dict[Any, Any]:
     return {
-        str(key): _with_string_keys(value) if isinstance(value, dict) else value
+        rename(key): _rename(value, rename) if isinstance(value, Mapping) else value
         for key, value in tree.items()
     }
+
+
+def _number(key: str) -> int | str:
+    return int(key) if key.isdigit() else key
 
 
 MODELS = {"unet": UNet, "mlp": MLP}
