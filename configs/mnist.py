@@ -7,11 +7,9 @@ On one accelerator (the defaults below):
 
     python main.py --config=configs/mnist.py --workdir=runs/mnist
 
-On two CPU cores, within 15 minutes:
+A command for two CPU cores and the numbers of both are still to be measured.
 
-    python main.py --config=configs/mnist.py --workdir=runs/mnist_cpu CPU_OVERRIDES
-
-Both need the network once, or --config.dataset.archives=DIR with the four original files.
+It needs the network once, or --config.dataset.archives=DIR with the four original files.
 """
 
 from ml_collections import ConfigDict

@@ -117,7 +117,7 @@ def create_objective(config: ConfigDict, schedule: Schedule) -> Objective:
     name = config.loss.prediction
     parametrisation = choose("config.loss.prediction", name, process.PREDICTIONS, "prediction")
     require(
-        name not in process.NEEDS_SIGNAL or schedule.alpha_bar[-1] > 0,
+        name not in process.NEEDS_SIGNAL or bool(schedule.alpha_bar[-1] > 0),
         "config.loss.prediction",
         name,
         "x_0, v or mu: the schedule ends at zero SNR, where x_t says nothing of x_0",

@@ -69,9 +69,12 @@ def batch_losses(
 
     ``indices`` are the examples' places in the global batch of ``batch_size``.
     """
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
+    common_key, example_key = jax.random.split(key)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(example_key, indices)
     timestep_keys, noise_keys, dropout_keys = jax.vmap(lambda k: jax.random.split(k, 3))(keys).T
-    position = objective.sample_timesteps(key, timestep_keys, indices, batch_size, len(schedule))
+    position = objective.sample_timesteps(
+        common_key, timestep_keys, indices, batch_size, len(schedule)
+    )
     rows = schedule[position]
     noised = jax.vmap(lambda *example: noise_example(objective.parametrisation, *example))(
         noise_keys, rows, x_0
@@ -81,6 +84,10 @@ def batch_losses(
         rows, noised.target, output
     )
     return losses, position
+
+
+# A timestep sampler: (key common to the batch, a key per example, their places in the batch, its
+# size, T) -> rows 0..T-1.
 
 
 def uniform_timesteps(

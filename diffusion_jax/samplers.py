@@ -129,7 +129,7 @@ def ddim(eta: float | Float[Array, ""] = 0.0) -> Sampler:
     Raises:
         ValueError: eta outside [0, 1] (a traced eta is not checked).
     """
-    if not isinstance(eta, jax.Array) and not 0 <= eta <= 1:
+    if not isinstance(eta, jax.core.Tracer) and not 0 <= eta <= 1:
         raise ValueError(f"eta = {eta}: must be in [0, 1]")
     return Ddim(eta)
 

@@ -1,5 +1,6 @@
 """Runs of main.py in processes of their own, forked from one that has the imports behind it."""
 
+import atexit
 import multiprocessing
 import os
 import pathlib
@@ -28,6 +29,7 @@ TOY2D = {
     "model.num_layers": 1,
     "schedule.num_timesteps": 10,
     "optimizer.warmup_steps": 5,
+    "optimizer.decay": "constant",
     "train.num_steps": 40,
     "train.batch_size": 16,
     "train.log_every_steps": 10,
@@ -72,6 +74,7 @@ class Run:
         self._files = log.with_suffix(".out"), log.with_suffix(".err")
         self._process = FORKS.Process(target=_main, args=(words, self._files, environment))
         self._process.start()
+        atexit.register(self._process.kill)  # a test that fails leaves no run behind
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal."""

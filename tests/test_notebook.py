@@ -53,7 +53,9 @@ def executed(repository, tmp_path_factory):
 
 
 def _output(cell):
-    return "".join(o.get("text", "") + o.get("data", {}).get("text/plain", "") for o in cell.outputs)
+    return "".join(
+        o.get("text", "") + o.get("data", {}).get("text/plain", "") for o in cell.outputs
+    )
 
 
 def test_trains_then_finds_itself_done(executed):
@@ -67,7 +69,8 @@ def test_trains_then_finds_itself_done(executed):
 
 def test_shows_the_card_the_grid_and_the_animation(executed):
     notebook, _ = executed
-    kinds = [kind for c in notebook.cells for o in c.get("outputs", ()) for kind in o.get("data", ())]
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    kinds = [kind for output in outputs for kind in output.get("data", ())]
     assert kinds.count("image/png") == 2
     assert kinds.count("image/gif") == 1
 

@@ -57,7 +57,7 @@ def run(schedule, sampler, shape, num_frames=0, key=KEY, x_T=None, indices=None)
     return trajectory(key, DATA, schedule, sampler, shape, num_frames, x_T, indices)
 
 
-MANY = (32, 1024)  # independent samples: all dimensions are alike
+MANY = (16, 1024)  # independent samples: all dimensions are alike
 
 
 CHAINS = [
