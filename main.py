@@ -73,11 +73,14 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
         devices.log(used)
         if is_training:
             folder.record(config)
-            card = folder.path / "schedule.png"
-            facts = experiment.schedule_title, experiment.num_clipped
-            levels = experiment.dataset.levels
-            title, num_clipped = facts
-            print(plots.schedule_card(experiment.schedule, levels, num_clipped, title, card))
+            facts = plots.schedule_card(
+                experiment.schedule,
+                experiment.dataset.levels,
+                experiment.num_clipped,
+                experiment.schedule_title,
+                folder.path / "schedule.png",
+            )
+            print(facts)
 
     plan, sampling = experiment.training, experiment.sampling
     generator = Generator(

@@ -33,7 +33,8 @@ def start(num_devices: int | None, batch_size: int, distributed: bool) -> None:
     at_least_1 = num_devices is None or num_devices >= 1
     require(at_least_1, "config.num_devices", num_devices, "at least 1")
     require(batch_size >= 1, "config.train.batch_size", batch_size, "at least 1")
-    processes = int(os.environ.get(NUM_PROCESSES, 1)) if distributed else 1
+    processes = _number_of(NUM_PROCESSES) if distributed and NUM_PROCESSES in os.environ else 1
+    require(processes >= 1, NUM_PROCESSES, processes, "at least 1")
     on_cpu = num_devices or _devices_for(batch_size // processes, _count_cores())
     flags = os.environ.get("XLA_FLAGS", "")
     if "multi_thread_eigen" not in flags:
@@ -79,9 +80,15 @@ def _join() -> None:
     missing = [name for name in (NUM_PROCESSES, PROCESS_ID) if name not in os.environ]
     if missing:
         raise ConfigError(f"{COORDINATOR} is set, {' and '.join(missing)} must be set too")
-    jax.distributed.initialize(
-        os.environ[COORDINATOR], int(os.environ[NUM_PROCESSES]), int(os.environ[PROCESS_ID])
-    )
+    processes, process = _number_of(NUM_PROCESSES), _number_of(PROCESS_ID)
+    require(0 <= process < processes, PROCESS_ID, process, f"in 0..{processes - 1}")
+    jax.distributed.initialize(os.environ[COORDINATOR], processes, process)
+
+
+def _number_of(variable: str) -> int:
+    value = os.environ[variable]
+    require(value.isdecimal(), variable, value, "a whole number")
+    return int(value)
 
 
 def used(num_devices: int | None) -> list[jax.Device]:

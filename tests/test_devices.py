@@ -11,6 +11,7 @@ from runs import DIGITS, REPOSITORY, TOY2D, Run, arguments, checkpoint, run
 
 from diffusion_jax import config as configuration
 from diffusion_jax import data, devices
+from diffusion_jax.config import ConfigError
 from diffusion_jax.experiment import create_experiment
 from diffusion_jax.train import TrainState, compile_steps, init_state, train_step
 
@@ -144,6 +145,18 @@ def test_cores_become_devices_where_the_batch_feeds_them():
     assert counts[48, 7] == 6
     assert counts[16, 4] == 2
     assert counts[8, 4] == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "process", "named"),
+    [("two", "0", "JAX_NUM_PROCESSES"), ("2", "-1", "JAX_PROCESS_ID"), ("2", "2", "JAX_PROCESS_ID")],
+)
+def test_a_wrong_place_among_the_processes_is_named(monkeypatch, number, process, named):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", number)
+    monkeypatch.setenv("JAX_PROCESS_ID", process)
+    with pytest.raises(ConfigError, match=named):
+        devices._join()
 
 
 def start_two(workdir, fields, folder):

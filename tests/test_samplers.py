@@ -23,6 +23,7 @@ from gaussian import (
 from diffusion_jax import process, samplers, schedules
 from diffusion_jax.process import PREDICTIONS, VARIANCES
 from diffusion_jax.samplers import SAMPLERS, ancestral, ddim, sample, trajectory
+from diffusion_jax.spacings import SPACINGS
 
 MEAN, VARIANCE = 0.4, 0.05  # of the data
 DATA = gaussian(MEAN, VARIANCE)
@@ -274,7 +275,7 @@ def test_respaced_chains_tell_the_network_the_timesteps_they_stand_on(sampler):
 
     draw = jax.jit(lambda schedule: sample(KEY, predict, schedule, sampler, (4, 3)))
     full = schedules.linear(100)
-    for spacing in schedules.SPACINGS:
+    for spacing in SPACINGS:
         told.clear()
         short = schedules.respace(full, 7, spacing)
         assert bool(jnp.isfinite(draw(short)).all())

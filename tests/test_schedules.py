@@ -11,7 +11,8 @@ import pytest
 from mpmath import mp, mpf
 
 from diffusion_jax import schedules
-from diffusion_jax.schedules import SCHEDULES, SPACINGS, Schedule, respace
+from diffusion_jax.schedules import SCHEDULES, Schedule, respace
+from diffusion_jax.spacings import SPACINGS
 
 COLUMNS = [
     "beta",
