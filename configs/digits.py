@@ -18,8 +18,8 @@ def get_config() -> ConfigDict:
     config.optimizer.decay = "cosine"
     config.optimizer.warmup_steps = 200
     config.ema.decay = 0.995
-    config.train.num_steps = 2_000
+    config.train.num_steps = 1_600
     config.train.batch_size = 128
-    config.train.sample_every_steps = 1_000
-    config.checkpoint.every_steps = 500
+    config.train.sample_every_steps = 800
+    config.checkpoint.every_steps = 400
     return config
