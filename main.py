@@ -1,7 +1,8 @@
-"""Train and sample denoising diffusion models.
+"""Train, sample and score denoising diffusion models.
 
     python main.py --config=configs/digits.py --workdir=DIR                 train, then sample
     python main.py --config=configs/digits.py --workdir=DIR --mode=sample   sample again
+    python main.py --config=configs/digits.py --workdir=DIR --mode=evaluate bits/dim of the test set
 
 The same command in the same folder goes on where it stopped. Any field of a config is a flag:
 --config.schedule.s=0.02. configs/default.py says what fields there are.
@@ -10,6 +11,7 @@ Exit status: 0 done; 1 a failure while running; 2 a mistake in the command line 
 and nothing was written; 143 stopped by SIGTERM after saving (130 by Ctrl-C).
 """
 
+import functools
 import logging
 import os
 import pathlib
@@ -23,7 +25,7 @@ from diffusion_jax import config as configuration
 from diffusion_jax.config import ConfigError
 
 LOG = logging.getLogger("diffusion_jax")
-MODES = ("train", "sample")
+MODES = ("train", "sample", "evaluate")
 
 
 def main(argv: list[str]) -> int:
@@ -49,7 +51,7 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
     # imported here so that --help and a mistyped flag answer at once
     import jax
 
-    from diffusion_jax import data, devices, plots, workdir
+    from diffusion_jax import data, devices, evaluate, plots, workdir
     from diffusion_jax.checkpoint import Checkpoints, NoIntactCheckpointError
     from diffusion_jax.experiment import create_experiment
     from diffusion_jax.generate import Generator, write_samples
@@ -66,27 +68,30 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
     if not is_training and not is_there:
         raise ConfigError(f"--workdir={path}: holds no run; train one first")
     dataset = data.load(config.dataset)
+    if mode == "evaluate":
+        evaluation = evaluate.fit(experiment.evaluation, dataset.test)
     start_compilation_cache(config.compilation_cache)
     is_first = jax.process_index() == 0
+    write_card = functools.partial(
+        plots.schedule_card,
+        levels=experiment.dataset.levels,
+        num_clipped=experiment.num_clipped,
+        title=experiment.schedule_title,
+        path=folder.path / "schedule.png",
+    )
     if is_first:
         folder.lock()
         devices.log(used)
         if is_training:
             folder.record(config)
-            facts = plots.schedule_card(
-                experiment.schedule,
-                experiment.dataset.levels,
-                experiment.num_clipped,
-                experiment.schedule_title,
-                folder.path / "schedule.png",
-            )
-            print(facts)
+            print(write_card(experiment.schedule))
 
-    plan, sampling = experiment.training, experiment.sampling
+    sampling = experiment.sampling
     generator = Generator(
         experiment.model,
-        experiment.objective.parametrisation,
+        experiment.objective,
         experiment.dataset,
+        experiment.schedule_of,
         sampling,
         experiment.seed,
         used,
@@ -94,10 +99,11 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
     try:
         if is_training:
             state, stopped_by = train(
-                plan,
+                experiment.training,
                 experiment.seed,
                 experiment.model,
-                experiment.objective,
+                experiment.batch_losses,
+                experiment.objective.timesteps,
                 experiment.schedule,
                 dataset,
                 folder,
@@ -107,19 +113,42 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
             if stopped_by is not None:
                 LOG.info("stopped by signal %d after saving step %d", stopped_by, state.step)
                 return 128 + stopped_by
+            ema, step = devices.local_copy(state.ema), int(state.step)
         else:
-            checkpoints = Checkpoints(folder.checkpoints, plan.keep_last, plan.keep_best)
+            keep = experiment.training.keep_last, experiment.training.keep_best
+            checkpoints = Checkpoints(folder.checkpoints, *keep)
             params = jax.eval_shape(experiment.model.init, jax.random.key(0))
             restored = checkpoints.restore({"ema": params})
             if restored is None:
                 raise ConfigError(f"--workdir={path}: has no checkpoint yet")
-            LOG.info("sampling from step %d", restored.step)
-        if is_first:
-            ema = devices.local_copy(state.ema) if is_training else restored.state["ema"]
+            ema, step = restored.state["ema"], restored.step
+            LOG.info(
+                "%s step %d", {"sample": "sampling from", "evaluate": "evaluating"}[mode], step
+            )
+        if not is_first:
+            return 0
+        schedule = experiment.schedule_of(ema)
+        if is_training and schedule is not experiment.schedule:  # it was learned
+            print(write_card(schedule))
+        if mode == "evaluate":
+            report = evaluate.evaluate(
+                experiment.model,
+                experiment.objective,
+                schedule,
+                evaluation,
+                experiment.seed,
+                ema,
+                step,
+                dataset.test,
+                used,
+                folder.path,
+            )
+            print(evaluate.describe(report))
+        else:
             write_samples(
                 generator,
                 ema,
-                experiment.schedule,
+                schedule,
                 dataset,
                 sampling.num_frames,
                 folder.samples,

@@ -1,7 +1,7 @@
 """Every field there is, with the value that holds where no other config says otherwise.
 
-A field that is ``placeholder(type)`` is unset: the comment says what stands in for it, and
-the run's config.json records what it became. Any field can be set on the command line:
+A field that is ``placeholder(type)`` is unset (null in a run's config.json): the comment says
+what stands in for it. Any field can be set on the command line:
 
     python main.py --config=configs/mnist.py --workdir=DIR --config.schedule.s=0.02
 """
@@ -9,7 +9,7 @@ the run's config.json records what it became. Any field can be set on the comman
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from diffusion_jax import schedules
+from diffusion_jax import schedules, weightings
 
 
 def get_config() -> ConfigDict:
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.dataset.flip = False  # mirror half of the training images left to right
 
     config.schedule = ConfigDict()
-    config.schedule.name = "cosine"  # schedules.SCHEDULES
+    config.schedule.name = "cosine"  # schedules.SCHEDULES, or learned (VDM's)
     config.schedule.num_timesteps = 1000  # T
     # The float arguments of the schedule functions, unset: the function's own default.
     # cosine: s, max_beta, min_beta; sigmoid: start, end, tau, max_beta, min_beta;
@@ -36,6 +36,8 @@ def get_config() -> ConfigDict:
     # from_betas: betas (path of a .npy file that holds the array).
     for field, kind in schedules.config_fields().items():
         config.schedule[field] = placeholder(kind)
+    config.schedule.log_snr_start = placeholder(float)  # where learned's first end begins: 13.3
+    config.schedule.log_snr_end = placeholder(float)  # and its last: -5
     config.schedule.zero_terminal_snr = False  # rescale so that alpha_bar_T = 0 (Lin et al.)
     config.schedule.base_resolution = placeholder(int)  # shift log SNR by 2 log(base/height)
 
@@ -52,9 +54,16 @@ def get_config() -> ConfigDict:
 
     config.loss = ConfigDict()
     config.loss.prediction = "eps"  # eps, x_0, v, mu, score: what the network puts out
-    config.loss.weighting = "simple"  # losses.WEIGHTINGS
-    config.loss.variance = "posterior"  # of p(x_{t-1}|x_t): beta, posterior
-    config.loss.timesteps = "low_discrepancy"  # losses.TIMESTEP_SAMPLERS
+    # vlb: the variational bound; simple, snr, truncated_snr, min_snr, p2, sigmoid, edm: an error
+    # weighted by timestep, to which a learned variance adds vlb_scale times the bound (L_hybrid).
+    config.loss.weighting = "simple"  # weightings.WEIGHTINGS
+    # The weightings' arguments, unset: the function's own default.
+    # min_snr: gamma; p2: gamma, k; sigmoid: bias; edm: sigma_data.
+    for field in weightings.config_fields():
+        config.loss[field] = placeholder(float)
+    config.loss.variance = "posterior"  # of p(x_{t-1}|x_t): beta, posterior, learned_range, learned
+    config.loss.vlb_scale = placeholder(float)  # unset: 0.001 where the variance is learned
+    config.loss.timesteps = "low_discrepancy"  # uniform, low_discrepancy, importance
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adamw, adam
@@ -92,5 +101,16 @@ def get_config() -> ConfigDict:
     config.sampling.num_images = 64  # image i depends on the seed and i alone
     config.sampling.batch_size = 64  # of all devices together
     config.sampling.num_frames = 40  # of the animations; 0: none
+
+    config.evaluate = ConfigDict()
+    config.evaluate.num_examples = placeholder(int)  # of the test split; unset: all
+    config.evaluate.num_timesteps = placeholder(int)  # unset: all; fewer: one of each stratum
+    config.evaluate.batch_size = 64  # images of all devices together
+    config.evaluate.timesteps_per_call = 8  # of each image at once
+    config.evaluate.clip_x_0 = True  # the predicted x_0 to [-1, 1] in the bound (images only)
+    config.evaluate.flow_examples = 0  # images whose probability flow is integrated; 0: none
+    config.evaluate.flow_steps = 100  # of the solver, evenly spaced in log SNR
+    config.evaluate.flow_solver = "rk4"  # rk4, heun
+    config.evaluate.flow_divergence = "hutchinson"  # hutchinson, exact (a jvp per dimension)
 
     return config

@@ -3,22 +3,41 @@
 This is where values of the config become arguments; nothing deeper reads a config.
 """
 
+import functools
 import inspect
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import optax
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from diffusion_jax import data, losses, models, process, samplers, schedules
+from diffusion_jax import (
+    data,
+    learned_schedule,
+    losses,
+    models,
+    process,
+    samplers,
+    schedules,
+    timesteps,
+    weightings,
+)
 from diffusion_jax.config import ConfigError, choose, require
+from diffusion_jax.evaluate import EvaluationPlan, FlowPlan
 from diffusion_jax.generate import GRID_IMAGES, SamplingPlan
-from diffusion_jax.losses import Objective
+from diffusion_jax.learned_schedule import LearnedSchedule
+from diffusion_jax.likelihood import DIVERGENCES, SOLVERS
+from diffusion_jax.losses import BatchLosses, Objective
 from diffusion_jax.models import Model
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.train import TrainingPlan
+from diffusion_jax.variances import VARIANCES
 
 GRID_STEPS = 50  # of the DDIM grids during training: an ancestral chain would cost minutes
+LOG_SNR_ENDS = 13.3, -5.0  # where a learned schedule begins (VDM's code)
+VLB_SCALE = 1e-3  # of L_vlb in L_hybrid (iDDPM section 3.1)
 MAX_STEPS_PER_CALL = 10  # on accelerators; more brings nothing and delays the logs
 
 
@@ -27,13 +46,16 @@ class Experiment(NamedTuple):
 
     seed: int
     dataset: data.DatasetInfo
-    schedule: Schedule
+    schedule: Schedule  # of a learned one, what it is before training
     schedule_title: str
     num_clipped: int
+    schedule_of: Callable[[PyTree], Schedule]  # the parameters: only a learned one asks for them
     model: Model
     objective: Objective
+    batch_losses: Callable[..., BatchLosses]
     training: TrainingPlan
     sampling: SamplingPlan
+    evaluation: EvaluationPlan
 
 
 def create_experiment(config: ConfigDict) -> Experiment:
@@ -45,9 +67,33 @@ def create_experiment(config: ConfigDict) -> Experiment:
     require(config.seed >= 0, "config.seed", config.seed, "at least 0")
     dataset = data.describe(config.dataset)
     height = dataset.shape[0] if dataset.levels else None
-    schedule, title, num_clipped = create_schedule(config, height)
-    model = models.create_model(config.model, dataset.shape, dataset.num_classes)
-    objective = create_objective(config, schedule)
+    recipe = create_learned_schedule(config)
+    if recipe is None:
+        schedule, title, num_clipped = create_schedule(config, height)
+    else:
+        schedule = learned_schedule.initial(recipe, config.seed)
+        title, num_clipped = (
+            f"learned({', '.join(f'{k}={v}' for k, v in recipe._asdict().items())})",
+            0,
+        )
+    objective = create_objective(config, schedule, dataset.levels)
+    model = models.create_model(
+        config.model, dataset.shape, dataset.num_classes, objective.variance.is_learned
+    )
+    if recipe is None:
+        batch_losses = functools.partial(losses.batch_losses, objective, model.apply)
+
+        def schedule_of(params: PyTree) -> Schedule:
+            return schedule
+    else:
+        model = learned_schedule.joint(model, recipe)
+        batch_losses = functools.partial(
+            learned_schedule.batch_losses, objective, recipe, model.apply
+        )
+
+        def schedule_of(params: PyTree) -> Schedule:
+            return learned_schedule.discretise(recipe, params["schedule"])
+
     training = create_training_plan(config)
     sampling = create_sampling_plan(config, schedule, clip_x_0=dataset.levels is not None)
     return Experiment(
@@ -56,26 +102,70 @@ def create_experiment(config: ConfigDict) -> Experiment:
         schedule,
         title,
         num_clipped,
+        schedule_of,
         model,
         objective,
+        batch_losses,
         training,
         sampling,
+        create_evaluation_plan(config, schedule),
     )
+
+
+def create_learned_schedule(config: ConfigDict) -> LearnedSchedule | None:
+    """The recipe of schedule "learned"; every other name is a function in schedules.py.
+
+    It is trained by the bound in continuous time, which settles other fields.
+    """
+    fields = config.schedule
+    ends = {"log_snr_start": fields.log_snr_start, "log_snr_end": fields.log_snr_end}
+    if fields.name != "learned":
+        for name, value in ends.items():
+            require(value is None, f"config.schedule.{name}", value, "unset: only learned has it")
+        return None
+    start, end = (
+        default if value is None else value for default, value in zip(LOG_SNR_ENDS, ends.values())
+    )
+    require(
+        -20 <= end < start <= 20,
+        "config.schedule.log_snr_start",
+        start,
+        f"in ({end}, 20], the end's being in [-20, {start})",
+    )
+    require(
+        fields.num_timesteps >= 2,
+        "config.schedule.num_timesteps",
+        fields.num_timesteps,
+        "at least 2",
+    )
+    for name in (*schedules.config_fields(), "base_resolution"):
+        require(
+            fields[name] is None,
+            f"config.schedule.{name}",
+            fields[name],
+            "unset: learned has no such argument",
+        )
+    for field, value, wanted in (
+        ("schedule.zero_terminal_snr", fields.zero_terminal_snr, (False,)),
+        ("loss.weighting", config.loss.weighting, ("vlb",)),
+        ("loss.variance", config.loss.variance, ("beta", "posterior")),
+        ("loss.timesteps", config.loss.timesteps, ("low_discrepancy",)),
+        ("loss.prediction", config.loss.prediction, ("eps", "x_0", "v", "score")),
+    ):
+        allowed = (
+            f"{' or '.join(map(str, wanted))}: a learned schedule is trained in continuous time"
+        )
+        require(value in wanted, f"config.{field}", value, allowed)
+    return LearnedSchedule(fields.num_timesteps, start, end)
 
 
 def create_schedule(config: ConfigDict, height: int | None) -> tuple[Schedule, str, int]:
     """The schedule of a config, its name with all arguments, and how many betas were clipped."""
     fields = config.schedule
-    function = choose("config.schedule.name", fields.name, schedules.SCHEDULES, "schedule")
+    names = schedules.SCHEDULES | {"learned": None}  # which create_learned_schedule has seen to
+    function = choose("config.schedule.name", fields.name, names, "schedule")
     parameters = inspect.signature(function).parameters
-    given = {name: fields[name] for name in schedules.config_fields() if fields[name] is not None}
-    for name in given:
-        require(
-            name in parameters,
-            f"config.schedule.{name}",
-            given[name],
-            f"unset, {fields.name} has no such argument ({', '.join(parameters)})",
-        )
+    given = _arguments("schedule", fields, schedules.config_fields(), function, fields.name)
     title = {"num_timesteps": fields.num_timesteps} if "num_timesteps" in parameters else {}
     title |= {n: p.default for n, p in parameters.items() if p.default is not p.empty} | given
     if "betas" in parameters:
@@ -112,27 +202,70 @@ def _read_betas(path: str | None) -> np.ndarray:
         raise ConfigError(f"config.schedule.betas = {path!r}: {error}") from error
 
 
-def create_objective(config: ConfigDict, schedule: Schedule) -> Objective:
+def create_objective(config: ConfigDict, schedule: Schedule, levels: int | None) -> Objective:
     """The objective of a config; the schedule decides what can be predicted at all."""
-    name = config.loss.prediction
-    parametrisation = choose("config.loss.prediction", name, process.PREDICTIONS, "prediction")
+    fields = config.loss
+    parametrisation = choose(
+        "config.loss.prediction", fields.prediction, process.PREDICTIONS, "prediction"
+    )
     require(
-        name not in process.NEEDS_SIGNAL or bool(schedule.alpha_bar[-1] > 0),
+        fields.prediction not in process.NEEDS_SIGNAL or bool(schedule.alpha_bar[-1] > 0),
         "config.loss.prediction",
-        name,
+        fields.prediction,
         "x_0, v or mu: the schedule ends at zero SNR, where x_t says nothing of x_0",
     )
-    choose("config.loss.variance", config.loss.variance, process.VARIANCES, "variance")
+    variance = choose("config.loss.variance", fields.variance, VARIANCES, "variance")
+    weighting = create_weighting(config)
+    is_vlb = fields.weighting == "vlb"
+    if fields.vlb_scale is not None:
+        require(
+            variance.is_learned and not is_vlb,
+            "config.loss.vlb_scale",
+            fields.vlb_scale,
+            "unset: only a weighted error beside a learned variance has L_vlb added to it",
+        )
+        require(fields.vlb_scale > 0, "config.loss.vlb_scale", fields.vlb_scale, "above 0")
     return Objective(
         parametrisation,
-        choose("config.loss.weighting", config.loss.weighting, losses.WEIGHTINGS, "weighting"),
+        weighting,
+        is_vlb,
+        variance,
+        VLB_SCALE if fields.vlb_scale is None else fields.vlb_scale,
         choose(
             "config.loss.timesteps",
-            config.loss.timesteps,
-            losses.TIMESTEP_SAMPLERS,
+            fields.timesteps,
+            timesteps.TIMESTEP_SAMPLERS,
             "timestep sampler",
         ),
+        levels,
     )
+
+
+def create_weighting(config: ConfigDict) -> weightings.Weighting:
+    """The weighting of a config with its own arguments."""
+    fields = config.loss
+    function = choose("config.loss.weighting", fields.weighting, weightings.WEIGHTINGS, "weighting")
+    given = _arguments("loss", fields, weightings.config_fields(), function, fields.weighting)
+    try:
+        return function(**given)
+    except ValueError as error:
+        raise ConfigError(f"config.loss.{error}") from error
+
+
+def _arguments(
+    section: str,
+    fields: ConfigDict,
+    names: Iterable[str],
+    function: Callable[..., Any],
+    name: str,
+) -> dict[str, Any]:
+    """The fields among ``names`` that are set, all of them arguments of the function."""
+    parameters = inspect.signature(function).parameters
+    given = {field: fields[field] for field in names if fields[field] is not None}
+    for field, value in given.items():
+        allowed = f"unset, {name} has no such argument ({', '.join(parameters) or 'it has none'})"
+        require(field in parameters, f"config.{section}.{field}", value, allowed)
+    return given
 
 
 def create_optimizer(config: ConfigDict) -> optax.GradientTransformation:
@@ -231,7 +364,13 @@ def create_sampling_plan(config: ConfigDict, schedule: Schedule, clip_x_0: bool)
     require(0 <= fields.eta <= 1, "config.sampling.eta", fields.eta, "in [0, 1]")
     choose("config.sampling.sampler", fields.sampler, samplers.SAMPLERS, "sampler")
     if fields.variance is not None:
-        choose("config.sampling.variance", fields.variance, process.VARIANCES, "variance")
+        variance = choose("config.sampling.variance", fields.variance, VARIANCES, "variance")
+        require(
+            not variance.is_learned or fields.variance == config.loss.variance,
+            "config.sampling.variance",
+            fields.variance,
+            f"beta, posterior or that of the model, which is {config.loss.variance}",
+        )
     try:
         sampler = create_sampler(config)
         num_steps = len(schedule) if fields.num_steps is None else fields.num_steps
@@ -245,14 +384,59 @@ def create_sampling_plan(config: ConfigDict, schedule: Schedule, clip_x_0: bool)
         f"0 or in 2..{len(rows) + 1} (one more than the steps)",
     )
     return SamplingPlan(
-        schedule=rows,
         sampler=sampler,
-        grid_schedule=schedules.respace(schedule, min(GRID_STEPS, len(schedule))),
+        num_steps=len(rows),
+        spacing=fields.spacing,
+        grid_steps=min(GRID_STEPS, len(schedule)),
         grid_images=min(GRID_IMAGES, fields.num_images),
         num_images=fields.num_images,
         batch_size=min(fields.batch_size, fields.num_images),
         clip_x_0=fields.clip_x_0 and clip_x_0,
         num_frames=fields.num_frames,
+    )
+
+
+def create_evaluation_plan(config: ConfigDict, schedule: Schedule) -> EvaluationPlan:
+    """Which images and timesteps an evaluation takes; the split's size is not known yet."""
+    fields = config.evaluate
+    for name in ("num_examples", "batch_size", "timesteps_per_call", "flow_examples"):
+        least = 0 if name == "flow_examples" else 1
+        value = fields[name]
+        require(
+            value is None or value >= least, f"config.evaluate.{name}", value, f"at least {least}"
+        )
+    num_timesteps = len(schedule) if fields.num_timesteps is None else fields.num_timesteps
+    least = min(2, len(schedule))  # L_0 apart
+    allowed = f"in {least}..{len(schedule)}, the timesteps of the schedule"
+    require(
+        least <= num_timesteps <= len(schedule),
+        "config.evaluate.num_timesteps",
+        num_timesteps,
+        allowed,
+    )
+    flow = None
+    if fields.flow_examples:
+        for name, options in (("solver", SOLVERS), ("divergence", DIVERGENCES)):
+            choose(f"config.evaluate.flow_{name}", fields[f"flow_{name}"], options, name)
+        require(
+            fields.flow_steps >= 1, "config.evaluate.flow_steps", fields.flow_steps, "at least 1"
+        )
+        require(
+            bool(schedule.alpha_bar[-1] > 0),
+            "config.evaluate.flow_examples",
+            fields.flow_examples,
+            "0: the schedule ends at zero SNR, where the probability flow has no end",
+        )
+        flow = FlowPlan(
+            fields.flow_examples, fields.flow_steps, fields.flow_solver, fields.flow_divergence
+        )
+    return EvaluationPlan(
+        num_examples=fields.num_examples,
+        num_timesteps=num_timesteps,
+        batch_size=fields.batch_size,
+        timesteps_per_call=min(fields.timesteps_per_call, num_timesteps),
+        clip_x_0=fields.clip_x_0,
+        flow=flow,
     )
 
 

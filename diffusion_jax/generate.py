@@ -2,6 +2,7 @@
 
 import logging
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
-from diffusion_jax import data, devices, plots, process, samplers
+from diffusion_jax import data, devices, losses, plots, process, samplers, schedules
+from diffusion_jax.losses import Objective
 from diffusion_jax.models import Model
-from diffusion_jax.process import Parametrisation, Prediction
+from diffusion_jax.process import Predict, Prediction
 from diffusion_jax.samplers import Sampler
 from diffusion_jax.schedules import Schedule
 
@@ -25,11 +27,12 @@ POINTS_LIMIT = 1.6  # its axes
 
 
 class SamplingPlan(NamedTuple):
-    """Which chain, how many images; the grid's chain is the short one of grids in training."""
+    """Which chain, how many images; grids in training have a short chain of ``grid_steps``."""
 
-    schedule: Schedule
     sampler: Sampler
-    grid_schedule: Schedule
+    num_steps: int
+    spacing: str
+    grid_steps: int
     grid_images: int
     num_images: int
     batch_size: int
@@ -47,17 +50,17 @@ class Grid(NamedTuple):
 
 def create_predict(
     model: Model,
-    parametrisation: Parametrisation,
+    objective: Objective,
     clip_x_0: bool,
     params: PyTree,
     label: Int[Array, " batch"] | None,
-) -> samplers.Predict:
-    """What samplers see of a network: x_t and a row to x_0 and eps."""
+) -> Predict:
+    """What samplers see of a network: x_t and a row to x_0, eps and the variance."""
 
     def predict(x_t: Float[Array, "batch ..."], row: Schedule) -> Prediction:
         timestep = jnp.full(len(x_t), row.timestep)
         output = model.apply(params, x_t, timestep, label, None)
-        prediction = parametrisation.decode(row, x_t, output)
+        prediction = losses.decode_output(objective, row, x_t, output)
         return process.clip_x_0(row, x_t, prediction) if clip_x_0 else prediction
 
     return predict
@@ -72,15 +75,17 @@ class Generator:
     def __init__(
         self,
         model: Model,
-        parametrisation: Parametrisation,
+        objective: Objective,
         dataset: data.DatasetInfo,
+        schedule_of: Callable[[PyTree], Schedule],
         plan: SamplingPlan,
         seed: int,
         used: list[jax.Device],
     ) -> None:
         self._model = model
-        self._parametrisation = parametrisation
+        self._objective = objective
         self._dataset = dataset
+        self._schedule_of = schedule_of
         self._plan = plan
         self._devices = [d for d in used if d.process_index == jax.process_index()]
         # not a key of training: no image is made from the noise of a training step
@@ -104,9 +109,7 @@ class Generator:
     ) -> tuple[Float[Array, "batch ..."], Float[Array, "frames batch ..."]]:
         classes = self._dataset.num_classes
         label = None if classes is None else indices % classes
-        predict = create_predict(
-            self._model, self._parametrisation, self._plan.clip_x_0, params, label
-        )
+        predict = create_predict(self._model, self._objective, self._plan.clip_x_0, params, label)
         shape = (len(indices), *self._dataset.shape)
         return samplers.trajectory(
             key, predict, schedule, sampler, shape, num_frames, indices=indices
@@ -132,15 +135,17 @@ class Generator:
         """Start a small DDIM grid and do not wait for it."""
         plan = self._plan
         sampler = samplers.ddim(eta=0.0)
-        x_0, _ = self._run(params, plan.grid_schedule, sampler, 0, plan.grid_images, 0)
+        rows = schedules.respace(self._schedule_of(params), plan.grid_steps)
+        x_0, _ = self._run(params, rows, sampler, 0, plan.grid_images, 0)
         return Grid(x_0, plan.grid_images, self._dataset.levels)
 
     def images(self, params: PyTree) -> tuple[np.ndarray, np.ndarray]:
         """All images of the plan, x_0 [image, ...], and frames [frame, image, ...] of the first."""
         plan, parts, frames = self._plan, [], None
+        rows = schedules.respace(self._schedule_of(params), plan.num_steps, plan.spacing)
         for first in range(0, plan.num_images, plan.batch_size):
             x_0, of_batch = self._run(
-                params, plan.schedule, plan.sampler, first, plan.batch_size, plan.num_frames
+                params, rows, plan.sampler, first, plan.batch_size, plan.num_frames
             )
             parts.append(np.concatenate(x_0)[: plan.batch_size])
             if frames is None:  # of the first batch

@@ -6,28 +6,37 @@ index in the *global* batch alone, never on how the batch is spread over devices
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from diffusion_jax import process
+from diffusion_jax import likelihood, process, schedules
 from diffusion_jax.process import Example, Parametrisation, Prediction
 from diffusion_jax.schedules import Schedule
+from diffusion_jax.timesteps import TimestepSampler
+from diffusion_jax.variances import Variance
+from diffusion_jax.weightings import Weighting
 
 
 class Objective(NamedTuple):
     """The static choices of a training objective: what is predicted, weighted and drawn."""
 
     parametrisation: Parametrisation
-    weighting: Callable[[Schedule], Float[Array, ""]]
-    sample_timesteps: Callable[..., Int[Array, " batch"]]
+    weighting: Weighting
+    is_vlb: bool  # the whole of L_vlb, with L_0 and the variance's part, not its weight alone
+    variance: Variance
+    vlb_scale: float  # of L_vlb beside the weighted error, which trains a learned variance
+    timesteps: TimestepSampler
+    levels: int | None  # of the data; None: continuous
 
 
 class NoisedExample(NamedTuple):
     """An example at its timestep: what the network sees and what it should say."""
 
+    x_0: Example
     x_t: Example
     target: Example
 
@@ -38,20 +47,64 @@ def noise_example(
     """Draw x_t from q(x_t | x_0) and the target that belongs to it (DDPM algorithm 1, line 4)."""
     eps = jax.random.normal(key, x_0.shape)
     x_t = process.q_sample(row, x_0, eps)
-    return NoisedExample(x_t, parametrisation.encode(row, Prediction(x_0, eps), x_t))
+    return NoisedExample(x_0, x_t, parametrisation.encode(row, Prediction(x_0, eps), x_t))
+
+
+def split_output(variance: Variance, output: Example) -> tuple[Example, Example | None]:
+    """What a network says of the mean and, if it learns that, of the variance."""
+    if not variance.is_learned:
+        return output, None
+    of_mean, of_variance = jnp.split(output, 2, axis=-1)
+    return of_mean, of_variance
+
+
+def decode_output(objective: Objective, row: Schedule, x_t: Example, output: Example) -> Prediction:
+    """What a network's output says about x_t, with the log variance of p(x_{t-1} | x_t)."""
+    of_mean, of_variance = split_output(objective.variance, output)
+    prediction = objective.parametrisation.decode(row, x_t, of_mean)
+    log_variance = objective.variance.log_variance(row, of_variance)
+    return prediction._replace(log_variance=log_variance)
 
 
 def example_loss(
-    weighting: Callable[[Schedule], Float[Array, ""]],
+    objective: Objective,
+    num_timesteps: int,
     row: Schedule,
-    target: Example,
+    noised: NoisedExample,
     output: Example,
 ) -> Float[Array, ""]:
-    """Weighted squared error of one example at one timestep, a mean over its dimensions.
+    """The loss of one example at one timestep, a mean over its dimensions.
 
-    w(t) |target - output|^2 / D; with w = 1 and the target eps it is L_simple (DDPM eq. 14).
+    w(t) |target - output|^2 / D; with w = 1 and the target eps it is L_simple (DDPM eq. 14). With
+    a learned variance ``vlb_scale`` L_vlb is added, in which the mean is held fixed: L_hybrid
+    (iDDPM eq. 16). L_vlb is T times a term of the bound, in bits.
     """
-    return weighting(row) * jnp.mean(jnp.square(target - output))
+    prediction = decode_output(objective, row, noised.x_t, output)
+
+    def vlb(predicted_x_0: Example) -> Float[Array, ""]:
+        term = likelihood.variational_term(
+            row, noised.x_0, predicted_x_0, prediction.log_variance, objective.levels
+        )
+        return num_timesteps * likelihood.bits(jnp.mean(term))
+
+    if objective.is_vlb:
+        return vlb(prediction.x_0)
+    gain = objective.parametrisation.gain(row)
+    fixed = lax.stop_gradient(prediction.log_variance)  # a weight is nothing to be learned
+    weight = objective.weighting(row, gain, fixed) / gain**2
+    of_mean, _ = split_output(objective.variance, output)
+    loss = jnp.mean(weight * jnp.square(noised.target - of_mean))
+    if objective.variance.is_learned:
+        loss += objective.vlb_scale * vlb(lax.stop_gradient(prediction.x_0))
+    return loss
+
+
+class BatchLosses(NamedTuple):
+    """The losses of this device's examples, and the rows and weights they were taken at."""
+
+    losses: Float[Array, " batch"]
+    rows: Int[Array, " batch"]
+    weights: Float[Array, " batch"]
 
 
 def batch_losses(
@@ -59,71 +112,30 @@ def batch_losses(
     apply: Callable[..., Float[Array, "batch ..."]],
     params: dict,
     schedule: Schedule,
+    timestep_state: Any,
     key: Key[Array, ""],
     x_0: Float[Array, "batch ..."],
     label: Int[Array, " batch"] | None,
     indices: Int[Array, " batch"],
     batch_size: int,
-) -> tuple[Float[Array, " batch"], Int[Array, " batch"]]:
-    """The losses of this device's examples, and the row of the schedule at which each was taken.
+) -> BatchLosses:
+    """The losses at random timesteps; mean(weights losses) estimates the mean over all of them.
 
     ``indices`` are the examples' places in the global batch of ``batch_size``.
     """
+    num_timesteps = len(schedule)
     common_key, example_key = jax.random.split(key)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(example_key, indices)
     timestep_keys, noise_keys, dropout_keys = jax.vmap(lambda k: jax.random.split(k, 3))(keys).T
-    position = objective.sample_timesteps(
-        common_key, timestep_keys, indices, batch_size, len(schedule)
+    position, weights = objective.timesteps.draw(
+        timestep_state, common_key, timestep_keys, indices, batch_size, num_timesteps
     )
-    rows = schedule[position]
+    rows = schedules.clip_posterior_variance(schedule)[position]
     noised = jax.vmap(lambda *example: noise_example(objective.parametrisation, *example))(
         noise_keys, rows, x_0
     )
     output = apply(params, noised.x_t, rows.timestep, label, dropout_keys)
-    losses = jax.vmap(lambda *example: example_loss(objective.weighting, *example))(
-        rows, noised.target, output
+    losses = jax.vmap(lambda *example: example_loss(objective, num_timesteps, *example))(
+        rows, noised, output
     )
-    return losses, position
-
-
-# A timestep sampler: (key common to the batch, a key per example, their places in the batch, its
-# size, T) -> rows 0..T-1.
-
-
-def uniform_timesteps(
-    key: Key[Array, ""],
-    keys: Key[Array, " batch"],
-    indices: Int[Array, " batch"],
-    batch_size: int,
-    num_timesteps: int,
-) -> Int[Array, " batch"]:
-    """Independent uniform timesteps (DDPM algorithm 1, line 3), as rows 0..T-1."""
-    return jax.vmap(lambda k: jax.random.randint(k, (), 0, num_timesteps))(keys)
-
-
-def low_discrepancy_timesteps(
-    key: Key[Array, ""],
-    keys: Key[Array, " batch"],
-    indices: Int[Array, " batch"],
-    batch_size: int,
-    num_timesteps: int,
-) -> Int[Array, " batch"]:
-    """Evenly spread timesteps with one common random offset, as rows 0..T-1.
-
-    t_i = floor(T ((u + i / batch_size) mod 1)), u ~ U[0, 1): each t_i is uniform, the batch's
-    mean loss has a smaller variance (Kingma et al. 2021, VDM, appendix I.1).
-    """
-    offset = jax.random.uniform(key)
-    position = (offset + indices / batch_size) % 1.0
-    # float32 may round T * 0.99999997 up to T
-    return jnp.minimum((position * num_timesteps).astype(jnp.int32), num_timesteps - 1)
-
-
-WEIGHTINGS: dict[str, Callable[[Schedule], Float[Array, ""]]] = {
-    "simple": lambda row: jnp.ones_like(row.beta),
-}
-
-TIMESTEP_SAMPLERS: dict[str, Callable[..., Int[Array, " batch"]]] = {
-    "uniform": uniform_timesteps,
-    "low_discrepancy": low_discrepancy_timesteps,
-}
+    return BatchLosses(losses, position, weights)

@@ -1,9 +1,9 @@
-"""Pictures: the schedule card, grids of images, animations, point clouds."""
+"""Pictures: the schedule card, the terms of a bound, grids of images, animations, points."""
 
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from diffusion_jax.schedules import Schedule
@@ -163,6 +163,40 @@ def _draw_card(
     root_axis = beta_axis.secondary_yaxis("right", functions=(np.sqrt, np.square))
     root_axis.set_ylabel(r"$\sqrt{\beta_t}$", fontsize=13)
 
+    figure.savefig(path, format="png")
+
+
+def bound_terms(
+    timestep: Int[np.ndarray, " n"],
+    log_snr: Float[np.ndarray, " n"],
+    bits: Float[np.ndarray, " n"],
+    error: Float[np.ndarray, " n"],
+    path: str | Path,
+) -> None:
+    """Draw the terms of the variational bound, in bits/dim, per timestep and against log SNR.
+
+    The band is two standard errors wide on either side.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axis, x, name in (
+        (left, timestep, "timestep t"),
+        (right, log_snr, "log SNR (natural log)"),
+    ):
+        drawn = np.isfinite(x) & (bits > 0)
+        low = np.maximum(bits - 2 * error, bits / 10)  # the axis is logarithmic
+        axis.fill_between(
+            x[drawn], low[drawn], (bits + 2 * error)[drawn], color=_hex(BLUE), alpha=0.25
+        )
+        axis.plot(x[drawn], bits[drawn], color=_hex(BLUE), linewidth=1.5)
+        axis.set_yscale("log")
+        axis.set_xlabel(name, fontsize=11)
+        axis.grid(color=_hex(GREY), linewidth=0.5)
+    left.set_xscale("log")
+    right.invert_xaxis()  # from data to noise, as the timestep goes
+    left.set_ylabel("bits/dim of the term", fontsize=11)
     figure.savefig(path, format="png")
 
 

@@ -4,10 +4,12 @@ Everything here is about ONE example and ONE row of a schedule (scalars); ``jax.
 batches. Rows broadcast over examples of any shape, so a batch with one common row works too.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.scipy.special import log_ndtr
 from jaxtyping import Array, Float
 
 from diffusion_jax.schedules import Schedule
@@ -21,6 +23,10 @@ class Prediction(NamedTuple):
     x_0: Example
     eps: Example
     log_variance: Example | None = None
+
+
+# All that samplers, guidance and the probability flow see of a network: a batch x_t and ONE row.
+Predict = Callable[[Float[Array, "batch ..."], Schedule], Prediction]
 
 
 def q_sample(row: Schedule, x_0: Example, eps: Example) -> Example:
@@ -49,7 +55,9 @@ def posterior(row: Schedule, x_0: Example, x_t: Example) -> tuple[Example, Float
     return posterior_mean(row, x_0, x_t), row.posterior_variance
 
 
-def _posterior_coefficients(row: Schedule) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def _posterior_coefficients(
+    row: Schedule,
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
     of_x_0 = jnp.sqrt(row.alpha_bar_prev) * row.beta / row.one_minus_alpha_bar
     of_x_t = jnp.sqrt(row.alpha) * row.one_minus_alpha_bar_prev / row.one_minus_alpha_bar
     return of_x_0, of_x_t
@@ -71,15 +79,45 @@ def clip_x_0(row: Schedule, x_t: Example, prediction: Prediction) -> Prediction:
     return prediction._replace(x_0=x_0, eps=eps_of_x_0(row, x_t, x_0))
 
 
-# What a network may be trained to put out. Each kind is a pair of functions:
-# encode(row, x_0, eps, x_t), the target, and decode(row, x_t, output) -> Prediction, its inverse.
+def decoder_log_likelihood(
+    x_0: Example, mean: Example, log_variance: Example, levels: int | None
+) -> Example:
+    """Log p(x_0|x_1) per dimension: the mass of N(mean, sigma^2) in the bin of x_0 (DDPM eq. 13).
+
+    ``levels`` equidistant values in [-1, 1] have bins of half-width 1 / (levels - 1), the outer
+    two reaching to infinity. Without levels the data are continuous: the density itself.
+    """
+    deviation = jnp.exp(log_variance / 2)
+    distance = (x_0 - mean) / deviation
+    if levels is None:
+        return -(jnp.square(distance) + log_variance + math.log(2 * math.pi)) / 2
+    half = 1 / (levels - 1) / deviation
+    # Phi(b) - Phi(a) = Phi(-a) - Phi(-b): the tail where Phi is small keeps its digits
+    low, high = -jnp.abs(distance) - half, -jnp.abs(distance) + half
+    log_low, log_high = log_ndtr(low), log_ndtr(high)
+    tiny = jnp.finfo(log_high.dtype).tiny  # no gradient of log(0) where a bin is all but empty
+    inner = log_high + jnp.log(-jnp.expm1(-jnp.maximum(log_high - log_low, tiny)))
+    quarter = 0.5 / (levels - 1)  # of a bin: levels are as exact as float32 has them
+    return jnp.select(
+        [x_0 < -1 + quarter, x_0 > 1 - quarter],
+        [log_ndtr(distance + half), log_ndtr(half - distance)],
+        inner,
+    )
+
+
+# What a network may be trained to put out. encode(row, (x_0, eps), x_t) is the target,
+# decode(row, x_t, output) -> Prediction its inverse.
 
 
 class Parametrisation(NamedTuple):
-    """One quantity a network may predict, with the way there and back through (x_0, eps)."""
+    """One quantity a network may predict, with the way there and back through (x_0, eps).
+
+    gain(row) is how much an error in x_0 moves it, at a given x_t.
+    """
 
     encode: Callable[[Schedule, Prediction, Example], Example]
     decode: Callable[[Schedule, Example, Example], Prediction]
+    gain: Callable[[Schedule], Float[Array, "..."]]
 
 
 def _encode_eps(row: Schedule, truth: Prediction, x_t: Example) -> Example:
@@ -133,17 +171,14 @@ def _decode_score(row: Schedule, x_t: Example, output: Example) -> Prediction:
 
 
 PREDICTIONS: dict[str, Parametrisation] = {
-    "eps": Parametrisation(_encode_eps, _decode_eps),
-    "x_0": Parametrisation(_encode_x_0, _decode_x_0),
-    "v": Parametrisation(_encode_v, _decode_v),
-    "mu": Parametrisation(_encode_mu, _decode_mu),
-    "score": Parametrisation(_encode_score, _decode_score),
+    "eps": Parametrisation(_encode_eps, _decode_eps, lambda row: jnp.sqrt(row.snr)),
+    "x_0": Parametrisation(_encode_x_0, _decode_x_0, lambda row: jnp.ones_like(row.beta)),
+    "v": Parametrisation(_encode_v, _decode_v, lambda row: 1 / jnp.sqrt(row.one_minus_alpha_bar)),
+    "mu": Parametrisation(_encode_mu, _decode_mu, lambda row: _posterior_coefficients(row)[0]),
+    "score": Parametrisation(
+        _encode_score, _decode_score, lambda row: jnp.sqrt(row.snr / row.one_minus_alpha_bar)
+    ),
 }
 
 # Those whose x_0 divides by sqrt(alpha_bar): impossible where alpha_bar_T = 0.
 NEEDS_SIGNAL = ("eps", "score")
-
-VARIANCES: dict[str, Callable[[Schedule], Float[Array, "..."]]] = {
-    "beta": lambda row: row.beta,
-    "posterior": lambda row: row.posterior_variance,
-}

@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from diffusion_jax import process, schedules
-from diffusion_jax.process import Prediction
+from diffusion_jax.process import Predict
 from diffusion_jax.schedules import Schedule
+from diffusion_jax.variances import VARIANCES
 
 Batch = Float[Array, "batch ..."]
-Predict = Callable[[Batch, Schedule], Prediction]
 
 
 @runtime_checkable
@@ -68,10 +68,18 @@ class Ancestral:
         row_prev: Schedule,
     ) -> tuple[Batch, tuple]:
         """x_{t-1} = mu(x_t, x_0) + sigma_t z, z = 0 in the last step (DDPM algorithm 2)."""
-        mean = process.posterior_mean(row, predict(x_t, row).x_0, x_t)
-        deviation = jnp.sqrt(process.VARIANCES[self.variance](row))
+        prediction = predict(x_t, row)
+        mean = process.posterior_mean(row, prediction.x_0, x_t)
+        variance = VARIANCES[self.variance]
+        if not variance.is_learned:
+            log_variance = variance.log_variance(row, None)
+        elif prediction.log_variance is None:
+            raise ValueError(f"variance = {self.variance!r}: the network predicts no variance")
+        else:
+            log_variance = prediction.log_variance
         is_last = row_prev.one_minus_alpha_bar == 0
-        return mean + jnp.where(is_last, 0.0, deviation) * normal(keys, x_t), state
+        deviation = jnp.where(is_last, 0.0, jnp.exp(log_variance / 2))
+        return mean + deviation * normal(keys, x_t), state
 
 
 @jax.tree_util.register_dataclass
@@ -111,13 +119,14 @@ class Ddim:
 def ancestral(variance: str = "posterior") -> Sampler:
     """Ancestral sampling from p(x_{t-1} | x_t), a Gaussian around the posterior mean (DDPM).
 
-    ``variance`` is "beta" or "posterior" (beta~), the two fixed choices of DDPM section 3.2.
+    ``variance`` is "beta" or "posterior" (beta~), the two fixed choices of DDPM section 3.2, or
+    one that the network has learned (then both names mean what it predicts).
 
     Raises:
         ValueError: an unknown variance.
     """
-    if variance not in process.VARIANCES:
-        raise ValueError(f"variance = {variance!r}: must be one of {', '.join(process.VARIANCES)}")
+    if variance not in VARIANCES:
+        raise ValueError(f"variance = {variance!r}: must be one of {', '.join(VARIANCES)}")
     return Ancestral(variance)
 
 

@@ -5,10 +5,10 @@ float32. Called with jax values (under jit, vmap or grad) the same formula runs 
 1e-6 (identities) or 1e-5 (running products), because nearly equal numbers are never subtracted.
 """
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import ModuleType
 from typing import no_type_check
 
@@ -25,7 +25,7 @@ Column = Float[Array, "*rows"] | Float[np.ndarray, "*rows"]
 
 @no_type_check  # jax also builds it with shapes, specs and placeholders as leaves
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Schedule:
     """The chain q(x_t|x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t I), one row per transition.
 
@@ -76,15 +76,24 @@ class Schedule:
         """
         if self.beta.ndim == 0:
             raise ValueError("posterior_log_variance_clipped: needs a schedule, not a row")
-        variance = self.posterior_variance
-        following = jnp.concatenate([variance[..., 1:], self.beta[..., -1:]], axis=-1)
-        return jnp.log(jnp.where(variance > 0, variance, following))
+        return jnp.log(clip_posterior_variance(self).posterior_variance)
 
 
 def terminal_row() -> Schedule:
     """The row t = 0: alpha_bar = 1 and no noise."""
     zero, one = jnp.zeros(()), jnp.ones(())
     return Schedule(zero, zero, one, one, one, zero, zero, zero)
+
+
+def clip_posterior_variance(schedule: Schedule) -> Schedule:
+    """Replace beta tilde's 0 at t = 1 by its value at t = 2 (by beta if T = 1), as iDDPM does.
+
+    L_0 needs a density; everything else never looks at beta tilde of t = 1.
+    """
+    variance = schedule.posterior_variance
+    following = jnp.concatenate([variance[..., 1:], schedule.beta[..., -1:]], axis=-1)
+    clipped = jnp.where(variance > 0, variance, following)
+    return dataclasses.replace(schedule, posterior_variance=clipped)
 
 
 def previous(schedule: Schedule) -> Schedule:
@@ -375,6 +384,39 @@ def from_betas(betas: Float[Array, "..."] | np.ndarray | Sequence[float]) -> Sch
         _check_betas(**{f"betas[{worst}]": beta[worst]})
     alpha = 1 - beta
     return _schedule(beta, alpha, *_running_product(_log_alpha(beta, alpha)))
+
+
+def from_log_snr(log_snr: Column, timestep: Column) -> Schedule:
+    """The chain through rows of decreasing log SNR, which are told to a network as ``timestep``.
+
+    alpha_bar = sigmoid(log SNR), beta_t = -(1 - alpha_bar_t) expm1(log SNR_t - log SNR_{t-1})
+    (Kingma et al. 2021, VDM, eq. 42).
+    """
+    xp = _array_module(log_snr)
+    alpha_bar, one_minus_alpha_bar = 1 / (1 + xp.exp(-log_snr)), 1 / (1 + xp.exp(log_snr))
+    # alpha_t = alpha_bar_t / alpha_bar_{t-1}, where the row before the first has alpha_bar = 1
+    drop = log_snr[1:] - log_snr[:-1]
+    beta = xp.concatenate([one_minus_alpha_bar[:1], -one_minus_alpha_bar[1:] * xp.expm1(drop)])
+    alpha = xp.concatenate([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    return _schedule(beta, alpha, alpha_bar, one_minus_alpha_bar, timestep)
+
+
+def at_log_snr(schedule: Schedule, log_snr: Column) -> Schedule:
+    """The chain through off-grid rows, of decreasing log SNR within the range of ``schedule``.
+
+    What the network is told is interpolated, linearly in log SNR, between the rows around.
+
+    Raises ValueError: a log SNR that is outside of the range, or not below the one before.
+    """
+    old = _columns(schedule)
+    xp = _array_module(old.beta, log_snr)
+    known = xp.log(old.alpha_bar) - xp.log(old.one_minus_alpha_bar)
+    if _known(known, log_snr):
+        slack = 1e-6 * np.abs(known)  # columns are rounded to float32
+        first, last = known[0] + slack[0], known[-1] - slack[-1]
+        inside = np.all((log_snr <= first) & (log_snr >= last)) and np.all(np.diff(log_snr) < 0)
+        _check("log_snr", log_snr, inside, f"decreasing, in [{known[-1]:.6g}, {known[0]:.6g}]")
+    return from_log_snr(log_snr, xp.interp(-log_snr, -known, old.timestep))
 
 
 def _columns(schedule: Schedule) -> Schedule:

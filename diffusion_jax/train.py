@@ -16,13 +16,14 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from diffusion_jax import data, devices, losses
+from diffusion_jax import data, devices
 from diffusion_jax.checkpoint import Checkpoints, Restored
 from diffusion_jax.generate import Generator
 from diffusion_jax.journal import NO_STEPS, QUARTILES, Journal, StepMetrics
-from diffusion_jax.losses import Objective
+from diffusion_jax.losses import BatchLosses
 from diffusion_jax.models import Model
 from diffusion_jax.schedules import Schedule
+from diffusion_jax.timesteps import TimestepSampler
 from diffusion_jax.workdir import Workdir
 
 LOG = logging.getLogger("diffusion_jax")
@@ -63,11 +64,18 @@ class TrainingPlan(NamedTuple):
     flip: bool
 
 
-def init_state(model: Model, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    timesteps: TimestepSampler,
+    num_timesteps: int,
+    seed: int,
+) -> TrainState:
     """The state before the first step; the averaged weights start as the weights."""
     params = model.init(jax.random.fold_in(jax.random.key(seed), 0))
     ema = jax.tree.map(jnp.copy, params)  # donated buffers must not be shared
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
+    step, timestep_state = jnp.zeros((), jnp.int32), timesteps.init(num_timesteps)
+    return TrainState(step, params, ema, optimizer.init(params), timestep_state)
 
 
 def ema_decay(plan: TrainingPlan, step: Int[Array, ""]) -> Float[Array, ""]:
@@ -77,8 +85,8 @@ def ema_decay(plan: TrainingPlan, step: Int[Array, ""]) -> Float[Array, ""]:
 
 
 def train_step(
-    model: Model,
-    objective: Objective,
+    batch_losses: Callable[..., BatchLosses],
+    timesteps: TimestepSampler,
     plan: TrainingPlan,
     levels: int | None,
     state: TrainState,
@@ -91,30 +99,32 @@ def train_step(
     key = jax.random.fold_in(key, state.step)
     x_0 = data.to_x_0(batch["image"], levels)
 
-    def mean_loss(params: PyTree) -> tuple[Float[Array, ""], tuple]:
-        example_losses, position = losses.batch_losses(
-            objective,
-            model.apply,
+    def mean_loss(params: PyTree) -> tuple[Float[Array, ""], BatchLosses]:
+        found = batch_losses(
             params,
             schedule,
+            state.timestep_state,
             key,
             x_0,
             batch["label"],
             indices,
             plan.batch_size,
         )
-        return jnp.mean(example_losses), (example_losses, position)
+        return jnp.mean(found.weights * found.losses), found
 
-    gradient, (example_losses, position) = jax.grad(mean_loss, has_aux=True)(state.params)
-    gradient, loss = lax.pmean((gradient, jnp.mean(example_losses)), "device")
+    gradient, found = jax.grad(mean_loss, has_aux=True)(state.params)
+    weighted = found.weights * found.losses
+    gradient, loss = lax.pmean((gradient, jnp.mean(weighted)), "device")
     updates, opt_state = plan.optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = optax.incremental_update(params, state.ema, 1 - ema_decay(plan, state.step))
+    seen = lax.all_gather((found.rows, found.losses), "device", tiled=True)
+    timestep_state = timesteps.update(state.timestep_state, *seen)
 
-    quartile = jax.nn.one_hot(position * QUARTILES // len(schedule), QUARTILES)
-    sums = lax.psum((example_losses @ quartile, jnp.sum(quartile, axis=0)), "device")
+    quartile = jax.nn.one_hot(found.rows * QUARTILES // len(schedule), QUARTILES)
+    sums = lax.psum((weighted @ quartile, found.weights @ quartile), "device")
     metrics = StepMetrics(loss, optax.tree.norm(gradient), *sums)
-    return TrainState(state.step + 1, params, ema, opt_state, state.timestep_state), metrics
+    return TrainState(state.step + 1, params, ema, opt_state, timestep_state), metrics
 
 
 def compile_steps(step: Callable[..., Any], used: list[jax.Device]) -> Callable[..., Any]:
@@ -178,7 +188,8 @@ def train(
     plan: TrainingPlan,
     seed: int,
     model: Model,
-    objective: Objective,
+    batch_losses: Callable[..., BatchLosses],
+    timesteps: TimestepSampler,
     schedule: Schedule,
     dataset: data.Dataset,
     workdir: Workdir,
@@ -196,7 +207,7 @@ def train(
     on_cpu = local[0].platform == "cpu"
     steps_per_call = plan.steps_per_call or (1 if on_cpu else plan.steps_per_call_of_accelerators)
     checkpoints = Checkpoints(workdir.checkpoints, plan.keep_last, plan.keep_best)
-    state = init_state(model, plan.optimizer, seed)
+    state = init_state(model, plan.optimizer, timesteps, len(schedule), seed)
     # what the next record is made of is saved too: a resumed run reports as one never stopped
     fresh = {**state._asdict(), "since_log": NO_STEPS}
     start, saved = checkpoints.restore(fresh) or Restored(0, fresh)
@@ -209,7 +220,7 @@ def train(
     key = jax.random.fold_in(jax.random.key(seed), 1)
     state, schedule, key = devices.replicate((state, schedule, key), used)
     steps = compile_steps(
-        lambda *inputs: train_step(model, objective, plan, dataset.levels, *inputs), used
+        lambda *inputs: train_step(batch_losses, timesteps, plan, dataset.levels, *inputs), used
     )
     processes = jax.process_index(), jax.process_count()
     indices = np.split(np.arange(plan.batch_size), processes[1])[processes[0]]

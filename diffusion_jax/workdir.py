@@ -11,7 +11,7 @@ from diffusion_jax import config as configuration
 from diffusion_jax.config import ConfigError
 
 # What a checkpoint depends on. The rest of a config may differ when a run goes on.
-OF_THE_MODEL = ("dataset.name", "schedule", "model", "loss.prediction")
+OF_THE_MODEL = ("dataset.name", "schedule", "model", "loss.prediction", "loss.variance")
 OF_THE_TRAINING = (
     *OF_THE_MODEL,
     "seed",

@@ -42,9 +42,10 @@ def create_steps(experiment, used):
     plan = experiment.training
 
     def step(*inputs):
-        return train_step(experiment.model, experiment.objective, plan, 17, *inputs)
+        losses, timesteps = experiment.batch_losses, experiment.objective.timesteps
+        return train_step(losses, timesteps, plan, 17, *inputs)
 
-    state = init_state(experiment.model, plan.optimizer, 0)
+    state = init_state(experiment.model, plan.optimizer, experiment.objective.timesteps, 10, 0)
     inputs = devices.replicate((state, experiment.schedule, jax.random.key(1)), used)
     return compile_steps(step, used), inputs, np.arange(16).reshape(len(used), -1)
 
@@ -150,7 +151,11 @@ def test_cores_become_devices_where_the_batch_feeds_them():
 
 @pytest.mark.parametrize(
     ("number", "process", "named"),
-    [("two", "0", "JAX_NUM_PROCESSES"), ("2", "-1", "JAX_PROCESS_ID"), ("2", "2", "JAX_PROCESS_ID")],
+    [
+        ("two", "0", "JAX_NUM_PROCESSES"),
+        ("2", "-1", "JAX_PROCESS_ID"),
+        ("2", "2", "JAX_PROCESS_ID"),
+    ],
 )
 def test_a_wrong_place_among_the_processes_is_named(monkeypatch, number, process, named):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")

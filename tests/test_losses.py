@@ -1,6 +1,5 @@
-"""The loss against a plain loop in numpy, its known minimum, and the draws of timesteps."""
+"""The loss against a plain loop in numpy, its known minimum, and its gradient."""
 
-import functools
 import itertools
 
 import jax
@@ -10,16 +9,47 @@ import pytest
 from gaussian import cosine_betas, gaussian, rows
 
 from diffusion_jax import losses, process, schedules
-from diffusion_jax.losses import TIMESTEP_SAMPLERS, WEIGHTINGS, Objective
+from diffusion_jax.losses import NoisedExample, Objective
 from diffusion_jax.process import PREDICTIONS
+from diffusion_jax.timesteps import TIMESTEP_SAMPLERS
+from diffusion_jax.variances import VARIANCES
+from diffusion_jax.weightings import WEIGHTINGS
 
 T, BATCH, SHAPE = 8, 8, (3, 2)
 KINDS = sorted(PREDICTIONS)
-ALL = list(itertools.product(KINDS, WEIGHTINGS, TIMESTEP_SAMPLERS))
+ALL = [*itertools.product(KINDS, WEIGHTINGS, ["uniform"])]
+ALL += [("eps", "simple", name) for name in TIMESTEP_SAMPLERS if name != "uniform"]
 
 
-def objective(kind="eps", weighting="simple", timesteps="uniform"):
-    return Objective(PREDICTIONS[kind], WEIGHTINGS[weighting], TIMESTEP_SAMPLERS[timesteps])
+def objective(
+    kind="eps",
+    weighting="simple",
+    timesteps="uniform",
+    variance="posterior",
+    is_vlb=False,
+    vlb_scale=0.001,
+    levels=None,
+):
+    """Here "vlb" is its weight alone, unless ``is_vlb`` says otherwise."""
+    return Objective(
+        PREDICTIONS[kind],
+        WEIGHTINGS[weighting](),
+        is_vlb,
+        VARIANCES[variance],
+        vlb_scale,
+        TIMESTEP_SAMPLERS[timesteps],
+        levels,
+    )
+
+
+def weight_of(chosen, kind, row):
+    """The weight of the error of what is predicted, at one row of a schedule."""
+    gain = PREDICTIONS[kind].gain(row)
+    return float(chosen.weighting(row, gain, jnp.log(row.posterior_variance)) / gain**2)
+
+
+def chain():
+    return schedules.clip_posterior_variance(schedules.from_betas(cosine_betas(T)))
 
 
 def half(params, x_t, timestep, label, keys):
@@ -31,8 +61,11 @@ def batch_losses(objective, apply=half, seed=0, x_0=None, indices=None, size=BAT
     schedule = schedules.from_betas(cosine_betas(T))
     indices = jnp.arange(size) if indices is None else indices
     x_0 = images(size)[indices] if x_0 is None else x_0
-    params, key = {"scale": jnp.float32(0.5)}, jax.random.key(seed)
-    return losses.batch_losses(objective, apply, params, schedule, key, x_0, label, indices, size)
+    params, key, state = {"scale": jnp.float32(0.5)}, jax.random.key(seed), objective.timesteps
+    found = losses.batch_losses(
+        objective, apply, params, schedule, state.init(T), key, x_0, label, indices, size
+    )
+    return found.losses, found.rows
 
 
 def images(size=BATCH):
@@ -63,16 +96,16 @@ def target(kind, row, x_0, eps, x_t):
 @pytest.mark.parametrize(("kind", "weighting", "timesteps"), ALL)
 def test_batch_losses_are_a_loop_over_the_examples(kind, weighting, timesteps):
     calls = []
-    found, position = batch_losses(objective(kind, weighting, timesteps), recorded(calls))
+    chosen = objective(kind, weighting, timesteps)
+    found, position = batch_losses(chosen, recorded(calls))
     [(x_t, timestep, _, _)] = calls
     np.testing.assert_array_equal(timestep, position + 1)
-    schedule = schedules.from_betas(cosine_betas(T))
     for i in range(BATCH):
         row, x_0 = rows(cosine_betas(T))[position[i]], np.asarray(images()[i], np.float64)
         # the noise that took x_0 to the x_t that the network saw
         eps = (np.asarray(x_t[i], np.float64) - np.sqrt(row.alpha_bar) * x_0) / np.sqrt(row.noise)
         error = target(kind, row, x_0, eps, x_t[i]) - 0.5 * np.asarray(x_t[i], np.float64)
-        weight = float(WEIGHTINGS[weighting](schedule[position[i]]))
+        weight = weight_of(chosen, kind, chain()[position[i]])
         np.testing.assert_allclose(found[i], weight * np.mean(error**2), rtol=2e-5)
 
 
@@ -89,22 +122,18 @@ def test_the_noise_is_standard_normal_and_each_example_has_its_own():
     assert np.abs(correlation).max() < 6 / np.sqrt(dimensions)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_example_loss_is_a_weighted_mean_square(weighting):
-    schedule = schedules.cosine(T)
+def test_example_loss_is_a_weighted_mean_square(kind, weighting):
+    chosen, schedule = objective(kind, weighting), chain()
     for i in range(T):
-        weight = WEIGHTINGS[weighting](schedule[i])
-        assert weight.shape == ()
-        assert weight >= 0
-        assert jnp.isfinite(weight)
-        loss = losses.example_loss(
-            WEIGHTINGS[weighting], schedule[i], jnp.array([[1.0, 2.0]]), jnp.array([[4.0, -2.0]])
-        )
-        np.testing.assert_allclose(loss, weight * (3**2 + 4**2) / 2, rtol=1e-6)
-
-
-def test_the_simple_weighting_is_one():
-    np.testing.assert_array_equal(WEIGHTINGS["simple"](schedules.cosine(T)), np.ones(T))
+        weight = weight_of(chosen, kind, schedule[i])
+        assert 0 < weight < np.inf
+        assert weighting != "simple" or weight == 1
+        target, output = jnp.array([[1.0, 2.0]]), jnp.array([[4.0, -2.0]])
+        noised = NoisedExample(jnp.zeros((1, 2)), jnp.zeros((1, 2)), target)
+        loss = losses.example_loss(chosen, T, schedule[i], noised, output)
+        np.testing.assert_allclose(loss, weight * (3**2 + 4**2) / 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -174,8 +203,8 @@ def test_under_jit_with_the_schedule_as_an_argument():
         traces.append(())
         params, indices = {"scale": jnp.float32(0.5)}, jnp.arange(BATCH)
         return losses.batch_losses(
-            objective("v"), half, params, schedule, key, images(), None, indices, BATCH
-        )[0]
+            objective("v"), half, params, schedule, (), key, images(), None, indices, BATCH
+        ).losses
 
     compiled = jax.jit(loss)
     inputs = [(0, 0.0), (0, 0.008), (0, 0.1), (1, 0.1)]
@@ -198,7 +227,7 @@ def test_the_gradient(kind, weighting, timesteps):
         row, x_0 = rows(cosine_betas(T))[position[i]], np.asarray(images()[i], np.float64)
         eps = (x_t[i] - np.sqrt(row.alpha_bar) * x_0) / np.sqrt(row.noise)
         miss = target(kind, row, x_0, eps, x_t[i]) - 0.5 * x_t[i]
-        weight = float(chosen.weighting(schedules.from_betas(cosine_betas(T))[position[i]]))
+        weight = weight_of(chosen, kind, chain()[position[i]])
         expected.append(weight * np.mean(-2 * x_t[i] * miss))
 
     def mean_loss(scale):
@@ -235,77 +264,3 @@ def test_dropout_keys_differ_by_example_and_step_and_not_by_batch():
         same = jax.random.normal(dropout_keys[i], SHAPE)
         x_t_of_same = np.sqrt(row.alpha_bar) * x_0[i] + np.sqrt(row.noise) * same
         assert np.abs(x_t_of_same - x_t[i]).max() > 1e-3
-
-
-# --- timesteps ------------------------------------------------------------------------------
-
-
-@functools.cache
-def drawn(name, num_batches, batch_size, num_timesteps):
-    """Rows of many batches: [num_batches, batch_size]."""
-
-    def of_batch(key):
-        indices = jnp.arange(batch_size)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
-        return TIMESTEP_SAMPLERS[name](key, keys, indices, batch_size, num_timesteps)
-
-    return np.asarray(jax.jit(jax.vmap(of_batch))(jax.random.split(jax.random.key(0), num_batches)))
-
-
-@pytest.mark.parametrize("name", TIMESTEP_SAMPLERS)
-@pytest.mark.parametrize(("batch_size", "num_timesteps"), [(3, 5)])
-def test_every_timestep_is_uniform(name, batch_size, num_timesteps):
-    num_batches = 20_000
-    position = drawn(name, num_batches, batch_size, num_timesteps)
-    assert position.min() == 0
-    assert position.max() == num_timesteps - 1
-    expected = num_batches / num_timesteps
-    for of_example in position.T:
-        chi_square = np.sum((np.bincount(of_example, minlength=num_timesteps) - expected) ** 2)
-        chi_square /= expected
-        # of T - 1 degrees of freedom: mean T - 1, variance 2 (T - 1)
-        freedom = num_timesteps - 1
-        assert chi_square <= freedom + 6 * np.sqrt(2 * freedom)
-
-
-def test_uniform_timesteps_are_independent():
-    # the joint counts of two examples of a batch, 25 cells
-    first, second, _ = drawn("uniform", 20_000, 3, 5).T
-    counts, expected = np.bincount(5 * first + second, minlength=25), 20_000 / 25
-    assert np.sum((counts - expected) ** 2) / expected < 24 + 6 * np.sqrt(2 * 24)
-
-
-@pytest.mark.parametrize("num_timesteps", [8, 100])
-def test_low_discrepancy_takes_every_row_once(num_timesteps):
-    position = drawn("low_discrepancy", 200, num_timesteps, num_timesteps)
-    np.testing.assert_array_equal(np.sort(position), np.tile(np.arange(num_timesteps), (200, 1)))
-    # in order, wrapping around once
-    np.testing.assert_array_equal(np.diff(position) % num_timesteps, 1 % num_timesteps)
-    assert len(np.unique(position[:, 0])) > 5  # from a random beginning
-
-
-@pytest.mark.parametrize(("batch_size", "num_timesteps"), [(12, 4), (7, 11)])
-def test_low_discrepancy_fills_every_stretch_evenly(batch_size, num_timesteps):
-    # of evenly spaced points any interval holds its share, rounded up or down
-    for position in drawn("low_discrepancy", 200, batch_size, num_timesteps):
-        for first, last in itertools.combinations(range(num_timesteps + 1), 2):
-            share = batch_size * (last - first) / num_timesteps
-            count = np.sum((first <= position) & (position < last))
-            assert np.floor(share - 1e-3) <= count <= np.ceil(share + 1e-3)
-
-
-def test_low_discrepancy_keeps_to_the_rows_at_the_end_of_the_interval(monkeypatch):
-    # an offset just under 1, as float32 has it
-    for offset in (0.0, np.nextafter(np.float32(1), np.float32(0))):
-        monkeypatch.setattr(jax.random, "uniform", lambda key, value=offset: jnp.float32(value))
-        for num_timesteps in (1, 10, 1000, 4000):
-            indices = jnp.arange(16)
-            position = losses.low_discrepancy_timesteps(
-                jax.random.key(0),
-                jax.random.split(jax.random.key(0), 16),
-                indices,
-                16,
-                num_timesteps,
-            )
-            assert position.min() >= 0
-            assert position.max() < num_timesteps

@@ -163,7 +163,14 @@ MISTAKES = {
     "betas": field("schedule.betas", "betas.npy"),
     "resolution": field("schedule.base_resolution", 32),
     "prediction": field("loss.prediction", "epsilon"),
-    "weighting": field("loss.weighting", "snr"),
+    "weighting": field("loss.weighting", "snrs"),
+    "other weighting's field": field("loss.gamma", 5.0),
+    "gamma": (
+        ["--config.loss.weighting=min_snr", "--config.loss.gamma=0"],
+        "config.loss.gamma",
+    ),
+    "scale of no bound": field("loss.vlb_scale", 0.1),
+    "ends of no learned schedule": field("schedule.log_snr_start", 5.0),
     "variance": field("loss.variance", "fixed"),
     "timesteps": field("loss.timesteps", "uniformly"),
     "optimizer": field("optimizer.name", "sgd"),
@@ -187,6 +194,13 @@ MISTAKES = {
     "eta": field("sampling.eta", 2.0),
     "sampler": field("sampling.sampler", "dpm"),
     "sampling variance": field("sampling.variance", "fixed"),
+    "variance that was not learned": field("sampling.variance", "learned"),
+    "evaluated timesteps": field("evaluate.num_timesteps", 11),
+    "evaluated images": field("evaluate.num_examples", 0),
+    "flow": (
+        ["--config.evaluate.flow_examples=1", "--config.evaluate.flow_steps=0"],
+        "config.evaluate.flow_steps",
+    ),
     "frames": field("sampling.num_frames", 1),
     "images": field("sampling.num_images", 0),
     "sampling batch": field("sampling.batch_size", 0),
@@ -201,6 +215,7 @@ MISTAKES = {
     "workdir is a file": (["--workdir=file"], "--workdir=file"),
     "workdir in a file": (["--workdir=file/run"], "--workdir=file/run"),
     "nothing to sample": (["--mode=sample"], "--workdir="),
+    "nothing to evaluate": (["--mode=evaluate"], "--workdir="),
 }
 OF_IMAGES = {
     "attention": field("model.attention_resolutions", (5,)),

@@ -10,7 +10,7 @@ import pytest
 from gaussian import BETAS, columns, cosine_betas, rows
 
 from diffusion_jax import process, schedules
-from diffusion_jax.process import NEEDS_SIGNAL, PREDICTIONS, VARIANCES, Prediction
+from diffusion_jax.process import NEEDS_SIGNAL, PREDICTIONS, Prediction
 
 SHORT = 8
 KINDS = sorted(PREDICTIONS)
@@ -136,17 +136,6 @@ def test_bayes_rule_refutes_the_misprinted_posterior_mean(name, num_timesteps, t
         misprint = x_0_part + np.sqrt(row.alpha_bar) * row.noise_prev / row.noise * x_t
         misses.append(abs(misprint - bayes(row, x_0, x_t)[0]))
     assert max(misses) > 10 * MEAN_TOLERANCE
-
-
-def test_variances_are_the_two_choices_of_ddpm():
-    betas = cosine_betas(10)
-    row = columns(betas)
-    expected = {"beta": betas, "posterior": row.beta * row.noise_prev / row.noise}
-    for name, variance in VARIANCES.items():
-        value = variance(schedules.from_betas(betas))
-        np.testing.assert_allclose(value, expected[name], rtol=1e-6)
-    # beta~ < beta: the entropies of a point mass and of N(0, I) bound the true one (DDPM 3.2)
-    assert np.all(expected["posterior"] < expected["beta"])
 
 
 # --- predictions ----------------------------------------------------------------------------

@@ -21,9 +21,11 @@ from gaussian import (
 )
 
 from diffusion_jax import process, samplers, schedules
-from diffusion_jax.process import PREDICTIONS, VARIANCES
+from diffusion_jax.process import PREDICTIONS
 from diffusion_jax.samplers import SAMPLERS, ancestral, ddim, sample, trajectory
 from diffusion_jax.spacings import SPACINGS
+
+VARIANCES = ("beta", "posterior")  # the fixed ones
 
 MEAN, VARIANCE = 0.4, 0.05  # of the data
 DATA = gaussian(MEAN, VARIANCE)

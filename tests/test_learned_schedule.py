@@ -1,0 +1,218 @@
+"""VDM's learned schedule: monotone, differentiable, its loss the bound in continuous time."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gaussian import gaussian
+from runs import TOY2D, arguments, run
+
+from diffusion_jax import learned_schedule, schedules
+from diffusion_jax.learned_schedule import LearnedSchedule
+from diffusion_jax.losses import Objective
+from diffusion_jax.process import PREDICTIONS
+from diffusion_jax.timesteps import TIMESTEP_SAMPLERS
+from diffusion_jax.variances import VARIANCES
+from diffusion_jax.weightings import WEIGHTINGS
+
+RECIPE = LearnedSchedule(50, 8.0, -6.0)
+MEAN, VARIANCE = 0.3, 0.2
+
+
+def some_params(seed=0, size=0.5):
+    """Parameters that training may have moved anywhere."""
+    params = learned_schedule.init(RECIPE, jax.random.key(seed))
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    moved = [leaf + size * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)]
+    return jax.tree.unflatten(structure, moved)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_log_snr_falls_from_end_to_end(seed):
+    params = some_params(seed)
+    found = np.asarray(
+        jax.vmap(learned_schedule.log_snr, (None, 0))(params, jnp.linspace(0, 1, 300))
+    )
+    assert np.all(np.diff(found) < 0)
+    gap = np.log1p(np.exp(params["gap"]))
+    np.testing.assert_allclose(found[[0, -1]], [params["start"], params["start"] - gap], rtol=1e-5)
+
+
+def test_it_begins_at_the_ends_that_are_asked_for_and_all_but_linear():
+    params = learned_schedule.init(RECIPE, jax.random.key(0))
+    u = jnp.linspace(0, 1, 101)
+    found = jax.vmap(learned_schedule.log_snr, (None, 0))(params, u)
+    np.testing.assert_allclose(found, 8 - 14 * u, atol=0.7)
+    np.testing.assert_allclose(found[jnp.array([0, -1])], [8, -6], rtol=1e-5)
+
+
+def test_the_rate_is_the_derivative():
+    params, h = some_params(), 1e-3
+    for u in (0.05, 0.5, 0.93):
+        ahead, behind = (
+            float(learned_schedule.log_snr(params, jnp.float32(u + d))) for d in (h, -h)
+        )
+        rate = learned_schedule.row_at(RECIPE, params, jnp.float32(u)).rate
+        np.testing.assert_allclose(rate, (behind - ahead) / (2 * h), rtol=5e-3)
+
+
+def test_cut_into_timesteps_it_is_a_schedule_like_any_other():
+    params = some_params()
+    schedule = learned_schedule.discretise(RECIPE, params)
+    assert len(schedule) == 50
+    np.testing.assert_allclose(schedule.timestep[jnp.array([0, -1])], [1, 50], rtol=1e-5)
+    expected = jax.vmap(learned_schedule.log_snr, (None, 0))(params, jnp.linspace(0, 1, 50))
+    np.testing.assert_allclose(schedule.log_snr, expected, rtol=1e-5, atol=1e-5)
+    alpha_bar = np.cumprod(1 - np.float64(schedule.beta))
+    np.testing.assert_allclose(schedule.alpha_bar, alpha_bar, rtol=2e-5)
+    np.testing.assert_allclose(schedule.beta + schedule.alpha, 1, rtol=1e-6)
+    # the same moments as in continuous time, told to the network in the same way
+    for i in (0, 20, 49):
+        row = learned_schedule.row_at(RECIPE, params, jnp.float32(i / 49)).row
+        np.testing.assert_allclose(row.timestep, schedule.timestep[i], rtol=1e-5)
+        np.testing.assert_allclose(row.alpha_bar, schedule.alpha_bar[i], rtol=1e-4)
+
+
+def objective(levels=None, kind="eps"):
+    return Objective(
+        PREDICTIONS[kind],
+        WEIGHTINGS["vlb"](),
+        True,
+        VARIANCES["posterior"],
+        0.001,
+        TIMESTEP_SAMPLERS["low_discrepancy"],
+        levels,
+    )
+
+
+def batch_losses(params, x_0, apply, seed=0, indices=None, kind="eps", levels=None):
+    size = 64
+    indices = jnp.arange(size) if indices is None else indices
+    inputs = None, (), jax.random.key(seed), x_0, None, indices, size
+    return learned_schedule.batch_losses(
+        objective(levels, kind), RECIPE, apply, {"schedule": params}, *inputs
+    )
+
+
+def exact(params, kind="eps"):
+    """The denoiser of Gaussian data as a network, which is told the timestep."""
+    predict = gaussian(MEAN, VARIANCE)
+
+    def apply(_, x_t, timestep, label, keys):
+        def of_example(x_t, t):
+            gap = jax.nn.softplus(params["gap"])
+            log_snr = params["start"] - gap * (t - 1) / (RECIPE.num_timesteps - 1)
+            row = schedules.from_log_snr(log_snr[None], t[None])[0]
+            return PREDICTIONS[kind].encode(row, predict(x_t, row), x_t)
+
+        return jax.vmap(of_example)(x_t, timestep)
+
+    return apply
+
+
+@pytest.mark.parametrize("kind", ["eps", "x_0", "v", "score"])
+def test_the_loss_of_the_exact_denoiser_is_the_bound(kind):
+    """Entropy of p(x_0|z_0)'s part, of the mmse over the SNR, and of the prior, in closed form."""
+    params = some_params()
+    dims, repeats = 400, 40
+    totals = []
+    step = jax.jit(
+        lambda x_0, seed: batch_losses(params, x_0, exact(params, kind), seed, kind=kind).losses
+    )
+    for seed in range(repeats):
+        noise = jax.random.normal(jax.random.key(100 + seed), (64, dims))
+        totals.append(np.float64(step(MEAN + np.sqrt(VARIANCE) * noise, seed)).mean())
+    gap = np.log1p(np.exp(np.float64(params["gap"])))
+    start = np.float64(params["start"])
+    high, low = np.exp(start), np.exp(start - gap)
+    middle = (np.log1p(VARIANCE * high) - np.log1p(VARIANCE * low)) / 2
+    first = (1 + np.log(2 * np.pi) - start) / 2
+    alpha_bar = low / (1 + low)
+    last = (alpha_bar * (VARIANCE + MEAN**2) - alpha_bar - np.log1p(-alpha_bar)) / 2
+    expected = (first + middle + last) / np.log(2)
+    error = np.std(totals, ddof=1) / np.sqrt(repeats)
+    assert error < 0.02
+    assert abs(np.mean(totals) - expected) < 4 * error
+
+
+def test_reconstruction_is_a_distribution_over_the_levels():
+    """Its probabilities sum to 1, and with little noise the right level has all of it."""
+    values = jnp.linspace(-1, 1, 17)
+    for log_snr in (10.0, 4.0, 0.0):
+        row = schedules.from_log_snr(jnp.array([log_snr]), jnp.array([1.0]))[0]
+        z = 0.31  # of z_0 / sqrt(alpha_bar); the eps that takes each level there
+        nats = [
+            learned_schedule.reconstruction_term(row, x, (z - x) / row.sigma, 17) for x in values
+        ]
+        np.testing.assert_allclose(np.exp(-np.float64(nats)).sum(), 1, rtol=1e-3)
+    sharp = schedules.from_log_snr(jnp.array([10.0]), jnp.array([1.0]))[0]
+    assert learned_schedule.reconstruction_term(sharp, values, jnp.zeros(17), 17).max() < 1e-5
+
+
+def test_losses_do_not_depend_on_how_the_batch_is_split():
+    params = some_params()
+    x_0 = jax.random.normal(jax.random.key(5), (64, 3))
+    whole = batch_losses(params, x_0, exact(params))
+    part = jnp.array([60, 3, 17, 0])
+    split = batch_losses(params, x_0[part], exact(params), indices=part)
+    np.testing.assert_allclose(split.losses, whole.losses[part], rtol=2e-5)
+    np.testing.assert_array_equal(split.rows, whole.rows[part])
+
+
+def test_every_parameter_of_the_schedule_is_trained():
+    params = some_params()
+    x_0 = jax.random.normal(jax.random.key(5), (64, 3))
+
+    def loss(params):
+        apply = lambda p, x_t, timestep, label, keys: 0.1 * x_t  # noqa: E731
+        return jnp.mean(batch_losses(params, x_0, apply, levels=17).losses)
+
+    for name, gradient in jax.grad(loss)(params).items():
+        assert np.isfinite(gradient).all(), name
+        assert np.abs(gradient).max() > 0, name
+
+
+def test_a_run_learns_its_schedule_and_is_evaluated_and_sampled_with_it(tmp_path):
+    fields = TOY2D | {
+        "schedule.name": "learned",
+        "loss.weighting": "vlb",
+        "train.num_steps": 100,
+        "checkpoint.every_steps": 50,
+        "optimizer.learning_rate": 1e-2,
+        "train.sample_every_steps": 50,
+        "evaluate.num_examples": 64,
+    }
+    workdir = tmp_path / "run"
+    done = run(arguments(workdir, fields), tmp_path / "log")
+    assert done.code == 0, done.stderr
+    cards = [line for line in done.stdout.splitlines() if line.startswith("SNR")]
+    assert len(cards) == 2
+    assert cards[0] != cards[1]
+    assert (workdir / "samples" / "grid.png").exists()
+    done = run(arguments(workdir, fields, mode="evaluate"), tmp_path / "log")
+    assert done.code == 0, done.stderr
+    assert np.isfinite(json.loads((workdir / "evaluation.json").read_text())["bits_per_dim"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("loss.weighting", "simple"),
+        ("loss.timesteps", "importance"),
+        ("loss.variance", "learned"),
+        ("loss.prediction", "mu"),
+        ("schedule.s", 0.1),
+        ("schedule.zero_terminal_snr", "true"),
+        ("schedule.log_snr_end", 14.0),
+    ],
+)
+def test_what_a_learned_schedule_cannot_have_is_one_line(tmp_path, field, value):
+    fields = TOY2D | {"schedule.name": "learned", "loss.weighting": "vlb", field: value}
+    done = run(arguments(tmp_path / "run", fields), tmp_path / "log")
+    assert done.code == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "config.schedule.log_snr" in done.stderr or f"config.{field}" in done.stderr
+    assert not (tmp_path / "run").exists()
