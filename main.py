@@ -8,7 +8,8 @@ The same command in the same folder goes on where it stopped. Any field of a con
 --config.schedule.s=0.02. configs/default.py says what fields there are.
 
 Exit status: 0 done; 1 a failure while running; 2 a mistake in the command line or the config,
-and nothing was written; 143 stopped by SIGTERM after saving (130 by Ctrl-C).
+and nothing was written; 143 stopped by SIGTERM after saving (130 by Ctrl-C). An evaluation goes on
+where it was killed; sampling begins again.
 """
 
 import functools
@@ -22,7 +23,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from diffusion_jax import config as configuration
-from diffusion_jax.config import ConfigError
+from diffusion_jax.config import ConfigError, require
 
 LOG = logging.getLogger("diffusion_jax")
 MODES = ("train", "sample", "evaluate")
@@ -44,25 +45,34 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while training it is a request to save, see train.Stop
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
     """Check everything, then start the devices, prepare the data, and train or sample."""
     # imported here so that --help and a mistyped flag answer at once
     import jax
+    from jax.experimental import multihost_utils
 
     from diffusion_jax import data, devices, evaluate, plots, workdir
     from diffusion_jax.checkpoint import Checkpoints, NoIntactCheckpointError
     from diffusion_jax.experiment import create_experiment
     from diffusion_jax.generate import Generator, write_samples
     from diffusion_jax.journal import NonFiniteLossError
+    from diffusion_jax.metrics import DamagedRecordError
     from diffusion_jax.train import train
 
-    devices.start(config.num_devices, config.train.batch_size, config.distributed)
+    is_training = mode == "train"
+    for section in ("train", "sampling", "evaluate"):
+        size = config[section].batch_size
+        require(size >= 1, f"config.{section}.batch_size", size, "at least 1")
+    section = {"train": config.train, "sample": config.sampling, "evaluate": config.evaluate}[mode]
+    devices.start(config.num_devices, section.batch_size, config.distributed, divide=is_training)
     used = devices.used(config.num_devices)
     experiment = create_experiment(config)
     folder = workdir.Workdir(path)
-    is_training = mode == "train"
     fixed = workdir.OF_THE_TRAINING if is_training else workdir.OF_THE_MODEL
     is_there = folder.check(config, fixed)
     if not is_training and not is_there:
@@ -84,7 +94,8 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
         devices.log(used)
         if is_training:
             folder.record(config)
-            print(write_card(experiment.schedule))
+            if not is_there or config.schedule.name != "learned":
+                print(write_card(experiment.schedule))
 
     sampling = experiment.sampling
     generator = Generator(
@@ -126,11 +137,14 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
                 "%s step %d", {"sample": "sampling from", "evaluate": "evaluating"}[mode], step
             )
         if not is_first:
+            multihost_utils.sync_global_devices("done")  # leaving early would end the others
             return 0
         schedule = experiment.schedule_of(ema)
-        if is_training and schedule is not experiment.schedule:  # it was learned
+        if schedule is not experiment.schedule:  # it was learned
             print(write_card(schedule))
         if mode == "evaluate":
+            about = {name: config.loss[name] for name in ("prediction", "weighting", "variance")}
+            about["schedule"] = experiment.schedule_title
             report = evaluate.evaluate(
                 experiment.model,
                 experiment.objective,
@@ -141,6 +155,7 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
                 step,
                 dataset.test,
                 used,
+                about,
                 folder.path,
             )
             print(evaluate.describe(report))
@@ -153,7 +168,9 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
                 sampling.num_frames,
                 folder.samples,
             )
-    except (NonFiniteLossError, NoIntactCheckpointError, OSError) as error:
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("done")
+    except (NonFiniteLossError, NoIntactCheckpointError, DamagedRecordError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -95,8 +95,8 @@ def get_config() -> ConfigDict:
     config.sampling.sampler = "ancestral"  # samplers.SAMPLERS
     config.sampling.num_steps = placeholder(int)  # unset: all timesteps
     config.sampling.spacing = "trailing"  # trailing, leading, linspace, quadratic
-    config.sampling.variance = placeholder(str)  # ancestral's: beta, posterior; unset: the loss's
-    config.sampling.eta = 0.0  # ddim's: 0 deterministic, 1 as noisy as ancestral
+    config.sampling.variance = placeholder(str)  # ancestral's; unset: that of the loss
+    config.sampling.eta = placeholder(float)  # ddim's: 0 (unset) deterministic, 1 as ancestral
     config.sampling.clip_x_0 = True  # the predicted x_0 to [-1, 1] (images only)
     config.sampling.num_images = 64  # image i depends on the seed and i alone
     config.sampling.batch_size = 64  # of all devices together

@@ -4,7 +4,7 @@ Source: the U-Net and L_simple of DDPM (Ho et al. 2020) on the cosine schedule o
 Dhariwal 2021), as small as the images; 701,345 parameters.
 Hardware and time: two CPU cores, 5.5 minutes, 64 samples of 1,000 ancestral steps included.
 Expected: loss 0.13 at the end; 1-nearest-neighbour two-sample accuracy of 300 samples against 300
-held-out digits 0.51 (0.5 is perfect; docs/RESULTS.md).
+held-out digits 0.52 (0.5 is perfect; docs/RESULTS.md).
 
     python main.py --config=configs/digits.py --workdir=runs/digits
 """

@@ -24,15 +24,16 @@ COORDINATOR, NUM_PROCESSES, PROCESS_ID = (
 MIN_EXAMPLES_PER_CORE = 8  # fewer leave a core waiting for the others
 
 
-def start(num_devices: int | None, batch_size: int, distributed: bool) -> None:
+def start(num_devices: int | None, batch_size: int, distributed: bool, divide: bool) -> None:
     """Start jax: join the other processes, make cores devices, and check that batches divide.
+
+    They must where ``divide``, in training; elsewhere what is uneven is filled up.
 
     Raises:
         ConfigError: a batch that the devices cannot share evenly, or more devices than there are.
     """
     at_least_1 = num_devices is None or num_devices >= 1
     require(at_least_1, "config.num_devices", num_devices, "at least 1")
-    require(batch_size >= 1, "config.train.batch_size", batch_size, "at least 1")
     processes = _number_of(NUM_PROCESSES) if distributed and NUM_PROCESSES in os.environ else 1
     require(processes >= 1, NUM_PROCESSES, processes, "at least 1")
     on_cpu = num_devices or _devices_for(batch_size // processes, _count_cores())
@@ -46,7 +47,7 @@ def start(num_devices: int | None, batch_size: int, distributed: bool) -> None:
     if num_devices is not None and num_devices > local:
         raise ConfigError(f"config.num_devices = {num_devices}: there are {local}")
     count = len(used(num_devices))
-    if batch_size % count:
+    if divide and batch_size % count:
         raise ConfigError(
             f"config.train.batch_size = {batch_size}: must be a multiple of the {count} devices"
         )

@@ -22,12 +22,15 @@ from tqdm import tqdm
 
 from diffusion_jax import checkpoint, data, devices, generate, likelihood, losses, plots, process
 from diffusion_jax.config import ConfigError, require
+from diffusion_jax.journal import NonFiniteLossError
 from diffusion_jax.losses import Objective
 from diffusion_jax.models import Model
-from diffusion_jax.process import Example, Prediction
+from diffusion_jax.process import Example
 from diffusion_jax.schedules import Schedule, clip_posterior_variance
 
 LOG = logging.getLogger("diffusion_jax")
+
+MAX_IN_FLIGHT = 16  # calls of a device that nobody has read yet
 
 
 class FlowPlan(NamedTuple):
@@ -42,7 +45,7 @@ class FlowPlan(NamedTuple):
 class EvaluationPlan(NamedTuple):
     """Which images and timesteps, and how many at once."""
 
-    num_examples: int | None  # the first of the split; None: all
+    num_examples: int | None  # spread evenly over the split; None: all
     num_timesteps: int  # of T, one drawn in each of as many strata
     batch_size: int  # images of all devices together
     timesteps_per_call: int
@@ -62,10 +65,16 @@ def fit(plan: EvaluationPlan, split: data.Split | None) -> EvaluationPlan:
     asked = {"num_examples": plan.num_examples}
     if plan.flow is not None:
         asked["flow_examples"] = plan.flow.num_examples
+    most = {"num_examples": size, "flow_examples": plan.num_examples or size}
     for name, value in asked.items():
-        allowed = f"at most {size}, the test split"
-        require(value is None or value <= size, f"config.evaluate.{name}", value, allowed)
+        allowed = f"at most {most[name]}, of a test split of {size}"
+        require(value is None or value <= most[name], f"config.evaluate.{name}", value, allowed)
     return plan._replace(num_examples=plan.num_examples or size)
+
+
+def spread(count: int, size: int) -> Int[np.ndarray, " count"]:
+    """``count`` of the numbers 0..size-1, evenly: archives may be sorted, or easier at first."""
+    return np.arange(count) * size // count
 
 
 class Terms(NamedTuple):
@@ -104,14 +113,9 @@ def example_terms(
     prediction = losses.decode_output(objective, row, x_t, output)
     if clip_x_0:
         prediction = process.clip_x_0(row, x_t, prediction)
-    return prediction_terms(row, x_0, eps, prediction, objective.levels)
-
-
-def prediction_terms(
-    row: Schedule, x_0: Example, eps: Example, prediction: Prediction, levels: int | None
-) -> Terms:
-    """The same, of what a network says."""
-    term = likelihood.variational_term(row, x_0, prediction.x_0, prediction.log_variance, levels)
+    term = likelihood.variational_term(
+        row, x_0, prediction.x_0, prediction.log_variance, objective.levels
+    )
     return Terms(
         likelihood.bits(jnp.mean(term)),
         jnp.mean(jnp.square(x_0 - prediction.x_0)),
@@ -168,6 +172,8 @@ class Sums:
             "prior": np.zeros(plan.num_examples),
             "middle": np.zeros(plan.num_examples),
             "decoder": np.zeros(plan.num_examples),
+            "x_0_error": np.zeros(plan.num_examples),
+            "eps_error": np.zeros(plan.num_examples),
             "flow": np.zeros(num_flow),
             # per timestep, over all images that were evaluated there
             "count": np.zeros(num_timesteps, int),
@@ -186,6 +192,9 @@ class Sums:
         is_decoder = positions == 0
         self.arrays["decoder"][images] += np.sum(weighted * is_decoder, axis=0)
         self.arrays["middle"][images] += np.sum(weighted * ~is_decoder, axis=0)
+        share = size / len(self.arrays["count"])  # a mean over all timesteps
+        self.arrays["x_0_error"][images] += share @ terms.mse_x_0
+        self.arrays["eps_error"][images] += share @ terms.mse_eps
         np.add.at(self.arrays["count"], positions, 1)
         np.add.at(self.arrays["bits_squared"], positions, terms.bits**2)
         for name, values in terms._asdict().items():
@@ -204,10 +213,11 @@ class Sums:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 found = dict(arrays)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            LOG.warning("%s is damaged (%s): evaluating anew", path, error)
+            before = str(found.pop("signature"))
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            LOG.warning("%s is damaged (%r): evaluating anew", path, error)
             return
-        if str(found.pop("signature")) != signature:
+        if before != signature:
             LOG.info("%s is of another evaluation: evaluating anew", path)
             return
         self.arrays = found
@@ -224,11 +234,12 @@ def evaluate(
     step: int,
     split: data.Split,
     used: list[jax.Device],
+    about: dict[str, Any],
     folder: pathlib.Path,
 ) -> dict[str, Any]:
     """Evaluate, and write evaluation.json, evaluation.csv and evaluation.png into ``folder``.
 
-    Returns what evaluation.json has.
+    Returns what evaluation.json has; it begins with what ``about`` says of the model.
     """
     local = [device for device in used if device.process_index == jax.process_index()]
     sums = Sums(plan, len(schedule))
@@ -236,17 +247,20 @@ def evaluate(
     signature = json.dumps([plan, seed, step, _digest(params), _digest(schedule)])
     sums.restore(progress, signature)
 
-    key = jax.random.fold_in(jax.random.key(seed), 3)  # no noise of training or sampling
-    shared = devices.replicate((params, schedule, key), local)
+    # no noise of training or sampling
+    bound_key, flow_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 3))
+    shared = devices.replicate((params, schedule, bound_key), local)
     _evaluate_bound(model, objective, plan, sums, shared, split, local, progress, signature)
     if plan.flow is not None:
+        shared = devices.replicate((params, schedule, flow_key), local)
         _evaluate_flow(model, objective, plan, sums, shared, split, local, progress, signature)
 
-    report = summarise(sums, plan, objective.levels, step, schedule)
+    report = about | {"seed": seed, "step": step} | summarise(sums, plan, objective.levels)
     write_csv(sums, schedule, folder / "evaluation.csv")
     plots.bound_terms(*_curve(sums, schedule), folder / "evaluation.png")
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    (folder / "evaluation.json").write_text(text)
+    temporary = folder / "evaluation.json.tmp"
+    temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    os.replace(temporary, folder / "evaluation.json")
     return report
 
 
@@ -273,24 +287,52 @@ def _evaluate_bound(
     num_timesteps = len(shared[1])
     calls = list(_calls(stratify(num_timesteps, plan.num_timesteps), plan.timesteps_per_call))
     last_row = jax.tree.map(lambda leaf: np.asarray(leaf[-1]), shared[1])
-    start = int(sums.arrays["done"])
-    bar = tqdm(total=plan.num_examples, initial=start, unit=" images", desc="bound", disable=None)
-    for images, batch in _batches(split, plan.num_examples, plan.batch_size, start, len(local)):
-        x_0 = data.to_x_0(split.images[images], objective.levels)
-        prior = jax.vmap(likelihood.prior_term, (None, 0))(last_row, x_0)
-        sums.arrays["prior"][images] = likelihood.bits(prior.reshape(len(x_0), -1).mean(axis=1))
-        under_way = [(strata, compiled(*shared, batch, strata)) for strata in calls]
-        for strata, (positions, terms) in under_way:
-            positions, *terms = (
-                np.asarray(leaf).reshape(len(leaf), -1)[:, : len(x_0)]
-                for leaf in (positions, *terms)
-            )
-            sums.add(images, positions, Terms(*terms), strata.size)
-        sums.arrays["done"] = np.asarray(images.stop)
-        sums.save(progress, signature)
-        bar.update(len(x_0))
-        LOG.info("bound of %d/%d images", images.stop, plan.num_examples)
-    bar.close()
+    chosen, start = spread(plan.num_examples, len(split.images)), int(sums.arrays["done"])
+    with _bar("bound", plan.num_examples, start) as bar:
+        for images, batch in _batches(split, chosen, plan.batch_size, start, len(local)):
+            x_0 = data.to_x_0(split.images[chosen[images]], objective.levels)
+            prior = jax.vmap(likelihood.prior_term, (None, 0))(last_row, x_0)
+            prior = likelihood.bits(prior.reshape(len(x_0), -1).mean(axis=1))
+            sums.arrays["prior"][images] = prior
+            under_way = []
+            for strata in calls:
+                under_way.append((strata, compiled(*shared, batch, strata)))
+                if len(under_way) > MAX_IN_FLIGHT:
+                    _read(sums, images, *under_way.pop(0))
+                bar.update(len(x_0) / len(calls))
+            for one in under_way:
+                _read(sums, images, *one)
+            sums.arrays["done"] = np.asarray(images.stop)
+            sums.save(progress, signature)
+            _tell("bound", bar, images.stop)
+
+
+def _read(sums: Sums, images: slice, strata: Strata, found: tuple[Array, Terms]) -> None:
+    """Wait for a call and add what it found."""
+    positions, terms = found
+    count = images.stop - images.start  # the rest fills the batch up
+    positions, *terms = (
+        np.asarray(leaf).reshape(len(leaf), -1)[:, :count] for leaf in (positions, *terms)
+    )
+    finite = np.isfinite(terms[0]) | (strata.size == 0)[:, None]
+    if not finite.all():
+        stratum, image = np.argwhere(~finite)[0]
+        raise NonFiniteLossError(
+            f"image {images.start + image} at t = {positions[stratum, image] + 1}: "
+            f"a term of {terms[0][stratum, image]} bits"
+        )
+    sums.add(images, positions, Terms(*terms), strata.size)
+
+
+def _bar(name: str, total: int, start: int) -> tqdm:
+    """A bar on a terminal; elsewhere ``_tell`` writes lines."""
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]"
+    return tqdm(total=total, initial=start, desc=name, disable=None, bar_format=form)
+
+
+def _tell(name: str, bar: tqdm, done: int) -> None:
+    if bar.disable:
+        LOG.info("%s of %d/%d images", name, done, bar.total)
 
 
 def _evaluate_flow(
@@ -321,27 +363,35 @@ def _evaluate_flow(
         return likelihood.bits_per_dim(log_likelihood, x_0[0].size, levels)
 
     compiled = jax.pmap(of_batch, "device", in_axes=(None, None, None, 0), devices=local)
+    chosen = spread(plan.num_examples, len(split.images))
+    chosen = chosen[spread(flow.num_examples, plan.num_examples)]  # the bound is known of them
     start = int(sums.arrays["flow_done"])
-    bar = tqdm(total=flow.num_examples, initial=start, unit=" images", desc="flow", disable=None)
-    for images, batch in _batches(split, flow.num_examples, plan.batch_size, start, len(local)):
-        count = images.stop - images.start
-        sums.arrays["flow"][images] = np.asarray(compiled(*shared, batch)).reshape(-1)[:count]
-        sums.arrays["flow_done"] = np.asarray(images.stop)
-        sums.save(progress, signature)
-        bar.update(count)
-        LOG.info("flow of %d/%d images", images.stop, flow.num_examples)
-    bar.close()
+    with _bar("flow", flow.num_examples, start) as bar:
+        for images, batch in _batches(split, chosen, plan.batch_size, start, len(local)):
+            found = np.asarray(compiled(*shared, batch)).reshape(-1)
+            found = found[: images.stop - images.start]
+            if not np.isfinite(found).all():
+                raise NonFiniteLossError(f"images {images}: the flow gives {found} bits/dim")
+            sums.arrays["flow"][images] = found
+            sums.arrays["flow_done"] = np.asarray(images.stop)
+            sums.save(progress, signature)
+            bar.update(images.stop - images.start)
+            _tell("flow", bar, images.stop)
 
 
 def _batches(
-    split: data.Split, num_examples: int, batch_size: int, start: int, num_devices: int
+    split: data.Split,
+    chosen: Int[np.ndarray, " images"],
+    batch_size: int,
+    start: int,
+    num_devices: int,
 ) -> Iterator[tuple[slice, dict[str, Any]]]:
-    """Slices of the split, and their images spread over the devices, filled up with the first."""
+    """Slices of the chosen images, and those spread over the devices, filled up with the first."""
     size = -(-batch_size // num_devices) * num_devices
-    for first in range(start, num_examples, batch_size):
-        images = slice(first, min(first + batch_size, num_examples))
-        indices = np.zeros(size, int)
-        indices[: images.stop - first] = np.arange(first, images.stop)
+    for first in range(start, len(chosen), batch_size):
+        images = slice(first, min(first + batch_size, len(chosen)))
+        indices = np.full(size, chosen[0])
+        indices[: images.stop - first] = chosen[images]
         labels = None if split.labels is None else split.labels[indices]
         batch = {"image": split.images[indices], "label": labels, "index": indices}
         yield images, jax.tree.map(lambda a: a.reshape(num_devices, -1, *a.shape[1:]), batch)
@@ -356,9 +406,7 @@ def _calls(strata: Strata, size: int) -> Iterator[Strata]:
         yield part
 
 
-def summarise(
-    sums: Sums, plan: EvaluationPlan, levels: int | None, step: int, schedule: Schedule
-) -> dict[str, Any]:
+def summarise(sums: Sums, plan: EvaluationPlan, levels: int | None) -> dict[str, Any]:
     """The numbers of an evaluation, each with its standard error over the images."""
     arrays = sums.arrays
     terms = {name: arrays[name] for name in ("prior", "middle", "decoder")}
@@ -376,15 +424,17 @@ def summarise(
         },
         "clip_x_0": plan.clip_x_0,
         "levels": levels,
-        "step": step,
         "num_examples": plan.num_examples,
-        "num_timesteps": len(schedule),
+        "num_timesteps": len(arrays["count"]),
         "num_timesteps_per_example": plan.num_timesteps,
-        "mse_x_0": float(np.sum(arrays["mse_x_0"]) / np.sum(arrays["count"])),
-        "mse_eps": float(np.sum(arrays["mse_eps"]) / np.sum(arrays["count"])),
+        "mse_x_0": float(np.mean(arrays["x_0_error"])),
+        "mse_eps": float(np.mean(arrays["eps_error"])),
     }
     if plan.flow is not None:
         flow = dict(zip(("bits_per_dim", "standard_error"), _mean(arrays["flow"])))
+        same = spread(plan.flow.num_examples, plan.num_examples)
+        bound, _ = _mean(sum(terms.values())[same])
+        flow["bound_of_the_same_images"] = bound
         report["probability_flow"] = flow | plan.flow._asdict()
     return report
 
@@ -415,7 +465,8 @@ def _curve(sums: Sums, schedule: Schedule) -> tuple[np.ndarray, ...]:
     count = count[seen]
     bits = sums.arrays["bits"][seen] / count
     variance = np.maximum(sums.arrays["bits_squared"][seen] / count - bits**2, 0)
-    error = np.sqrt(variance / np.maximum(count - 1, 1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = np.where(count > 1, np.sqrt(variance / (count - 1)), np.nan)  # one tells nothing
     return np.flatnonzero(seen) + 1, np.asarray(schedule.log_snr)[seen], bits, error
 
 
@@ -429,6 +480,7 @@ def write_csv(sums: Sums, schedule: Schedule, path: pathlib.Path) -> None:
         writer.writerow(
             ["t", "log_snr", "images", "bits_per_dim", "standard_error", "mse_x_0", "mse_eps"]
         )
+        error = ["" if np.isnan(value) else value for value in error]
         writer.writerows(zip(timestep, log_snr, count, bits, error, *errors))
 
 

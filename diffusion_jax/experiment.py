@@ -108,7 +108,7 @@ def create_experiment(config: ConfigDict) -> Experiment:
         batch_losses,
         training,
         sampling,
-        create_evaluation_plan(config, schedule),
+        create_evaluation_plan(config, schedule, clip_x_0=dataset.levels is not None),
     )
 
 
@@ -126,12 +126,8 @@ def create_learned_schedule(config: ConfigDict) -> LearnedSchedule | None:
     start, end = (
         default if value is None else value for default, value in zip(LOG_SNR_ENDS, ends.values())
     )
-    require(
-        -20 <= end < start <= 20,
-        "config.schedule.log_snr_start",
-        start,
-        f"in ({end}, 20], the end's being in [-20, {start})",
-    )
+    require(-20 < start <= 20, "config.schedule.log_snr_start", start, "in (-20, 20]")
+    require(-20 <= end < start, "config.schedule.log_snr_end", end, f"in [-20, {start})")
     require(
         fields.num_timesteps >= 2,
         "config.schedule.num_timesteps",
@@ -359,10 +355,9 @@ def create_training_plan(config: ConfigDict) -> TrainingPlan:
 def create_sampling_plan(config: ConfigDict, schedule: Schedule, clip_x_0: bool) -> SamplingPlan:
     """The sampler of a config on its respaced schedule; ``clip_x_0`` only where it makes sense."""
     fields = config.sampling
-    for name in ("num_images", "batch_size"):
-        require(fields[name] >= 1, f"config.sampling.{name}", fields[name], "at least 1")
-    require(0 <= fields.eta <= 1, "config.sampling.eta", fields.eta, "in [0, 1]")
-    choose("config.sampling.sampler", fields.sampler, samplers.SAMPLERS, "sampler")
+    require(fields.num_images >= 1, "config.sampling.num_images", fields.num_images, "at least 1")
+    function = choose("config.sampling.sampler", fields.sampler, samplers.SAMPLERS, "sampler")
+    own = _arguments("sampling", fields, ("variance", "eta"), function, fields.sampler)
     if fields.variance is not None:
         variance = choose("config.sampling.variance", fields.variance, VARIANCES, "variance")
         require(
@@ -371,12 +366,28 @@ def create_sampling_plan(config: ConfigDict, schedule: Schedule, clip_x_0: bool)
             fields.variance,
             f"beta, posterior or that of the model, which is {config.loss.variance}",
         )
+    if "variance" in inspect.signature(function).parameters:
+        own = {"variance": config.loss.variance} | own
     try:
-        sampler = create_sampler(config)
+        sampler = function(**own)
         num_steps = len(schedule) if fields.num_steps is None else fields.num_steps
         rows = schedules.respace(schedule, num_steps, fields.spacing)
     except ValueError as error:
         raise ConfigError(f"config.sampling.{error}") from error
+    # what these networks put out belongs to one step of the whole chain
+    is_whole, native = num_steps == len(schedule), f"unset, or all {len(schedule)} timesteps"
+    require(
+        config.loss.prediction != "mu" or is_whole,
+        "config.sampling.num_steps",
+        num_steps,
+        f"{native}: the network predicts mu",
+    )
+    require(
+        config.loss.variance != "learned" or "variance" not in own or is_whole,
+        "config.sampling.num_steps",
+        num_steps,
+        f"{native}: the network has learned their variance (learned_range may skip some)",
+    )
     require(
         fields.num_frames == 0 or 2 <= fields.num_frames <= len(rows) + 1,
         "config.sampling.num_frames",
@@ -387,7 +398,7 @@ def create_sampling_plan(config: ConfigDict, schedule: Schedule, clip_x_0: bool)
         sampler=sampler,
         num_steps=len(rows),
         spacing=fields.spacing,
-        grid_steps=min(GRID_STEPS, len(schedule)),
+        grid_steps=len(rows) if config.loss.prediction == "mu" else min(GRID_STEPS, len(schedule)),
         grid_images=min(GRID_IMAGES, fields.num_images),
         num_images=fields.num_images,
         batch_size=min(fields.batch_size, fields.num_images),
@@ -396,10 +407,12 @@ def create_sampling_plan(config: ConfigDict, schedule: Schedule, clip_x_0: bool)
     )
 
 
-def create_evaluation_plan(config: ConfigDict, schedule: Schedule) -> EvaluationPlan:
+def create_evaluation_plan(
+    config: ConfigDict, schedule: Schedule, clip_x_0: bool
+) -> EvaluationPlan:
     """Which images and timesteps an evaluation takes; the split's size is not known yet."""
     fields = config.evaluate
-    for name in ("num_examples", "batch_size", "timesteps_per_call", "flow_examples"):
+    for name in ("num_examples", "timesteps_per_call", "flow_examples"):
         least = 0 if name == "flow_examples" else 1
         value = fields[name]
         require(
@@ -414,12 +427,16 @@ def create_evaluation_plan(config: ConfigDict, schedule: Schedule) -> Evaluation
         num_timesteps,
         allowed,
     )
+    for name, options in (("solver", SOLVERS), ("divergence", DIVERGENCES)):
+        choose(f"config.evaluate.flow_{name}", fields[f"flow_{name}"], options, name)
+    require(fields.flow_steps >= 1, "config.evaluate.flow_steps", fields.flow_steps, "at least 1")
     flow = None
     if fields.flow_examples:
-        for name, options in (("solver", SOLVERS), ("divergence", DIVERGENCES)):
-            choose(f"config.evaluate.flow_{name}", fields[f"flow_{name}"], options, name)
         require(
-            fields.flow_steps >= 1, "config.evaluate.flow_steps", fields.flow_steps, "at least 1"
+            config.loss.prediction != "mu",
+            "config.evaluate.flow_examples",
+            fields.flow_examples,
+            "0: a network that predicts mu says nothing off its own timesteps",
         )
         require(
             bool(schedule.alpha_bar[-1] > 0),
@@ -435,16 +452,6 @@ def create_evaluation_plan(config: ConfigDict, schedule: Schedule) -> Evaluation
         num_timesteps=num_timesteps,
         batch_size=fields.batch_size,
         timesteps_per_call=min(fields.timesteps_per_call, num_timesteps),
-        clip_x_0=fields.clip_x_0,
+        clip_x_0=fields.clip_x_0 and clip_x_0,
         flow=flow,
     )
-
-
-def create_sampler(config: ConfigDict) -> samplers.Sampler:
-    """The sampler of a config with its own arguments."""
-    arguments = {
-        "variance": config.sampling.variance or config.loss.variance,
-        "eta": config.sampling.eta,
-    }
-    function = samplers.SAMPLERS[config.sampling.sampler]
-    return function(**{name: arguments[name] for name in inspect.signature(function).parameters})

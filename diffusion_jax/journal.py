@@ -16,16 +16,16 @@ QUARTILES = 4  # of the timesteps, whose losses are reported apart
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient of a step is not a number."""
+    """A loss, the gradient of a step or a term of the bound is not a number."""
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports; quartile k is a sum over, and a count of, timesteps (k, k+1] T/4."""
+    """What a step reports; quartile k sums over timesteps (k, k+1] T/4, with weights 1/(T p_t)."""
 
     loss: Float[Array, "*steps"]
     gradient_norm: Float[Array, "*steps"]
     quartile_losses: Float[Array, "*steps quartiles"]
-    quartile_counts: Float[Array, "*steps quartiles"]
+    quartile_weights: Float[Array, "*steps quartiles"]
 
 
 # The sums over no steps, as a Journal keeps them.
@@ -34,7 +34,7 @@ NO_STEPS: dict[str, np.ndarray] = {
     "loss": np.zeros(()),
     "gradient_norm": np.zeros(()),
     "quartile_losses": np.zeros(QUARTILES),
-    "quartile_counts": np.zeros(QUARTILES),
+    "quartile_weights": np.zeros(QUARTILES),
 }
 
 
@@ -111,9 +111,9 @@ class Journal:
     def _log(self, step: int) -> None:
         sums, self.since_log = self.since_log, NO_STEPS
         record = {name: sums[name] / sums["steps"] for name in ("loss", "gradient_norm")}
-        counts = sums["quartile_counts"]
-        for quartile in np.flatnonzero(counts):  # few steps may leave a quartile without examples
-            mean = sums["quartile_losses"][quartile] / counts[quartile]
+        weights = sums["quartile_weights"]
+        for quartile in np.flatnonzero(weights):  # few steps may leave a quartile without examples
+            mean = sums["quartile_losses"][quartile] / weights[quartile]
             record[f"loss_quartile_{quartile + 1}"] = mean
         if self._writer is None:
             return

@@ -4,6 +4,7 @@ It is trained jointly with the network by the bound in continuous time, u in [0,
 ``Schedule`` like any other once it is cut into timesteps (Kingma et al. 2021, arXiv 2107.00630).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from diffusion_jax import likelihood, losses, process, schedules, timesteps
@@ -19,6 +21,7 @@ from diffusion_jax.models import Model
 from diffusion_jax.process import Example
 from diffusion_jax.schedules import Schedule
 
+ENDS = ("start", "gap")  # the parameters of the end points; all others shape the way between
 HIDDEN = 1024  # units of the monotone network (VDM appendix H)
 
 
@@ -61,39 +64,43 @@ def _inverse_softplus(value: float) -> float:
     return math.log(math.expm1(value))
 
 
-def log_snr(params: PyTree, u: Float[Array, ""]) -> Float[Array, ""]:
-    """Log SNR at time u, falling strictly from its start at 0 to its end at 1.
+class Moment(NamedTuple):
+    """A moment in continuous time u."""
 
-    start - gap (m(u) - m(0)) / (m(1) - m(0)), where m(u) = a u + c . sigmoid(w u + b) grows: a, c
-    and w are made positive by a softplus (VDM appendix H, eq. 66 and below).
+    log_snr: Float[Array, "..."]
+    rate: Float[Array, "..."]  # -d log SNR / du
+    timestep: Float[Array, "..."]  # what the network is told: 1 at u = 0 to T at u = 1
+
+
+def moment_at(recipe: LearnedSchedule, params: PyTree, u: Float[Array, ""]) -> Moment:
+    """The moment at time u: log SNR falls strictly, from its start at 0 to its end at 1.
+
+    log SNR = start - gap r(u), r(u) = (m(u) - m(0)) / (m(1) - m(0)), where
+    m(u) = a u + c . sigmoid(w u + b) grows: a, c and w are made positive by a softplus (VDM
+    appendix H). The network is told r(u), which is log SNR relative to its ends.
     """
-    rise = (_monotone(params, u) - _monotone(params, 0.0)) / (
-        _monotone(params, 1.0) - _monotone(params, 0.0)
+    gap = jax.nn.softplus(params["gap"])
+    first, last = (_monotone(params, jnp.float32(end)) for end in (0, 1))
+    value, slope = jax.jvp(lambda u: _monotone(params, u), (u,), (jnp.ones(()),))
+    rise = (value - first) / (last - first)
+    told = 1 + (recipe.num_timesteps - 1) * rise
+    return Moment(params["start"] - gap * rise, gap * slope / (last - first), told)
+
+
+def _monotone(params: PyTree, u: Float[Array, ""]) -> Float[Array, ""]:
+    linear, weight_in, weight_out = (
+        jax.nn.softplus(params[name]) for name in ("linear", "weight_in", "weight_out")
     )
-    return params["start"] - jax.nn.softplus(params["gap"]) * rise
-
-
-def _monotone(params: PyTree, u: Float[Array, ""] | float) -> Float[Array, ""]:
-    positive = jax.tree.map(
-        jax.nn.softplus, {k: params[k] for k in ("linear", "weight_in", "weight_out")}
-    )
-    hidden = jax.nn.sigmoid(positive["weight_in"] * u + params["bias"])
-    return positive["linear"] * u + positive["weight_out"] @ hidden
-
-
-def timestep_of(recipe: LearnedSchedule, params: PyTree, log_snr: Float[Array, "..."]) -> Array:
-    """What the network is told: 1 at the first end to T at the last, linear in log SNR."""
-    share = (params["start"] - log_snr) / jax.nn.softplus(params["gap"])
-    return 1 + (recipe.num_timesteps - 1) * share
+    return linear * u + weight_out @ jax.nn.sigmoid(weight_in * u + params["bias"])
 
 
 def discretise(recipe: LearnedSchedule, params: PyTree) -> Schedule:
     """The chain of T timesteps at u = (t - 1) / (T - 1)."""
     params = jax.tree.map(jnp.asarray, params)
     u = jnp.linspace(0, 1, recipe.num_timesteps)
-    along = jax.vmap(log_snr, (None, 0))(params, u)
-    told = timestep_of(recipe, params, along)
-    return schedules.from_log_snr(np.asarray(along, np.float64), np.asarray(told, np.float64))
+    moments = jax.vmap(lambda u: moment_at(recipe, params, u))(u)
+    columns = moments.log_snr, moments.timestep
+    return schedules.from_log_snr(*(np.asarray(column, np.float64) for column in columns))
 
 
 def initial(recipe: LearnedSchedule, seed: int) -> Schedule:
@@ -101,24 +108,15 @@ def initial(recipe: LearnedSchedule, seed: int) -> Schedule:
     return discretise(recipe, init(recipe, jax.random.key(seed)))
 
 
-class Row(NamedTuple):
-    """A moment in continuous time: the row there, and how fast log SNR falls."""
-
-    row: Schedule
-    rate: Float[Array, ""]  # -d log SNR / du
-
-
-def row_at(recipe: LearnedSchedule, params: PyTree, u: Float[Array, ""]) -> Row:
-    """The row at time u, differentiable by the parameters; it is a chain of its own."""
-    value, slope = jax.jvp(lambda u: log_snr(params, u), (u,), (jnp.ones(()),))
-    told = timestep_of(recipe, params, value)
-    return Row(schedules.from_log_snr(value[None], told[None])[0], -slope)
+def row_at(moment: Moment) -> Schedule:
+    """The row of one moment, differentiable; it is a chain of its own."""
+    return schedules.from_log_snr(moment.log_snr[None], moment.timestep[None])[0]
 
 
 def diffusion_term(rate: Float[Array, ""], eps: Example, predicted_eps: Example) -> Example:
     """-d log SNR / du |eps - predicted|^2 / 2 in nats, whose mean over u is L_1 + .. + L_{T-1}.
 
-    The limit T -> infinity (VDM eq. 17).
+    The limit T -> infinity of their sum (VDM).
     """
     return rate * jnp.square(eps - predicted_eps) / 2
 
@@ -126,7 +124,7 @@ def diffusion_term(rate: Float[Array, ""], eps: Example, predicted_eps: Example)
 def reconstruction_term(row: Schedule, x_0: Example, eps: Example, levels: int | None) -> Example:
     """L_0 = -log p(x_0|z_0) in nats, p(x_0|z_0) proportional to q(z_0|x_0) over the levels.
 
-    z_0 is x_0 with the noise of the first end, ``row`` (VDM section 3.3). Continuous data have
+    z_0 is x_0 with the noise of the first end, ``row`` (VDM). Continuous data have
     the density N(x_0; z_0 / sqrt(alpha_bar), sigma^2).
     """
     if levels is None:
@@ -154,40 +152,67 @@ def batch_losses(
 
     Times are spread evenly with a common offset; ``schedule`` and ``timestep_state`` are those of
     discrete time and are not looked at. Losses are told to be of the rows that u falls into.
+
+    The bound does not depend on how log SNR gets from end to end, but its variance does: the
+    inner parameters get the gradient of the squared loss instead (VDM appendix I.2).
     """
     common_key, example_key = jax.random.split(key)
     u = timesteps.spread(common_key, indices, batch_size)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(example_key, indices)
     noise_keys, start_keys, dropout_keys = jax.vmap(lambda k: jax.random.split(k, 3))(keys).T
     of_schedule = params["schedule"]
-    rows, rates = jax.vmap(lambda u: row_at(recipe, of_schedule, u))(u)
-    start, end = (row_at(recipe, of_schedule, jnp.float32(u)).row for u in (0, 1))
+    ends = {name: of_schedule[name] for name in ENDS}
+    still_ends = {name: lax.stop_gradient(leaf) for name, leaf in ends.items()}
+    moments = jax.vmap(functools.partial(moment_at, recipe), (None, 0))
+    by_ends = moments(lax.stop_gradient(of_schedule) | ends, u)
+    by_inner = moments(of_schedule | still_ends, u)
 
-    def noise(key: Key[Array, ""], row: Schedule, x_0: Example) -> tuple[Example, Example]:
+    def diffusion(params: PyTree, moments: Moment) -> Float[Array, " batch"]:
+        rows = jax.vmap(row_at)(moments)
+        eps = jax.vmap(lambda key, x_0: jax.random.normal(key, x_0.shape))(noise_keys, x_0)
+        x_t = jax.vmap(process.q_sample)(rows, x_0, eps)
+        output = apply(params, x_t, rows.timestep, label, dropout_keys)
+
+        def of_example(
+            row: Schedule, rate: Array, eps: Example, x_t: Example, output: Example
+        ) -> Float[Array, ""]:
+            predicted = losses.decode_output(objective, row, x_t, output).eps
+            return likelihood.bits(jnp.mean(diffusion_term(rate, eps, predicted)))
+
+        return jax.vmap(of_example)(rows, moments.rate, eps, x_t, output)
+
+    def of_ends(key: Key[Array, ""], x_0: Example) -> Float[Array, ""]:
+        start, end = (row_at(moment_at(recipe, of_schedule, jnp.float32(u))) for u in (0, 1))
         eps = jax.random.normal(key, x_0.shape)
-        return eps, process.q_sample(row, x_0, eps)
+        first = reconstruction_term(start, x_0, eps, objective.levels)
+        return likelihood.bits(jnp.mean(first + likelihood.prior_term(end, x_0)))
 
-    eps, x_t = jax.vmap(noise)(noise_keys, rows, x_0)
-    output = apply(params, x_t, rows.timestep, label, dropout_keys)
-
-    def loss(
-        row: Schedule,
-        rate: Float[Array, ""],
-        key: Key[Array, ""],
-        x_0: Example,
-        eps: Example,
-        x_t: Example,
-        output: Example,
-    ) -> Float[Array, ""]:
-        predicted = losses.decode_output(objective, row, x_t, output).eps
-        start_eps = jax.random.normal(key, x_0.shape)
-        terms = (
-            likelihood.prior_term(end, x_0)
-            + diffusion_term(rate, eps, predicted)
-            + reconstruction_term(start, x_0, start_eps, objective.levels)
-        )
-        return likelihood.bits(jnp.mean(terms))
-
-    found = jax.vmap(loss)(rows, rates, start_keys, x_0, eps, x_t, output)
+    found = jax.vmap(of_ends)(start_keys, x_0)
+    found += _with_gradient_of_square(diffusion)(params, by_ends, by_inner)
     position = jnp.minimum((u * recipe.num_timesteps).astype(jnp.int32), recipe.num_timesteps - 1)
     return BatchLosses(found, position, jnp.ones(len(found)))
+
+
+def _with_gradient_of_square(
+    losses_of: Callable[[PyTree, Moment], Float[Array, " batch"]],
+) -> Callable[[PyTree, Moment, Moment], Float[Array, " batch"]]:
+    """f(params, a, b) = losses_of(params, a), with the gradient of losses_of(params, b)^2 by b.
+
+    ``a`` and ``b`` are equal numbers, so that one backward pass serves both.
+    """
+
+    @jax.custom_vjp
+    def function(params: PyTree, a: Moment, b: Moment) -> Float[Array, " batch"]:
+        return losses_of(params, a)
+
+    def forward(params: PyTree, a: Moment, b: Moment) -> tuple[Array, tuple]:
+        values, pull_back = jax.vjp(losses_of, params, a)
+        return values, (values, pull_back)
+
+    def backward(kept: tuple, cotangent: Float[Array, " batch"]) -> tuple:
+        values, pull_back = kept
+        of_params, of_a = pull_back(cotangent)
+        return of_params, of_a, jax.tree.map(lambda g: 2 * values * g, of_a)
+
+    function.defvjp(forward, backward)
+    return function

@@ -74,6 +74,10 @@ class MetricsWriter:
         self.close()
 
 
+class DamagedRecordError(ValueError):
+    """A line in the middle of metrics.jsonl is not a record."""
+
+
 def _drop_after(path: Path, resume_step: int) -> None:
     content = path.read_bytes()
     lines = content.split(b"\n")
@@ -85,7 +89,7 @@ def _drop_after(path: Path, resume_step: int) -> None:
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 break  # no newline after it: cut off by a kill, or the empty end of the file
-            raise ValueError(
+            raise DamagedRecordError(
                 f"{path}, line {number}: not a record with a step: {line[:80]!r}"
             ) from error
         if keep:

@@ -390,7 +390,7 @@ def from_log_snr(log_snr: Column, timestep: Column) -> Schedule:
     """The chain through rows of decreasing log SNR, which are told to a network as ``timestep``.
 
     alpha_bar = sigmoid(log SNR), beta_t = -(1 - alpha_bar_t) expm1(log SNR_t - log SNR_{t-1})
-    (Kingma et al. 2021, VDM, eq. 42).
+    (Kingma et al. 2021, VDM).
     """
     xp = _array_module(log_snr)
     alpha_bar, one_minus_alpha_bar = 1 / (1 + xp.exp(-log_snr)), 1 / (1 + xp.exp(log_snr))

@@ -22,6 +22,15 @@ def log_posterior_variance(row: Schedule) -> Float[Array, "..."]:
     return jnp.log(jnp.where(row.posterior_variance > 0, row.posterior_variance, row.beta))
 
 
+def log_beta(row: Schedule) -> Float[Array, "..."]:
+    """Log beta, at t = 1 that of the clipped beta~, as in the code of DDPM and iDDPM.
+
+    Only L_0 looks there, and with beta_1 it would be worse for no reason.
+    """
+    is_first = row.one_minus_alpha_bar_prev == 0
+    return jnp.where(is_first, log_posterior_variance(row), jnp.log(row.beta))
+
+
 def learned_range(row: Schedule, output: Example) -> Example:
     """The log of sigma^2 = beta^f beta~^(1 - f), f = (output + 1) / 2 (iDDPM eq. 15)."""
     f = (output + 1) / 2
@@ -29,7 +38,7 @@ def learned_range(row: Schedule, output: Example) -> Example:
 
 
 VARIANCES: dict[str, Variance] = {
-    "beta": Variance(False, lambda row, output: jnp.log(row.beta)),
+    "beta": Variance(False, lambda row, output: log_beta(row)),
     "posterior": Variance(False, lambda row, output: log_posterior_variance(row)),
     "learned_range": Variance(True, learned_range),
     "learned": Variance(True, lambda row, output: output),

@@ -43,7 +43,10 @@ class Workdir:
             raise ConfigError(f"--workdir={self.path}: is a file")
         if not self._record.exists():
             return False
-        recorded = json.loads(self._record.read_text())
+        try:
+            recorded = json.loads(self._record.read_text())
+        except ValueError as error:
+            raise ConfigError(f"--workdir={self.path}: config.json is damaged: {error}") from error
         for field, (before, now) in configuration.differences(config, recorded).items():
             if field.startswith(tuple(f"config.{name}" for name in fixed)):
                 raise ConfigError(

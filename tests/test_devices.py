@@ -16,8 +16,6 @@ from diffusion_jax.experiment import create_experiment
 from diffusion_jax.train import TrainState, compile_steps, init_state, train_step
 
 SMALL = DIGITS | {
-    "model.channel_multipliers": (1,),  # half the time of compilation; attention is in the middle
-    "model.attention_resolutions": (),
     "model.dropout": 0.3,
     "model.class_conditional": "true",
     "optimizer.learning_rate": 1e-3,

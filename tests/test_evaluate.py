@@ -4,6 +4,7 @@ import csv
 import functools
 import itertools
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from runs import DIGITS, TOY2D, Run, arguments, assert_same, checkpoint, run
 
 from diffusion_jax import data, evaluate, schedules
 from diffusion_jax.evaluate import EvaluationPlan, FlowPlan
+from diffusion_jax.journal import NonFiniteLossError
 from diffusion_jax.losses import Objective
 from diffusion_jax.models import Model
 from diffusion_jax.process import PREDICTIONS
@@ -35,8 +37,6 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluated")
     fields = DIGITS | {
         "dataset.data_dir": folder / "data",
-        "model.channel_multipliers": (1,),
-        "model.attention_resolutions": (),
         "loss.variance": "learned_range",
         "num_devices": 1,
     }
@@ -80,6 +80,8 @@ def test_an_evaluation_leaves_its_files(evaluated):
     assert found["step"] == 40
     assert found["num_timesteps"] == found["num_timesteps_per_example"] == 10
     assert found["standard_error"] > 0
+    assert found["variance"] == "learned_range"
+    assert found["schedule"].startswith("cosine(num_timesteps=10")
     assert found["probability_flow"]["num_examples"] == 8
     assert np.isfinite(found["probability_flow"]["bits_per_dim"])
     with (workdir / "evaluation.csv").open() as file:
@@ -137,6 +139,8 @@ def test_a_stratified_budget_estimates_the_whole_bound(trained, evaluated, tmp_p
     assert found["terms"]["L_0"] == whole["terms"]["L_0"]  # t = 1 is a stratum of its own
     gap = abs(found["bits_per_dim"] - whole["bits_per_dim"])
     assert 0 < gap < 5 * np.hypot(found["standard_error"], whole["standard_error"])
+    for name in ("mse_x_0", "mse_eps"):  # every timestep counts alike, drawn or not
+        np.testing.assert_allclose(found[name], whole[name], rtol=0.2)
 
 
 def test_bad_evaluations_are_one_line(trained, tmp_path):
@@ -160,6 +164,42 @@ def test_bad_evaluations_are_one_line(trained, tmp_path):
         assert len(done.stderr.splitlines()) == 1
         assert field in done.stderr
     assert not list(tmp_path.glob("run*/evaluation*"))
+
+
+def test_points_are_never_clipped_and_ctrl_c_is_one_line(tmp_path):
+    """The data of toy2d reach beyond [-1, 1]; and an evaluation that is interrupted goes on."""
+    workdir = tmp_path / "run"
+    assert run(arguments(workdir, TOY2D), tmp_path / "log").code == 0
+    fields = TOY2D | {"evaluate.batch_size": 16, "evaluate.timesteps_per_call": 1}
+    words = arguments(workdir, fields, mode="evaluate")
+    first = Run(words, tmp_path / "log")
+    first.wait_for(workdir / "evaluation.npz")
+    first.kill(signal.SIGINT)
+    done = first.wait()
+    assert done.code == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "interrupted"
+    (workdir / "evaluation.npz").write_bytes(b"")
+    done = run(words, tmp_path / "log")
+    assert done.code == 0, done.stderr
+    assert "is damaged" in done.stderr
+    assert report(workdir)["clip_x_0"] is False
+
+
+def test_a_term_that_is_not_finite_is_named(tmp_path):
+    """A network that is certain of what is wrong; nothing of it is kept."""
+    plan = EvaluationPlan(8, 10, 8, 5, False, None)
+    schedule = schedules.cosine(10)
+
+    def certain(params, x_t, timestep, label, keys):
+        return jnp.concatenate([x_t, jnp.full_like(x_t, -1000.0)], axis=-1)
+
+    model = Model(lambda key: {"none": jnp.zeros(1)}, certain)
+    split = data.Split(np.ones((8, 2), np.float32), None)
+    inputs = 0, {"none": jnp.zeros(1)}, 1, split, jax.devices()[:1], {}, tmp_path
+    with pytest.raises(NonFiniteLossError, match=r"image \d+ at t = \d+"):
+        evaluate.evaluate(model, _objective(), schedule, plan, *inputs)
+    assert not (tmp_path / "evaluation.npz").exists()
 
 
 def test_importance_sampling_and_the_bound_train(tmp_path):
@@ -216,7 +256,7 @@ def test_the_bound_of_the_exact_chain_is_the_entropy(tmp_path, num_timesteps):
     plan = EvaluationPlan(512, num_timesteps, 256, 5, False, FlowPlan(64, 50, "rk4", "exact"))
     model = of_gaussian(schedule)
     params = model.init(jax.random.key(0))
-    inputs = 0, params, 1, data.Split(points, None), jax.devices()[:2], tmp_path
+    inputs = 0, params, 1, data.Split(points, None), jax.devices()[:2], {}, tmp_path
     found = evaluate.evaluate(model, _objective(), schedule, plan, *inputs)
     entropy = np.log2(2 * np.pi * np.e * VARIANCE) / 2
     assert found["standard_error"] < 0.06

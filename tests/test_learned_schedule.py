@@ -5,11 +5,12 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from gaussian import gaussian
 from runs import TOY2D, arguments, run
 
-from diffusion_jax import learned_schedule, schedules
+from diffusion_jax import learned_schedule, process, schedules, timesteps
 from diffusion_jax.learned_schedule import LearnedSchedule
 from diffusion_jax.losses import Objective
 from diffusion_jax.process import PREDICTIONS
@@ -30,12 +31,14 @@ def some_params(seed=0, size=0.5):
     return jax.tree.unflatten(structure, moved)
 
 
+def along(params, u):
+    return jax.vmap(lambda u: learned_schedule.moment_at(RECIPE, params, u))(u)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_log_snr_falls_from_end_to_end(seed):
     params = some_params(seed)
-    found = np.asarray(
-        jax.vmap(learned_schedule.log_snr, (None, 0))(params, jnp.linspace(0, 1, 300))
-    )
+    found = np.asarray(along(params, jnp.linspace(0, 1, 300)).log_snr)
     assert np.all(np.diff(found) < 0)
     gap = np.log1p(np.exp(params["gap"]))
     np.testing.assert_allclose(found[[0, -1]], [params["start"], params["start"] - gap], rtol=1e-5)
@@ -44,7 +47,7 @@ def test_log_snr_falls_from_end_to_end(seed):
 def test_it_begins_at_the_ends_that_are_asked_for_and_all_but_linear():
     params = learned_schedule.init(RECIPE, jax.random.key(0))
     u = jnp.linspace(0, 1, 101)
-    found = jax.vmap(learned_schedule.log_snr, (None, 0))(params, u)
+    found = along(params, u).log_snr
     np.testing.assert_allclose(found, 8 - 14 * u, atol=0.7)
     np.testing.assert_allclose(found[jnp.array([0, -1])], [8, -6], rtol=1e-5)
 
@@ -52,10 +55,8 @@ def test_it_begins_at_the_ends_that_are_asked_for_and_all_but_linear():
 def test_the_rate_is_the_derivative():
     params, h = some_params(), 1e-3
     for u in (0.05, 0.5, 0.93):
-        ahead, behind = (
-            float(learned_schedule.log_snr(params, jnp.float32(u + d))) for d in (h, -h)
-        )
-        rate = learned_schedule.row_at(RECIPE, params, jnp.float32(u)).rate
+        behind, _, ahead = along(params, jnp.float32([u - h, u, u + h])).log_snr.tolist()
+        rate = learned_schedule.moment_at(RECIPE, params, jnp.float32(u)).rate
         np.testing.assert_allclose(rate, (behind - ahead) / (2 * h), rtol=5e-3)
 
 
@@ -64,14 +65,15 @@ def test_cut_into_timesteps_it_is_a_schedule_like_any_other():
     schedule = learned_schedule.discretise(RECIPE, params)
     assert len(schedule) == 50
     np.testing.assert_allclose(schedule.timestep[jnp.array([0, -1])], [1, 50], rtol=1e-5)
-    expected = jax.vmap(learned_schedule.log_snr, (None, 0))(params, jnp.linspace(0, 1, 50))
+    expected = along(params, jnp.linspace(0, 1, 50)).log_snr
     np.testing.assert_allclose(schedule.log_snr, expected, rtol=1e-5, atol=1e-5)
     alpha_bar = np.cumprod(1 - np.float64(schedule.beta))
     np.testing.assert_allclose(schedule.alpha_bar, alpha_bar, rtol=2e-5)
     np.testing.assert_allclose(schedule.beta + schedule.alpha, 1, rtol=1e-6)
     # the same moments as in continuous time, told to the network in the same way
     for i in (0, 20, 49):
-        row = learned_schedule.row_at(RECIPE, params, jnp.float32(i / 49)).row
+        moment = learned_schedule.moment_at(RECIPE, params, jnp.float32(i / 49))
+        row = learned_schedule.row_at(moment)
         np.testing.assert_allclose(row.timestep, schedule.timestep[i], rtol=1e-5)
         np.testing.assert_allclose(row.alpha_bar, schedule.alpha_bar[i], rtol=1e-4)
 
@@ -91,7 +93,8 @@ def objective(levels=None, kind="eps"):
 def batch_losses(params, x_0, apply, seed=0, indices=None, kind="eps", levels=None):
     size = 64
     indices = jnp.arange(size) if indices is None else indices
-    inputs = None, (), jax.random.key(seed), x_0, None, indices, size
+    schedule = schedules.cosine(RECIPE.num_timesteps)  # not looked at
+    inputs = schedule, (), jax.random.key(seed), x_0, None, indices, size
     return learned_schedule.batch_losses(
         objective(levels, kind), RECIPE, apply, {"schedule": params}, *inputs
     )
@@ -162,17 +165,73 @@ def test_losses_do_not_depend_on_how_the_batch_is_split():
     np.testing.assert_array_equal(split.rows, whole.rows[part])
 
 
-def test_every_parameter_of_the_schedule_is_trained():
+def test_ends_are_trained_by_the_bound_and_the_way_between_by_its_variance():
+    """The gradients of a batch against those of its mean loss and its mean squared loss."""
     params = some_params()
-    x_0 = jax.random.normal(jax.random.key(5), (64, 3))
+    x_0 = MEAN + np.sqrt(VARIANCE) * jax.random.normal(jax.random.key(5), (64, 3))
+    network = exact(params)
 
-    def loss(params):
-        apply = lambda p, x_t, timestep, label, keys: 0.1 * x_t  # noqa: E731
-        return jnp.mean(batch_losses(params, x_0, apply, levels=17).losses)
+    def found(schedule):
+        return jnp.mean(batch_losses(schedule, x_0, network).losses)
 
-    for name, gradient in jax.grad(loss)(params).items():
-        assert np.isfinite(gradient).all(), name
-        assert np.abs(gradient).max() > 0, name
+    # the same numbers without any rule of gradients: the moments at which the noise is drawn
+    common_key, example_key = jax.random.split(jax.random.key(0))
+    u = timesteps.spread(common_key, jnp.arange(64), 64)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(example_key, jnp.arange(64))
+    noise_keys = jax.vmap(lambda k: jax.random.split(k, 3))(keys).T[0]
+
+    def diffusion(schedule):
+        def of_example(u, key, x_0):
+            moment = learned_schedule.moment_at(RECIPE, schedule, u)
+            row = learned_schedule.row_at(moment)
+            eps = jax.random.normal(key, x_0.shape)
+            x_t = process.q_sample(row, x_0, eps)
+            output = network(None, x_t[None], row.timestep[None], None, None)[0]
+            return jnp.mean(moment.rate * (eps - output) ** 2) / 2 / np.log(2)
+
+        return jax.vmap(of_example)(u, noise_keys, x_0)
+
+    gradient = jax.grad(found)(params)
+    expected = jax.grad(lambda schedule: jnp.mean(diffusion(schedule) ** 2))(params)
+    for name in set(gradient) - set(learned_schedule.ENDS):
+        scale = np.abs(expected[name]).max()
+        assert scale > 0, name
+        np.testing.assert_allclose(gradient[name], expected[name], atol=2e-4 * scale)
+    for name in learned_schedule.ENDS:
+        assert gradient[name] != 0
+
+
+def test_a_bent_schedule_learns_to_vary_less():
+    """Whatever its way between the ends the bound is the same; trained, it varies less."""
+    bent = learned_schedule.init(RECIPE, jax.random.key(0))
+    bent |= {"weight_out": jnp.full(learned_schedule.HIDDEN, -2.0), "bias": bent["bias"] * 3}
+    bent["weight_in"] = bent["weight_in"] * 3
+    optimizer = optax.adam(0.05)
+
+    @jax.jit
+    def step(params, state, seed):
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(1), seed), (64, 64))
+        x_0 = MEAN + np.sqrt(VARIANCE) * noise
+
+        def loss(inner):
+            moved = bent | inner
+            found = batch_losses(moved, x_0, exact(bent), seed).losses
+            return jnp.mean(found), found
+
+        inner = {name: params[name] for name in params if name not in learned_schedule.ENDS}
+        gradient, found = jax.grad(loss, has_aux=True)(inner)
+        updates, state = optimizer.update(gradient, state)
+        return params | optax.apply_updates(inner, updates), state, found
+
+    inner = {name: bent[name] for name in bent if name not in learned_schedule.ENDS}
+    params, state = bent, optimizer.init(inner)
+    seen = []
+    for seed in range(150):
+        params, state, found = step(params, state, seed)
+        seen.append((float(found.mean()), float(found.var())))
+    before, after = np.mean(seen[:10], axis=0), np.mean(seen[-10:], axis=0)
+    assert after[1] < 0.7 * before[1]
+    assert abs(after[0] - before[0]) < 0.05
 
 
 def test_a_run_learns_its_schedule_and_is_evaluated_and_sampled_with_it(tmp_path):

@@ -19,7 +19,6 @@ def digits(tmp_path_factory):
     fields = DIGITS | {
         "dataset.data_dir": folder / "data",
         "num_devices": 2,
-        "model.attention_resolutions": (4,),
         "train.num_steps": 25,
         "train.sample_every_steps": 20,
         "sampling.num_images": 6,
@@ -191,7 +190,26 @@ MISTAKES = {
     "keep": field("checkpoint.keep_last", 0),
     "sampling steps": field("sampling.num_steps", 11),
     "spacing": field("sampling.spacing", "even"),
-    "eta": field("sampling.eta", 2.0),
+    "eta": (["--config.sampling.sampler=ddim", "--config.sampling.eta=2.0"], "config.sampling.eta"),
+    "eta of ancestral": field("sampling.eta", 0.5),
+    "variance of ddim": (
+        ["--config.sampling.sampler=ddim", "--config.sampling.variance=beta"],
+        "config.sampling.variance",
+    ),
+    "steps left out of mu": (
+        ["--config.loss.prediction=mu", "--config.sampling.num_steps=5"],
+        "config.sampling.num_steps",
+    ),
+    "steps left out of a learned variance": (
+        ["--config.loss.variance=learned", "--config.sampling.num_steps=5"],
+        "config.sampling.num_steps",
+    ),
+    "flow of mu": (
+        ["--config.loss.prediction=mu", "--config.evaluate.flow_examples=1"],
+        "config.evaluate.flow_examples",
+    ),
+    "solver of no flow": field("evaluate.flow_solver", "euler"),
+    "damaged record": (["--workdir=damaged"], "--workdir=damaged"),
     "sampler": field("sampling.sampler", "dpm"),
     "sampling variance": field("sampling.variance", "fixed"),
     "variance that was not learned": field("sampling.variance", "learned"),
@@ -238,10 +256,11 @@ def refusals(tmp_path_factory):
         folder = tmp_path_factory.mktemp("refused")
         (folder / "file").touch()
         (folder / "empty").mkdir()
+        (folder / "damaged").mkdir()
+        (folder / "damaged" / "config.json").write_text('{"seed": 0')
         np.save(folder / "betas.npy", np.full(10, 0.1))
         if name == "no archives":
             fields = {**fields, "dataset.name": "mnist", "dataset.data_dir": "data"}
-            fields["model.attention_resolutions"] = (14,)
         given = {word.partition("=")[0] for word in words}
         good = [
             word

@@ -550,3 +550,50 @@ def test_config_fields_cover_every_argument():
         *(field for name in SCHEDULES for field in float_arguments(name)),
         *("rescale", "betas"),
     }
+
+
+# --- rows by their log SNR ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_timesteps", [10, 1000, 4000])
+def test_rows_at_the_schedules_own_log_snr_are_its_rows(num_timesteps):
+    """In every column, what the network is told included; traced as well."""
+    schedule = schedules.cosine(num_timesteps)
+    log_snr = np.log(np.float64(schedule.alpha_bar)) - np.log(
+        np.float64(schedule.one_minus_alpha_bar)
+    )
+    found = schedules.at_log_snr(schedule, log_snr)
+    traced = jax.jit(schedules.at_log_snr)(schedule, jnp.float32(log_snr))
+    for name in ("timestep", "alpha_bar", "one_minus_alpha_bar", "alpha_bar_prev"):
+        for rows, tolerance in ((found, 2e-5), (traced, 5e-5)):
+            np.testing.assert_allclose(
+                getattr(rows, name), getattr(schedule, name), rtol=tolerance, err_msg=name
+            )
+    # beta is the difference of two log SNRs, which float32 columns know to 1e-7 each
+    step = np.abs(np.diff(log_snr, prepend=np.inf))
+    np.testing.assert_allclose(found.beta, schedule.beta, rtol=1e-5 + 2e-6 / step.min())
+
+
+def test_between_two_rows_the_timestep_is_between():
+    schedule = schedules.cosine(100)
+    log_snr = np.float64(schedule.log_snr)
+    between = 0.25 * log_snr[1:] + 0.75 * log_snr[:-1]
+    found = schedules.at_log_snr(schedule, between)
+    np.testing.assert_allclose(found.timestep, np.arange(1, 100) + 0.25, rtol=1e-4)
+    np.testing.assert_allclose(found.log_snr, between, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("log_snr", [[11.0], [-30.0], [0.0, 0.0], [-1.0, 1.0]])
+def test_rows_outside_or_out_of_order_are_refused(log_snr):
+    with pytest.raises(ValueError, match="log_snr"):
+        schedules.at_log_snr(schedules.cosine(100), np.array(log_snr))
+
+
+def test_a_chain_from_log_snr_is_exact():
+    """Against 40 digits: sigmoids and a ratio."""
+    log_snr = np.linspace(9, -9, 50)
+    schedule = schedules.from_log_snr(log_snr, np.arange(1.0, 51.0))
+    exact = [1 / (1 + mp.e ** -mpf(float(value))) for value in log_snr]
+    beta = [1 - a / b for a, b in zip(exact, [mpf(1), *exact[:-1]])]
+    np.testing.assert_allclose(schedule.alpha_bar, np.float64(exact), rtol=1e-7)
+    np.testing.assert_allclose(schedule.beta, np.float64(beta), rtol=1e-7)

@@ -7,8 +7,10 @@ import pytest
 from gaussian import BETAS, columns
 
 from diffusion_jax import likelihood, process, schedules, weightings
+from diffusion_jax.losses import NoisedExample, Objective, example_loss
 from diffusion_jax.process import NEEDS_SIGNAL, PREDICTIONS, Prediction
 from diffusion_jax.schedules import SCHEDULES
+from diffusion_jax.timesteps import TIMESTEP_SAMPLERS
 from diffusion_jax.variances import VARIANCES
 from diffusion_jax.weightings import WEIGHTINGS
 
@@ -139,10 +141,39 @@ def test_pairs_that_mean_the_same_are_equal(name):
 
 
 def test_denoising_score_matching_is_the_simple_loss_of_the_score():
-    """E |s + eps / sqrt(1 - ab)|^2 is that of eps over 1 - alpha_bar (Vincent 2011; Song 2021)."""
-    gain = {kind: np.float64(PREDICTIONS[kind].gain(SCHEDULE)) for kind in ("score", "eps")}
-    factor = (gain["score"] / gain["eps"]) ** 2
-    np.testing.assert_allclose(factor, 1 / np.float64(SCHEDULE.one_minus_alpha_bar), rtol=1e-5)
+    """E |s - grad log q(x_t|x_0)|^2, and 1/(1 - alpha_bar) times that of eps (Vincent 2011)."""
+    x_0, eps, said = jax.random.normal(jax.random.key(0), (3, T, 5))
+    x_t = jax.vmap(process.q_sample)(SCHEDULE, x_0, eps)
+
+    def loss(kind, output):
+        chosen = Objective(
+            PREDICTIONS[kind],
+            WEIGHTINGS["simple"](),
+            False,
+            VARIANCES["posterior"],
+            0.0,
+            TIMESTEP_SAMPLERS["uniform"],
+            None,
+        )
+
+        def of_example(row, x_0, eps, x_t, output):
+            truth = Prediction(x_0, eps)
+            noised = NoisedExample(x_0, x_t, PREDICTIONS[kind].encode(row, truth, x_t))
+            return example_loss(chosen, T, row, noised, output)
+
+        return np.float64(jax.vmap(of_example)(SCHEDULE, x_0, eps, x_t, output))
+
+    def log_q(x_t, row, x_0):
+        return -jnp.sum((x_t - jnp.sqrt(row.alpha_bar) * x_0) ** 2) / (2 * row.one_minus_alpha_bar)
+
+    noise = np.float64(SCHEDULE.one_minus_alpha_bar)
+    score = -said / np.sqrt(noise)[:, None]
+    truth = jax.vmap(jax.grad(log_q))(x_t, SCHEDULE, x_0)
+    expected = np.mean((np.float64(score) - np.float64(truth)) ** 2, axis=1)
+    np.testing.assert_allclose(loss("score", jnp.float32(score)), expected, rtol=2e-3)
+    np.testing.assert_allclose(
+        loss("score", jnp.float32(score)), loss("eps", said) / noise, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)

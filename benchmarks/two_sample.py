@@ -1,0 +1,70 @@
+"""How well a 1-nearest-neighbour classifier tells a run's samples from held-out images.
+
+    python -m benchmarks.two_sample --config=configs/digits.py --workdir=runs/digits
+
+Leave-one-out accuracy of the classifier "sample or real" (Lopez-Paz & Oquab 2017): 0.5 is
+perfect, 1 is told apart always, below 0.5 is closer to the real ones than they are to each other.
+Beside it the same for training images, and how far samples and held-out images are from their
+nearest training image, which tells memorising from learning.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+from sklearn.neighbors import NearestNeighbors
+
+from diffusion_jax import config as configuration
+from diffusion_jax import data
+
+DRAWS = 10  # of as many samples as there are held-out images, or half of them
+MODES = ("train",)  # the flags of main.py are parsed, of which there is no mode to choose
+
+
+def accuracy(first: np.ndarray, second: np.ndarray) -> float:
+    """Leave-one-out accuracy of the nearest neighbour's set, over both."""
+    points = np.concatenate([first, second])
+    is_second = np.arange(len(points)) >= len(first)
+    _, nearest = NearestNeighbors(n_neighbors=2).fit(points).kneighbors(points)
+    own = nearest[:, 0] == np.arange(len(points))  # a duplicate may come before the point itself
+    other = np.where(own, nearest[:, 1], nearest[:, 0])
+    return float(np.mean(is_second == is_second[other]))
+
+
+def nearest_distance(points: np.ndarray, training: np.ndarray) -> float:
+    """Mean Euclidean distance to the nearest training image."""
+    return float(NearestNeighbors(n_neighbors=1).fit(training).kneighbors(points)[0].mean())
+
+
+def main(argv: list[str]) -> None:
+    """Print the figures of a run's samples.npz."""
+    arguments = configuration.parse_arguments(argv, MODES)
+    config = configuration.load(arguments.config_path, arguments.overrides)
+    dataset = data.load(config.dataset)
+
+    def flat(images: np.ndarray) -> np.ndarray:
+        return images.reshape(len(images), -1).astype(np.float64)
+
+    def pixels(split: data.Split) -> np.ndarray:
+        x_0 = data.to_x_0(split.images[:], dataset.levels)
+        return flat(data.to_uint8(x_0, dataset.levels))
+
+    held_out, training = pixels(dataset.test), pixels(dataset.train)
+    with np.load(pathlib.Path(arguments.workdir) / "samples" / "samples.npz") as arrays:
+        samples = flat(arrays["images"])
+    source = np.random.default_rng(0)
+    size = min(len(held_out), len(samples) // 2)
+    real = source.permutation(held_out)[:size]
+    for name, images in {"samples": samples, "training images": training}.items():
+        found = [accuracy(source.permutation(images)[:size], real) for _ in range(DRAWS)]
+        print(
+            f"{name} against {size} held-out images: {np.mean(found):.3f}, "
+            f"standard deviation {np.std(found, ddof=1):.3f} over {DRAWS} draws"
+        )
+    for name, images in {"samples": samples, "held-out images": held_out}.items():
+        distance = nearest_distance(images, training)
+        print(f"distance of {name} to the nearest training image: {distance:.1f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
