@@ -57,7 +57,7 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
     from jax.experimental import multihost_utils
 
     from diffusion_jax import data, devices, evaluate, plots, workdir
-    from diffusion_jax.checkpoint import Checkpoints, NoIntactCheckpointError
+    from diffusion_jax.checkpoint import Checkpoints, NoIntactCheckpointError, OtherModelError
     from diffusion_jax.experiment import create_experiment
     from diffusion_jax.generate import Generator, write_samples
     from diffusion_jax.journal import NonFiniteLossError
@@ -170,7 +170,13 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
             )
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("done")
-    except (NonFiniteLossError, NoIntactCheckpointError, DamagedRecordError, OSError) as error:
+    except (
+        NonFiniteLossError,
+        NoIntactCheckpointError,
+        OtherModelError,
+        DamagedRecordError,
+        OSError,
+    ) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0

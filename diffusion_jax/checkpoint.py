@@ -25,6 +25,10 @@ class NoIntactCheckpointError(RuntimeError):
     """There are checkpoints and every one of them is damaged."""
 
 
+class OtherModelError(ValueError):
+    """An intact checkpoint has not the arrays that the model has."""
+
+
 class Restored(NamedTuple):
     """A pytree of numpy arrays and the step at which it was saved."""
 
@@ -115,7 +119,7 @@ class Checkpoints:
 
         Raises:
             NoIntactCheckpointError: every checkpoint is damaged.
-            ValueError: an intact checkpoint of another structure (another model).
+            OtherModelError: an intact checkpoint of another structure.
         """
         steps, self._damaged = self.steps, []
         for step in reversed(steps):
@@ -153,5 +157,5 @@ def _unflatten(arrays: Arrays, template: Any) -> Any:
             for tree in (arrays, expected)
         )
         if found != wanted:
-            raise ValueError(f"checkpoint has {found} for {name}, the model has {wanted}")
+            raise OtherModelError(f"checkpoint has {found} for {name}, the model has {wanted}")
     return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in expected])

@@ -163,6 +163,16 @@ def test_every_checkpoint_damaged_is_one_line(workdir, tmp_path):
         assert said == ["NoIntactCheckpointError: none of the checkpoints [30, 40] is intact"]
 
 
+def test_a_checkpoint_of_another_model_is_one_line(workdir, tmp_path):
+    """Where config.json, by which it would be refused before anything is done, is lost."""
+    (workdir / "config.json").unlink()
+    done = run(arguments(workdir, TOY2D | {"model.width": 8}), tmp_path / "log")
+    assert done.code == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("OtherModelError: checkpoint has float32")
+    assert checkpoint(workdir)["step"] == 40
+
+
 def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(workdir, tmp_path):
     good, lines = checkpoint(workdir), records(workdir)
     for file in (workdir / "checkpoints").glob("40/state/**/d/*"):
