@@ -220,6 +220,13 @@ def test_importance_sampling_and_the_bound_train(tmp_path):
     assert arrays["timestep_state/counts"].sum() == 40 * 16
     assert arrays["timestep_state/losses"].any()
     assert_same(arrays, checkpoint(tmp_path / "parts"))
+    # one device draws the same timesteps and remembers the same losses
+    done = run(arguments(tmp_path / "alone", fields | {"num_devices": 1}), tmp_path / "log")
+    assert done.code == 0, done.stderr
+    alone = checkpoint(tmp_path / "alone")
+    np.testing.assert_array_equal(alone["timestep_state/counts"], arrays["timestep_state/counts"])
+    found, expected = (a["timestep_state/losses"] for a in (alone, arrays))
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
 # --- data whose bits are known --------------------------------------------------------------

@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gaussian import BETAS, columns, cosine_betas, gaussian, linear_betas, mixture
+from ml_collections import ConfigDict
 from scipy import stats
 
 from diffusion_jax import likelihood, losses, process, schedules
 from diffusion_jax.likelihood import DIVERGENCES, SOLVERS
 from diffusion_jax.losses import NoisedExample, Objective
+from diffusion_jax.models import create_model
 from diffusion_jax.process import NEEDS_SIGNAL, PREDICTIONS
 from diffusion_jax.schedules import SCHEDULES
-from diffusion_jax.timesteps import TIMESTEP_SAMPLERS
+from diffusion_jax.timesteps import TIMESTEP_SAMPLERS, TimestepSampler
 from diffusion_jax.variances import VARIANCES
 from diffusion_jax.weightings import WEIGHTINGS
 
@@ -221,11 +223,11 @@ def quantised(levels):
     return grid, -np.sum(mass * np.log(mass))
 
 
-@pytest.mark.parametrize("num_timesteps", [100, 1000])
+@pytest.mark.parametrize("num_timesteps", [100, 1000, 4000])
 @pytest.mark.parametrize("variance", ["beta", "posterior"])
 def test_the_bound_at_fixed_variance_is_its_quadrature(num_timesteps, variance):
     """Against the same bound written from the papers in float64; its excess is large."""
-    levels, betas = 64, cosine_betas(num_timesteps)
+    levels, betas = 256, cosine_betas(num_timesteps)
     (x_0, eps, weight), entropy = quantised(levels)
     row = columns(betas)
     posterior = row.posterior_variance
@@ -249,7 +251,8 @@ def test_the_bound_at_fixed_variance_is_its_quadrature(num_timesteps, variance):
     found = expected_bound(schedule, data, log_variance, x_0, eps, weight, levels)
     np.testing.assert_allclose(found, total, rtol=2e-5)
     excess = (found - entropy) / LN2
-    assert excess > {"beta": 0.05, "posterior": 0.3}[variance]
+    # bits, by the quadrature: beta~ 1.28, 0.90, 0.75; beta 0.25, 0.32, 0.28
+    assert excess > {"beta": 0.2, "posterior": 0.7}[variance]
 
 
 def test_between_fixed_ends_the_excess_falls_as_1_over_t():
@@ -444,6 +447,48 @@ def test_every_objective_is_finite_at_both_ends(kind, variance, outer_rows):
                 continue
             assert np.isfinite(values[:, i]).all(), (name, schedule, i % 2)
             assert np.isfinite(gradients[:, i]).all(), (name, schedule, i % 2)
+
+
+def test_a_network_in_bfloat16_has_finite_gradients_at_both_ends():
+    """A small U-Net with a learned variance, at t = 1 and t = T, by the bound."""
+    config = ConfigDict(
+        {
+            "name": "unet",
+            "width": 8,
+            "channel_multipliers": (1,),
+            "num_blocks": 1,
+            "attention_resolutions": (),
+            "head_channels": 8,
+            "dropout": 0.0,
+            "class_conditional": False,
+            "dtype": "bfloat16",
+        }
+    )
+    model = create_model(config, (4, 4, 1), None, learned_variance=True)
+    ends = TimestepSampler(lambda T: (), lambda *_: (jnp.array([0, 999]), jnp.ones(2)), None)
+    objective = Objective(
+        PREDICTIONS["eps"],
+        WEIGHTINGS["vlb"](),
+        True,
+        VARIANCES["learned_range"],
+        0.001,
+        ends,
+        256,
+    )
+    x_0 = jnp.array([-1.0, 0.5])[:, None, None, None] * jnp.ones((2, 4, 4, 1))
+    key, indices, schedule = jax.random.key(0), jnp.arange(2), schedules.cosine(1000)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        inputs = params, schedule, (), key, x_0, None, indices, 2
+        return jnp.sum(losses.batch_losses(objective, model.apply, *inputs).losses)
+
+    params = jax.tree.map(lambda leaf: leaf + 0.01, model.init(key))  # the last layer is 0
+    value, gradient = loss(params)
+    assert np.isfinite(value)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
 
 
 def test_hybrid_trains_the_variance_by_the_bound_and_the_mean_by_the_error():
