@@ -21,6 +21,9 @@ LAST_FRAME_MILLISECONDS = 1500
 # More points than a panel has pixels only make it slow to draw.
 PLOTTED_TIMESTEPS = 4000
 
+# Terms of the bound below this share of the largest are not drawn.
+NEGLIGIBLE_BITS = 1e-7
+
 BLUE, RED, GREY = (31, 73, 135), (192, 57, 43), (190, 190, 190)
 
 
@@ -194,6 +197,8 @@ def bound_terms(
         axis.set_yscale("log")
         axis.set_xlabel(name, fontsize=11)
         axis.grid(color=_hex(GREY), linewidth=0.5)
+    # an L_0 of next to nothing (grey levels far apart) would squeeze all else
+    left.set_ylim(bottom=max(bits[bits > 0].min() / 2, bits.max() * NEGLIGIBLE_BITS))
     left.set_xscale("log")
     right.invert_xaxis()  # from data to noise, as the timestep goes
     left.set_ylabel("bits/dim of the term", fontsize=11)

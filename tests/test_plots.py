@@ -238,3 +238,17 @@ def test_pictures_of_points_animate(tmp_path):
     frames = np.stack([plots.draw_points(moment, 4.0, 128) for moment in x])[:, None]
     plots.save_animation(frames, tmp_path / "points.gif", milliseconds=50)
     assert len(list(read_animation(tmp_path / "points.gif"))) == 3
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_the_terms_of_a_bound_are_drawn(tmp_path, zero_snr):
+    """Also where L_0 is next to nothing, one term is 0, an error unknown or log SNR infinite."""
+    bits = np.array([1e-17, 0.5, 0.2, 0.0, 1e-3])
+    log_snr = np.array([9.0, 5.0, 1.0, -3.0, -np.inf if zero_snr else -9.0])
+    error = np.array([1e-17, 0.1, np.nan, 0.0, 1e-4])
+    plots.bound_terms(np.arange(1, 6), log_snr, bits, error, tmp_path / "terms.png")
+    with Image.open(tmp_path / "terms.png") as image:
+        pixels = np.asarray(image.convert("RGB"), int)
+    blue = np.all(np.abs(pixels - np.array(plots.BLUE)) < 40, axis=-1)
+    assert blue[:, : blue.shape[1] // 2].sum() > 200
+    assert blue[:, blue.shape[1] // 2 :].sum() > 200
