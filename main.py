@@ -23,7 +23,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from diffusion_jax import config as configuration
-from diffusion_jax.config import ConfigError, require
+from diffusion_jax.config import ConfigError, RunError, require
 
 LOG = logging.getLogger("diffusion_jax")
 MODES = ("train", "sample", "evaluate")
@@ -57,11 +57,9 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
     from jax.experimental import multihost_utils
 
     from diffusion_jax import data, devices, evaluate, plots, workdir
-    from diffusion_jax.checkpoint import Checkpoints, NoIntactCheckpointError, OtherModelError
+    from diffusion_jax.checkpoint import Checkpoints
     from diffusion_jax.experiment import create_experiment
     from diffusion_jax.generate import Generator, write_samples
-    from diffusion_jax.journal import NonFiniteLossError
-    from diffusion_jax.metrics import DamagedRecordError
     from diffusion_jax.train import train
 
     is_training = mode == "train"
@@ -170,13 +168,7 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
             )
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("done")
-    except (
-        NonFiniteLossError,
-        NoIntactCheckpointError,
-        OtherModelError,
-        DamagedRecordError,
-        OSError,
-    ) as error:
+    except (RunError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -16,16 +16,18 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from diffusion_jax.config import RunError
+
 LOG = logging.getLogger("diffusion_jax")
 
 Arrays = dict[str, np.ndarray]
 
 
-class NoIntactCheckpointError(RuntimeError):
+class NoIntactCheckpointError(RunError):
     """There are checkpoints and every one of them is damaged."""
 
 
-class OtherModelError(ValueError):
+class OtherModelError(RunError):
     """An intact checkpoint has not the arrays that the model has."""
 
 

@@ -38,6 +38,10 @@ class Arguments(NamedTuple):
     overrides: tuple[tuple[str, str], ...]
 
 
+class RunError(Exception):
+    """A run that was right cannot go on; one line, exit status 1."""
+
+
 def require(condition: bool, field: str, value: Any, allowed: str) -> None:
     """Refuse a value: ``config.train.batch_size = 0: must be at least 1``.
 

@@ -9,13 +9,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from diffusion_jax import generate
+from diffusion_jax.config import RunError
 from diffusion_jax.metrics import MetricsWriter, Progress
 from diffusion_jax.workdir import Workdir
 
 QUARTILES = 4  # of the timesteps, whose losses are reported apart
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(RunError):
     """A loss, the gradient of a step or a term of the bound is not a number."""
 
 

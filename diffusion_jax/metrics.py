@@ -12,6 +12,8 @@ from jaxtyping import UInt8
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from diffusion_jax.config import RunError
+
 LOG = logging.getLogger("diffusion_jax")
 
 # A kill loses at most this much of TensorBoard's view; metrics.jsonl loses nothing.
@@ -29,7 +31,7 @@ class MetricsWriter:
         resume_step: the step of the restored checkpoint; 0 for a fresh start.
 
     Raises:
-        ValueError: a line of metrics.jsonl, other than a partial last one, is no record.
+        DamagedRecordError: a line of metrics.jsonl, other than a partial last one, is no record.
     """
 
     def __init__(self, workdir: str | Path, resume_step: int = 0) -> None:
@@ -74,7 +76,7 @@ class MetricsWriter:
         self.close()
 
 
-class DamagedRecordError(ValueError):
+class DamagedRecordError(RunError):
     """A line in the middle of metrics.jsonl is not a record."""
 
 

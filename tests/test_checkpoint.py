@@ -8,7 +8,13 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from runs import assert_same
 
-from diffusion_jax.checkpoint import Checkpoints, NoIntactCheckpointError, digest, flatten
+from diffusion_jax.checkpoint import (
+    Checkpoints,
+    NoIntactCheckpointError,
+    OtherModelError,
+    digest,
+    flatten,
+)
 
 
 def state_at(step):
@@ -176,7 +182,7 @@ def test_the_last_and_the_best_are_kept(tmp_path, keep_last, keep_best, kept):
 def test_a_state_of_another_structure_is_an_error(saved, change, named):
     template = state_at(0)
     change(template)
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(OtherModelError, match=named):
         restore(saved, template)
 
 

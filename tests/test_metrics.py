@@ -12,7 +12,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 from diffusion_jax import metrics
-from diffusion_jax.metrics import MetricsWriter, Progress
+from diffusion_jax.metrics import DamagedRecordError, MetricsWriter, Progress
 
 
 def read_records(workdir):
@@ -119,7 +119,9 @@ def test_a_bad_line_in_the_middle_is_named_and_nothing_is_changed(tmp_path, junk
     path = tmp_path / "metrics.jsonl"
     content = b'{"step": 1}\n' + junk + b'\n{"step": 3}\n'
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a record with a step"):
+    with pytest.raises(
+        DamagedRecordError, match=r"metrics\.jsonl, line 2: not a record with a step"
+    ):
         MetricsWriter(tmp_path, resume_step=1)
     assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
