@@ -132,7 +132,7 @@ class Generator:
         return self._trajectory(*shared, indices, num_frames)
 
     def grid(self, params: PyTree) -> Grid:
-        """Start a small DDIM grid and do not wait for it."""
+        """Start a small DDIM grid and do not wait for it (save for a learned schedule's rows)."""
         plan = self._plan
         sampler = samplers.ddim(eta=0.0)
         rows = schedules.respace(self._schedule_of(params), plan.grid_steps)
