@@ -28,6 +28,8 @@ SMALL = {
     "evaluate.num_examples": 24,
     "evaluate.batch_size": 8,
     "evaluate.timesteps_per_call": 3,
+    "evaluate.flow_solver": "heun",
+    "evaluate.flow_steps": 10,
 }
 
 
