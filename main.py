@@ -85,15 +85,20 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
         levels=experiment.dataset.levels,
         num_clipped=experiment.num_clipped,
         title=experiment.schedule_title,
-        path=folder.path / "schedule.png",
     )
+    card = folder.path / "schedule.png"
     if is_first:
         folder.lock()
         devices.log(used)
         if is_training:
             folder.record(config)
             if not is_there or config.schedule.name != "learned":
-                print(write_card(experiment.schedule))
+                # a run that goes on has its card already
+                print(
+                    write_card(
+                        experiment.schedule, path=None if is_there and card.exists() else card
+                    )
+                )
 
     sampling = experiment.sampling
     generator = Generator(
@@ -139,7 +144,7 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
             return 0
         schedule = experiment.schedule_of(ema)
         if schedule is not experiment.schedule:  # it was learned
-            print(write_card(schedule))
+            print(write_card(schedule, path=card))
         if mode == "evaluate":
             about = {name: config.loss[name] for name in ("prediction", "weighting", "variance")}
             about["schedule"] = experiment.schedule_title

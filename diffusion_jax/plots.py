@@ -33,7 +33,7 @@ def pixel_bin(levels: int) -> float:
 
 
 def schedule_card(
-    schedule: Schedule, levels: int | None, num_clipped: int, title: str, path: str | Path
+    schedule: Schedule, levels: int | None, num_clipped: int, title: str, path: str | Path | None
 ) -> str:
     """Draw beta, alpha_bar, sigma and log SNR against the timestep, and put them into words.
 
@@ -45,7 +45,7 @@ def schedule_card(
         levels: grey levels of the data set (256: bin 1/127.5); None where there are no pixels.
         num_clipped: how many betas were held at max_beta or min_beta.
         title: the schedule's name and parameters.
-        path: where the PNG goes.
+        path: where the PNG goes; None: draw nothing, only the lines are wanted.
 
     Returns:
         The lines that the run prints.
@@ -54,7 +54,8 @@ def schedule_card(
         name: np.asarray(getattr(schedule, name), np.float64)
         for name in ("timestep", "beta", "alpha_bar", "sigma", "snr", "log_snr")
     }
-    _draw_card(columns, levels, title, path)
+    if path is not None:
+        _draw_card(columns, levels, title, path)
 
     root_beta_1 = np.sqrt(columns["beta"][0])
     lines = [f"schedule      {title}"]

@@ -21,6 +21,7 @@ TIMEOUT = 120  # seconds, of any run here
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [f"diffusion_jax.{name}" for name in ("checkpoint", "experiment", "generate", "train")]
+    + ["matplotlib.figure", "matplotlib.backends.backend_agg"]
 )
 
 TOY2D = {

@@ -28,8 +28,6 @@ SMALL = {
     "evaluate.num_examples": 24,
     "evaluate.batch_size": 8,
     "evaluate.timesteps_per_call": 3,
-    "evaluate.flow_solver": "heun",
-    "evaluate.flow_steps": 10,
 }
 
 
@@ -65,7 +63,7 @@ def report(workdir):
 @pytest.fixture(scope="module")
 def evaluated(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    done = start(trained, folder / "run", folder / "log", evaluate__flow_examples=8).wait()
+    done = start(trained, folder / "run", folder / "log").wait()
     assert done.code == 0, done.stderr
     return folder / "run", done
 
@@ -84,8 +82,6 @@ def test_an_evaluation_leaves_its_files(evaluated):
     assert found["standard_error"] > 0
     assert found["variance"] == "learned_range"
     assert found["schedule"].startswith("cosine(num_timesteps=10")
-    assert found["probability_flow"]["num_examples"] == 8
-    assert np.isfinite(found["probability_flow"]["bits_per_dim"])
     with (workdir / "evaluation.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [int(line["t"]) for line in lines] == list(range(1, 11))
@@ -117,13 +113,12 @@ def test_neither_batches_nor_devices_change_the_bits(trained, evaluated, tmp_pat
 def test_killed_at_any_moment_it_goes_on_to_the_same_numbers(trained, evaluated, tmp_path):
     """kill -9 after the first batch; the second start says that it goes on."""
     workdir = tmp_path / "run"
-    flow = {"evaluate__flow_examples": 8}
-    first = start(trained, workdir, tmp_path / "log", **flow)
+    first = start(trained, workdir, tmp_path / "log")
     first.wait_for(workdir / "evaluation.npz")
     first.kill()
     first.wait()
     assert not (workdir / "evaluation.json").exists()
-    done = start(trained, workdir, tmp_path / "log", **flow).wait()
+    done = start(trained, workdir, tmp_path / "log").wait()
     assert done.code == 0, done.stderr
     assert "going on after" in done.stderr
     assert report(workdir) == report(evaluated[0])
@@ -172,7 +167,12 @@ def test_points_are_never_clipped_and_ctrl_c_is_one_line(tmp_path):
     """The data of toy2d reach beyond [-1, 1]; and an evaluation that is interrupted goes on."""
     workdir = tmp_path / "run"
     assert run(arguments(workdir, TOY2D), tmp_path / "log").code == 0
-    fields = TOY2D | {"evaluate.batch_size": 16, "evaluate.timesteps_per_call": 1}
+    fields = TOY2D | {
+        "evaluate.batch_size": 16,
+        "evaluate.timesteps_per_call": 1,
+        "evaluate.flow_examples": 64,
+        "evaluate.flow_divergence": "exact",
+    }
     words = arguments(workdir, fields, mode="evaluate")
     first = Run(words, tmp_path / "log")
     first.wait_for(workdir / "evaluation.npz")
@@ -186,6 +186,9 @@ def test_points_are_never_clipped_and_ctrl_c_is_one_line(tmp_path):
     assert done.code == 0, done.stderr
     assert "is damaged" in done.stderr
     assert report(workdir)["clip_x_0"] is False
+    flow = report(workdir)["probability_flow"]
+    assert flow["num_examples"] == 64
+    assert np.isfinite([flow["bits_per_dim"], flow["bound_of_the_same_images"]]).all()
 
 
 def test_a_term_that_is_not_finite_is_named(tmp_path):

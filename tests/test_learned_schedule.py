@@ -241,7 +241,6 @@ def test_a_run_learns_its_schedule_and_is_evaluated_and_sampled_with_it(tmp_path
         "train.num_steps": 100,
         "checkpoint.every_steps": 50,
         "optimizer.learning_rate": 1e-2,
-        "train.sample_every_steps": 50,
         "evaluate.num_examples": 64,
     }
     workdir = tmp_path / "run"

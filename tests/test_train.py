@@ -97,7 +97,10 @@ def test_half_the_steps_and_then_the_rest_equal_all_of_them(uninterrupted, tmp_p
     assert_equals(tmp_path / "run", uninterrupted)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_and_the_same_command_goes_on_from_there(
     uninterrupted, tmp_path, number, code
 ):
