@@ -207,6 +207,7 @@ def test_a_term_that_is_not_finite_is_named(tmp_path):
     assert not (tmp_path / "evaluation.npz").exists()
 
 
+@pytest.mark.slow
 def test_importance_sampling_and_the_bound_train(tmp_path):
     """A run of L_vlb with importance sampling, stopped and gone on with, is one run."""
     fields = TOY2D | {

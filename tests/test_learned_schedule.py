@@ -158,9 +158,9 @@ def test_reconstruction_is_a_distribution_over_the_levels():
 def test_losses_do_not_depend_on_how_the_batch_is_split():
     params = some_params()
     x_0 = jax.random.normal(jax.random.key(5), (64, 3))
-    whole = batch_losses(params, x_0, exact(params))
+    found = jax.jit(lambda x_0, indices: batch_losses(params, x_0, exact(params), 0, indices))
     part = jnp.array([60, 3, 17, 0])
-    split = batch_losses(params, x_0[part], exact(params), indices=part)
+    whole, split = found(x_0, jnp.arange(64)), found(x_0[part], part)
     np.testing.assert_allclose(split.losses, whole.losses[part], rtol=2e-5)
     np.testing.assert_array_equal(split.rows, whole.rows[part])
 
@@ -191,8 +191,8 @@ def test_ends_are_trained_by_the_bound_and_the_way_between_by_its_variance():
 
         return jax.vmap(of_example)(u, noise_keys, x_0)
 
-    gradient = jax.grad(found)(params)
-    expected = jax.grad(lambda schedule: jnp.mean(diffusion(schedule) ** 2))(params)
+    gradient = jax.jit(jax.grad(found))(params)
+    expected = jax.jit(jax.grad(lambda schedule: jnp.mean(diffusion(schedule) ** 2)))(params)
     for name in set(gradient) - set(learned_schedule.ENDS):
         scale = np.abs(expected[name]).max()
         assert scale > 0, name
@@ -201,6 +201,7 @@ def test_ends_are_trained_by_the_bound_and_the_way_between_by_its_variance():
         assert gradient[name] != 0
 
 
+@pytest.mark.slow
 def test_a_bent_schedule_learns_to_vary_less():
     """Whatever its way between the ends the bound is the same; trained, it varies less."""
     bent = learned_schedule.init(RECIPE, jax.random.key(0))
@@ -234,6 +235,7 @@ def test_a_bent_schedule_learns_to_vary_less():
     assert abs(after[0] - before[0]) < 0.05
 
 
+@pytest.mark.slow
 def test_a_run_learns_its_schedule_and_is_evaluated_and_sampled_with_it(tmp_path):
     fields = TOY2D | {
         "schedule.name": "learned",

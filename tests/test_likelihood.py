@@ -223,7 +223,7 @@ def quantised(levels):
     return grid, -np.sum(mass * np.log(mass))
 
 
-@pytest.mark.parametrize("num_timesteps", [100, 1000, 4000])
+@pytest.mark.parametrize("num_timesteps", [100, 1000, pytest.param(4000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variance", ["beta", "posterior"])
 def test_the_bound_at_fixed_variance_is_its_quadrature(num_timesteps, variance):
     """Against the same bound written from the papers in float64; its excess is large."""
@@ -449,6 +449,7 @@ def test_every_objective_is_finite_at_both_ends(kind, variance, outer_rows):
             assert np.isfinite(gradients[:, i]).all(), (name, schedule, i % 2)
 
 
+@pytest.mark.slow
 def test_a_network_in_bfloat16_has_finite_gradients_at_both_ends():
     """A small U-Net with a learned variance, at t = 1 and t = T, by the bound."""
     config = ConfigDict(
