@@ -290,7 +290,9 @@ def _evaluate_bound(
     chosen, start = spread(plan.num_examples, len(split.images)), int(sums.arrays["done"])
     with _bar("bound", plan.num_examples, start) as bar:
         for images, batch in _batches(split, chosen, plan.batch_size, start, len(local)):
-            x_0 = data.to_x_0(split.images[chosen[images]], objective.levels)
+            count = images.stop - images.start
+            image = batch["image"].reshape(-1, *batch["image"].shape[2:])[:count]
+            x_0 = data.to_x_0(image, objective.levels)
             prior = jax.vmap(likelihood.prior_term, (None, 0))(last_row, x_0)
             prior = likelihood.bits(prior.reshape(len(x_0), -1).mean(axis=1))
             sums.arrays["prior"][images] = prior
