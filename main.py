@@ -12,7 +12,6 @@ and nothing was written; 143 stopped by SIGTERM after saving (130 by Ctrl-C). An
 where it was killed; sampling begins again.
 """
 
-import functools
 import logging
 import os
 import pathlib
@@ -80,12 +79,7 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
         evaluation = evaluate.fit(experiment.evaluation, dataset.test)
     start_compilation_cache(config.compilation_cache)
     is_first = jax.process_index() == 0
-    write_card = functools.partial(
-        plots.schedule_card,
-        levels=experiment.dataset.levels,
-        num_clipped=experiment.num_clipped,
-        title=experiment.schedule_title,
-    )
+    levels, title = experiment.dataset.levels, experiment.schedule_title
     card = folder.path / "schedule.png"
     if is_first:
         folder.lock()
@@ -93,12 +87,12 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
         if is_training:
             folder.record(config)
             if not is_there or config.schedule.name != "learned":
-                # a run that goes on has its card already
-                print(
-                    write_card(
-                        experiment.schedule, path=None if is_there and card.exists() else card
-                    )
+                described = plots.describe_schedule(
+                    experiment.schedule, levels, experiment.num_clipped, title
                 )
+                print(described)
+            if not card.exists():  # a run that goes on has its card already
+                plots.schedule_card(experiment.schedule, levels, title, card)
 
     sampling = experiment.sampling
     generator = Generator(
@@ -144,7 +138,8 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
             return 0
         schedule = experiment.schedule_of(ema)
         if schedule is not experiment.schedule:  # it was learned
-            print(write_card(schedule, path=card))
+            print(plots.describe_schedule(schedule, levels, experiment.num_clipped, title))
+            plots.schedule_card(schedule, levels, title, card)
         if mode == "evaluate":
             about = {name: config.loss[name] for name in ("prediction", "weighting", "variance")}
             about["schedule"] = experiment.schedule_title

@@ -32,32 +32,19 @@ def pixel_bin(levels: int) -> float:
     return 2 / (levels - 1)
 
 
-def schedule_card(
-    schedule: Schedule, levels: int | None, num_clipped: int, title: str, path: str | Path | None
-) -> str:
-    """Draw beta, alpha_bar, sigma and log SNR against the timestep, and put them into words.
+def describe_schedule(schedule: Schedule, levels: int | None, num_clipped: int, title: str) -> str:
+    """Put a schedule into the lines that a run prints.
 
     Nichol & Dhariwal 2021 (section 3.2) choose the offset s of the cosine schedule so that
-    sqrt(beta_1) is slightly smaller than the pixel bin; the card shows the one beside the other.
+    sqrt(beta_1) is slightly smaller than the pixel bin; the lines show the one beside the other.
 
     Args:
         schedule: the schedule of the run, after all rescaling.
         levels: grey levels of the data set (256: bin 1/127.5); None where there are no pixels.
         num_clipped: how many betas were held at max_beta or min_beta.
         title: the schedule's name and parameters.
-        path: where the PNG goes; None: draw nothing, only the lines are wanted.
-
-    Returns:
-        The lines that the run prints.
     """
-    columns = {
-        name: np.asarray(getattr(schedule, name), np.float64)
-        for name in ("timestep", "beta", "alpha_bar", "sigma", "snr", "log_snr")
-    }
-    if path is not None:
-        _draw_card(columns, levels, title, path)
-
-    root_beta_1 = np.sqrt(columns["beta"][0])
+    root_beta_1 = np.sqrt(schedule.beta[0])
     lines = [f"schedule      {title}"]
     if levels is None:
         lines.append(f"sqrt(beta_1)  {root_beta_1:.3g} (the data have no pixel bin)")
@@ -66,10 +53,10 @@ def schedule_card(
             f"sqrt(beta_1)  {root_beta_1:.3g} = {root_beta_1 / pixel_bin(levels):.3g} pixel bins"
             f" (one bin: {_fraction(levels)} = {pixel_bin(levels):.3g})"
         )
-    snr, log_snr = columns["snr"], columns["log_snr"]
-    ending = " (zero terminal SNR)" if columns["alpha_bar"][-1] == 0 else ""
+    alpha_bar_T = schedule.alpha_bar[-1]
+    snr, log_snr = np.asarray(schedule.snr), np.asarray(schedule.log_snr)
     lines += [
-        f"alpha_bar_T   {columns['alpha_bar'][-1]:.3g}{ending}",
+        f"alpha_bar_T   {alpha_bar_T:.3g}{' (zero terminal SNR)' if alpha_bar_T == 0 else ''}",
         f"SNR           {snr[0]:.3g} to {snr[-1]:.3g} (log SNR {log_snr[0]:.3g} to"
         f" {log_snr[-1]:.3g})",
         f"clipped       {num_clipped} of {len(schedule)} betas",
@@ -81,20 +68,27 @@ def _fraction(levels: int) -> str:
     return f"1/{1 / pixel_bin(levels):g}"
 
 
-def _draw_card(
-    columns: dict[str, np.ndarray], levels: int | None, title: str, path: str | Path
-) -> None:
+def schedule_card(schedule: Schedule, levels: int | None, title: str, path: str | Path) -> None:
+    """Draw beta, alpha_bar, sigma and log SNR against the timestep, as one PNG.
+
+    Beside beta stands the data set's pixel bin, see ``describe_schedule``.
+    """
     # Half a second to import, which evaluation and the tests of other things need not pay.
     # A Figure of its own draws with Agg: no display, no pyplot state.
     from matplotlib.figure import Figure
 
-    num_rows = columns["timestep"].size
+    columns = {
+        name: np.asarray(getattr(schedule, name), np.float64)
+        for name in ("timestep", "beta", "alpha_bar", "sigma", "log_snr")
+    }
+    num_rows = len(schedule)
     shown = np.unique(np.linspace(0, num_rows - 1, PLOTTED_TIMESTEPS).round().astype(int))
     timestep = columns["timestep"][shown]
     style = {"color": _hex(BLUE), "linewidth": 2, "marker": "." if num_rows <= 50 else None}
 
-    figure = Figure(figsize=(10, 7), dpi=120, layout="constrained")
-    figure.get_layout_engine().set(wspace=0.06)
+    # fixed margins: a layout that measures every label takes as long as the drawing
+    figure = Figure(figsize=(10, 7), dpi=120)
+    figure.subplots_adjust(0.08, 0.07, 0.985, 0.89, wspace=0.45, hspace=0.17)
     figure.suptitle(title, fontsize=14)
     axes = figure.subplots(2, 2, sharex=True).ravel()
     panels = {

@@ -19,7 +19,8 @@ def random_images(*shape):
 def card(tmp_path, schedule, levels=256, num_clipped=0):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing may divide by zero or take log(0) unawares
-        text = plots.schedule_card(schedule, levels, num_clipped, "a title", tmp_path / "card.png")
+        text = plots.describe_schedule(schedule, levels, num_clipped, "a title")
+        plots.schedule_card(schedule, levels, "a title", tmp_path / "card.png")
     return dict(line.split(maxsplit=1) for line in text.splitlines()), tmp_path / "card.png"
 
 

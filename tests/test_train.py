@@ -15,7 +15,7 @@ from diffusion_jax import config as configuration
 from diffusion_jax.experiment import create_experiment, create_optimizer
 from diffusion_jax.train import ema_decay
 
-LONG = TOY2D | {"train.num_steps": 1400, "checkpoint.every_steps": 35, "train.log_every_steps": 50}
+LONG = TOY2D | {"train.num_steps": 700, "checkpoint.every_steps": 35, "train.log_every_steps": 25}
 
 
 def records(workdir):
@@ -82,7 +82,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_was(uninterrupted, tmp_
         assert started.wait().code in (-signal.SIGKILL, 0)
         steps = [int(p.name) for p in (tmp_path / "run/checkpoints").glob("*") if p.name.isdigit()]
         reached = max(steps)
-        if reached >= 1200:
+        if reached >= 600:
             break
     done = run(arguments(tmp_path / "run", LONG), tmp_path / "log")
     assert done.code == 0, (moments, done.stderr)
@@ -91,7 +91,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_was(uninterrupted, tmp_
 
 
 def test_half_the_steps_and_then_the_rest_equal_all_of_them(uninterrupted, tmp_path):
-    for num_steps in (700, 1400):
+    for num_steps in (350, 700):
         fields = LONG | {"train.num_steps": num_steps}
         assert run(arguments(tmp_path / "run", fields), tmp_path / "log").code == 0
     assert_equals(tmp_path / "run", uninterrupted)
@@ -112,7 +112,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_from_there(
     assert done.code == code, done.stderr
     step = max(int(p.name) for p in (workdir / "checkpoints").glob("*"))
     assert f"after saving step {step}" in done.stderr
-    assert checkpoint(workdir)["step"] == step < 1400
+    assert checkpoint(workdir)["step"] == step < 700
     done = run(arguments(workdir, LONG), tmp_path / "log")
     assert done.code == 0, done.stderr
     assert f"resuming at step {step}\n" in done.stderr
