@@ -96,10 +96,12 @@ def clip_posterior_variance(schedule: Schedule) -> Schedule:
     return dataclasses.replace(schedule, posterior_variance=clipped)
 
 
-def previous(schedule: Schedule) -> Schedule:
-    """The row before each row: t = 0 and all rows but the last."""
+def with_terminal_row(schedule: Schedule) -> Schedule:
+    """The rows of t = 0, 1 .. T: row i of the schedule is row i + 1, the one before it row i."""
     return jax.tree.map(
-        lambda first, column: jnp.concatenate([first[None], column[:-1]]), terminal_row(), schedule
+        lambda first, column: jnp.concatenate([first[None].astype(column.dtype), column]),
+        terminal_row(),
+        schedule,
     )
 
 
@@ -154,7 +156,7 @@ def _schedule(
     one_minus_alpha_bar: Column,
     timestep: Column | None = None,
 ) -> Schedule:
-    """Add the columns that look at the row before and round once to float32."""
+    """Add the columns that look at the row before; round once to float32 on the host."""
     xp = _array_module(beta)
     alpha_bar_prev = xp.concatenate([xp.ones(1), alpha_bar[:-1]])
     one_minus_alpha_bar_prev = xp.concatenate([xp.zeros(1), one_minus_alpha_bar[:-1]])
@@ -164,7 +166,8 @@ def _schedule(
         *(beta, alpha, alpha_bar, alpha_bar_prev),
         *(one_minus_alpha_bar, one_minus_alpha_bar_prev, posterior_variance),
     )
-    return Schedule(*(jnp.asarray(column, jnp.float32) for column in columns))
+    dtype = jnp.float32 if xp is np else beta.dtype
+    return Schedule(*(jnp.asarray(column, dtype) for column in columns))
 
 
 def _from_alpha_bars(

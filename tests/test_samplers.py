@@ -22,7 +22,7 @@ from gaussian import (
 
 from diffusion_jax import process, samplers, schedules
 from diffusion_jax.process import PREDICTIONS
-from diffusion_jax.samplers import SAMPLERS, ancestral, ddim, sample, trajectory
+from diffusion_jax.samplers import SAMPLERS, Pndm, ancestral, ddim, sample, trajectory
 from diffusion_jax.spacings import SPACINGS
 
 VARIANCES = ("beta", "posterior")  # the fixed ones
@@ -80,9 +80,9 @@ def every_step(sampler, schedule, x_t):
     keys = jax.random.split(KEY, len(x_t))
 
     def step(row, row_prev):
-        return sampler.step(keys, DATA, sampler.init(x_t), x_t, row, row_prev)[0]
+        return sampler.step(keys, DATA, sampler.init(x_t, schedule), x_t, row, row_prev)[0]
 
-    return jax.vmap(step)(schedule[::-1], schedules.previous(schedule)[::-1])
+    return jax.vmap(step)(schedule[::-1], schedules.with_terminal_row(schedule)[:-1][::-1])
 
 
 @pytest.mark.parametrize("name", BETAS)
@@ -112,7 +112,7 @@ def test_ddim_with_eta_1_is_ancestral_on_the_full_grid(name):
 
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_the_last_ancestral_step_adds_no_noise(variance):
-    x_0, states = run(SCHEDULE, ancestral(variance), (3, 2), len(SCHEDULE) + 1)
+    x_0, states, _ = run(SCHEDULE, ancestral(variance), (3, 2), len(SCHEDULE) + 1)
     # the posterior mean at t = 1 is x_0
     np.testing.assert_allclose(x_0, DATA(states[-2], SCHEDULE[0]).x_0, rtol=1e-6)
     # and the step before it does add noise
@@ -134,7 +134,7 @@ def check_moments(x_0, mean, variance):
 @chains
 def test_moments_follow_the_recursion_of_the_chain(sampler, exact_chain, name, num_timesteps):
     betas = BETAS[name](num_timesteps)
-    x_0, _ = run(schedules.from_betas(betas), sampler, MANY)
+    x_0, *_ = run(schedules.from_betas(betas), sampler, MANY)
     check_moments(x_0, *moments(exact_chain(betas)))
 
 
@@ -206,7 +206,7 @@ def test_ddim_without_noise_is_a_function_of_x_T():
         run(SCHEDULE, ddim(eta=0.0), (3, 2), 0, jax.random.key(seed), x_T)[0] for seed in (0, 1)
     )
     np.testing.assert_array_equal(first, second)
-    third, _ = run(SCHEDULE, ddim(eta=0.5), (3, 2), 0, jax.random.key(1), x_T)
+    third, *_ = run(SCHEDULE, ddim(eta=0.5), (3, 2), 0, jax.random.key(1), x_T)
     assert np.abs(third - first).min() > 1e-4
 
 
@@ -219,7 +219,7 @@ def test_ddim_converges_to_the_flow_with_order_1():
     exact = MEAN + scale * (x_T - np.sqrt(alpha_bar) * MEAN)
     num_steps, errors = [50, 100, 200], []
     for n in num_steps:
-        x_0, _ = run(schedules.respace(schedule, n), ddim(), (9, 1), x_T=jnp.float32(x_T))
+        x_0, *_ = run(schedules.respace(schedule, n), ddim(), (9, 1), x_T=jnp.float32(x_T))
         errors.append(np.abs(x_0 - exact).max())
     order = -np.polyfit(np.log(num_steps), np.log(errors), 1)[0]
     assert 0.85 < order < 1.15, (order, errors)
@@ -245,7 +245,7 @@ def test_an_image_depends_on_the_key_and_its_number_alone(sampler):
 def test_steps_and_images_have_noise_of_their_own():
     # the z of the chain, read off its states: T - 1 of them for each of the images, and x_T
     schedule, shape = SCHEDULE, (20, 400)
-    _, states = run(schedule, ancestral("beta"), shape, len(schedule) + 1)
+    _, states, _ = run(schedule, ancestral("beta"), shape, len(schedule) + 1)
     noise = [states[0]]
     for n, row in enumerate([schedule[i] for i in range(len(schedule) - 1, 0, -1)]):
         mean = process.posterior_mean(row, DATA(states[n], row).x_0, states[n])
@@ -260,7 +260,7 @@ def test_steps_and_images_have_noise_of_their_own():
 
 def test_a_given_x_T_is_where_the_chain_starts(sampler):
     x_T = 5 + jax.random.normal(KEY, (3, 2))
-    x_0, frames = run(SCHEDULE, sampler, (3, 2), 2, x_T=x_T)
+    x_0, frames, _ = run(SCHEDULE, sampler, (3, 2), 2, x_T=x_T)
     np.testing.assert_array_equal(frames[0], x_T)
     np.testing.assert_array_equal(frames[1], x_0)
     assert np.abs(x_0 - run(SCHEDULE, sampler, (3, 2), 2)[0]).min() > 0
@@ -283,7 +283,9 @@ def test_respaced_chains_tell_the_network_the_timesteps_they_stand_on(sampler):
         assert bool(jnp.isfinite(draw(short)).all())
         jax.effects_barrier()
         expected = {(int(t), float(full.alpha_bar[int(t) - 1])) for t in short.timestep}
-        assert told == expected
+        assert told >= expected
+        if sampler.init(jnp.zeros((1, 1)), short) is not short and not isinstance(sampler, Pndm):
+            assert told == expected  # and nowhere else: no row off the grid
 
 
 @chains
@@ -319,12 +321,12 @@ def test_a_chain_from_zero_terminal_snr(sampler):
 
 def test_frames_are_states_of_the_chain(sampler):
     num_states = len(SCHEDULE) + 1
-    x_0, states = map(np.asarray, run(SCHEDULE, sampler, (3, 2), num_states))
+    x_0, states, _ = map(np.asarray, run(SCHEDULE, sampler, (3, 2), num_states))
     assert states.shape == (num_states, 3, 2)
     np.testing.assert_array_equal(states[-1], x_0)
     np.testing.assert_array_equal(sample(KEY, DATA, SCHEDULE, sampler, (3, 2)), x_0)
     for num_frames in (2, 5):
-        again, frames = run(SCHEDULE, sampler, (3, 2), num_frames)
+        again, frames, _ = run(SCHEDULE, sampler, (3, 2), num_frames)
         np.testing.assert_array_equal(again, x_0)
         np.testing.assert_array_equal(frames[0], states[0])
         np.testing.assert_array_equal(frames[-1], x_0)
@@ -337,8 +339,8 @@ def test_frames_are_states_of_the_chain(sampler):
 
 def test_states_are_steps_of_the_solver():
     # DDIM without noise: each state is the step from the one before
-    _, states = run(SCHEDULE, ddim(), (3, 2), len(SCHEDULE) + 1)
-    rows_prev = schedules.previous(SCHEDULE)
+    _, states, _ = run(SCHEDULE, ddim(), (3, 2), len(SCHEDULE) + 1)
+    rows_prev = schedules.with_terminal_row(SCHEDULE)[:-1]
     for n, i in enumerate(reversed(range(len(SCHEDULE)))):
         keys = jax.random.split(KEY, 3)
         after, _ = ddim().step(keys, DATA, (), states[n], SCHEDULE[i], rows_prev[i])

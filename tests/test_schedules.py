@@ -415,7 +415,7 @@ def test_rows_and_slices():
 
 def test_the_row_before_each_row():
     schedule = schedules.cosine(10)
-    before = schedules.previous(schedule)
+    before = schedules.with_terminal_row(schedule)[:-1]
     start = schedules.terminal_row()
     assert_same(before[0], start)
     assert_same(before[1:], schedule[:-1])
