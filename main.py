@@ -12,10 +12,12 @@ and nothing was written; 143 stopped by SIGTERM after saving (130 by Ctrl-C). An
 where it was killed; sampling begins again.
 """
 
+import contextlib
 import logging
 import os
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 from absl import logging as absl_logging
@@ -56,9 +58,13 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
     from jax.experimental import multihost_utils
 
     from diffusion_jax import data, devices, evaluate, plots, workdir
-    from diffusion_jax.checkpoint import Checkpoints
-    from diffusion_jax.experiment import create_experiment
-    from diffusion_jax.generate import Generator, write_samples
+    from diffusion_jax.experiment import (
+        create_edited_images,
+        create_experiment,
+        create_weak,
+    )
+    from diffusion_jax.gallery import write_samples
+    from diffusion_jax.generate import Generator, Network
     from diffusion_jax.train import train
 
     is_training = mode == "train"
@@ -74,6 +80,8 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
     is_there = folder.check(config, fixed)
     if not is_training and not is_there:
         raise ConfigError(f"--workdir={path}: holds no run; train one first")
+    weak = create_weak(config, experiment, path)
+    given = create_edited_images(config, experiment.dataset)
     dataset = data.load(config.dataset)
     if mode == "evaluate":
         evaluation = evaluate.fit(experiment.evaluation, dataset.test)
@@ -94,13 +102,12 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
             if not card.exists():  # a run that goes on has its card already
                 plots.schedule_card(experiment.schedule, levels, title, card)
 
-    sampling = experiment.sampling
     generator = Generator(
-        experiment.model,
-        experiment.objective,
+        Network(experiment.model, experiment.objective),
+        None if weak is None else weak.network,
         experiment.dataset,
         experiment.schedule_of,
-        sampling,
+        experiment.sampling,
         experiment.seed,
         used,
     )
@@ -123,13 +130,7 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
                 return 128 + stopped_by
             ema, step = devices.local_copy(state.ema), int(state.step)
         else:
-            keep = experiment.training.keep_last, experiment.training.keep_best
-            checkpoints = Checkpoints(folder.checkpoints, *keep)
-            params = jax.eval_shape(experiment.model.init, jax.random.key(0))
-            restored = checkpoints.restore({"ema": params})
-            if restored is None:
-                raise ConfigError(f"--workdir={path}: has no checkpoint yet")
-            ema, step = restored.state["ema"], restored.step
+            ema, step = restore(experiment.model, path, None)
             LOG.info(
                 "%s step %d", {"sample": "sampling from", "evaluate": "evaluating"}[mode], step
             )
@@ -158,12 +159,19 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
             )
             print(evaluate.describe(report))
         else:
+            weak_ema = None
+            if weak is not None:
+                weak_ema, weak_step = restore(weak.network.model, weak.workdir, weak.step)
+                LOG.info("guided away from step %d of %s", weak_step, weak.workdir)
+            params = ema, weak_ema
             write_samples(
                 generator,
-                ema,
+                params,
+                experiment.sampling,
                 schedule,
                 dataset,
-                sampling.num_frames,
+                given,
+                job(config, params, given),
                 folder.samples,
             )
         if jax.process_count() > 1:
@@ -172,6 +180,32 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def restore(model: Any, path: pathlib.Path, step: int | None) -> tuple[Any, int]:
+    """The averaged parameters of a run and their step, the newest or that which is asked for."""
+    import jax
+
+    from diffusion_jax.checkpoint import Checkpoints
+
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    with contextlib.closing(Checkpoints(path / "checkpoints", 1, 0)) as checkpoints:
+        restored = checkpoints.restore({"ema": params}, step)
+        steps = checkpoints.steps
+    if restored is None:
+        wanted = "" if step is None else f" of step {step} (it has {steps})"
+        raise ConfigError(f"--workdir={path}: has no checkpoint{wanted or ' yet'}")
+    return restored.state["ema"], restored.step
+
+
+def job(config: ConfigDict, params: Any, given: Any) -> dict:
+    """What the samples of a run depend on, for a killed job to go on with the same."""
+    from diffusion_jax.checkpoint import digest, flatten
+
+    sections = {name: config[name].to_dict() for name in ("sampling", "guidance", "editing")}
+    for name in ("batch_size", "num_images", "num_frames", "compared_steps"):
+        del sections["sampling"][name]
+    return {"seed": config.seed, "digest": digest(flatten((params, given))), **sections}
 
 
 def start_compilation_cache(folder: str | None) -> None:

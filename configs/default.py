@@ -9,7 +9,7 @@ what stands in for it. Any field can be set on the command line:
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from diffusion_jax import schedules, weightings
+from diffusion_jax import samplers, schedules, weightings
 
 
 def get_config() -> ConfigDict:
@@ -64,6 +64,7 @@ def get_config() -> ConfigDict:
     config.loss.variance = "posterior"  # of p(x_{t-1}|x_t): beta, posterior, learned_range, learned
     config.loss.vlb_scale = placeholder(float)  # unset: 0.001 where the variance is learned
     config.loss.timesteps = "low_discrepancy"  # uniform, low_discrepancy, importance
+    config.loss.label_dropout = 0.0  # share of labels withheld, for classifier-free guidance
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adamw, adam
@@ -94,13 +95,42 @@ def get_config() -> ConfigDict:
     config.sampling = ConfigDict()
     config.sampling.sampler = "ancestral"  # samplers.SAMPLERS
     config.sampling.num_steps = placeholder(int)  # unset: all timesteps
-    config.sampling.spacing = "trailing"  # trailing, leading, linspace, quadratic
-    config.sampling.variance = placeholder(str)  # ancestral's; unset: that of the loss
-    config.sampling.eta = placeholder(float)  # ddim's: 0 (unset) deterministic, 1 as ancestral
+    # trailing, leading, linspace, quadratic: some of the timesteps; log_snr, karras: between them
+    config.sampling.spacing = "trailing"
+    config.sampling.rho = placeholder(float)  # karras's; unset: 7
+    config.sampling.sigma_min = placeholder(float)  # ends of log_snr and karras, in units of
+    config.sampling.sigma_max = placeholder(float)  # schedule.sigma; unset: the schedule's own
+    # The arguments of the samplers, unset: the function's own default.
+    # ancestral, predictor_corrector: variance (unset: that of the loss); predictor_corrector:
+    # snr, num_corrections; ddim, euler_ancestral, dpmpp_2m_sde: eta; edm: churn, churn_min,
+    # churn_max, noise.
+    for field, kind in samplers.config_fields().items():
+        config.sampling[field] = placeholder(kind)
     config.sampling.clip_x_0 = True  # the predicted x_0 to [-1, 1] (images only)
+    config.sampling.dynamic_threshold = placeholder(float)  # its percentile instead, 0.995 say
+    config.sampling.label = placeholder(int)  # of all images; unset: image i, i mod num_classes
     config.sampling.num_images = 64  # image i depends on the seed and i alone
     config.sampling.batch_size = 64  # of all devices together
     config.sampling.num_frames = 40  # of the animations; 0: none
+    config.sampling.compared_steps = ()  # steps.png: the same noise by chains so long, (10, 50)
+
+    config.guidance = ConfigDict()  # of sampling
+    config.guidance.weight = placeholder(float)  # unset: none; 1 too; 0: only the weaker network
+    config.guidance.interval_start = placeholder(float)  # least timestep that is guided; unset: 1
+    config.guidance.interval_end = placeholder(float)  # the largest; unset: T
+    config.guidance.rescale = placeholder(float)  # phi of Lin et al., in [0, 1]; unset: 0
+    # The weaker network, both unset: the same without the label (classifier-free guidance).
+    config.guidance.weak_workdir = placeholder(str)  # another run's; unset: this one's
+    config.guidance.weak_step = placeholder(int)  # its checkpoint; unset: the newest
+
+    config.editing = ConfigDict()  # of given images, in place of sampling from noise alone
+    config.editing.task = placeholder(str)  # image_to_image, inpaint, interpolate, variations
+    config.editing.images = placeholder(str)  # a PNG, or an .npz with `images` [n, h, w, c]
+    config.editing.mask = placeholder(str)  # inpaint's PNG: white is made anew, black is kept
+    config.editing.timestep = placeholder(float)  # where the chain begins; unset: T
+    config.editing.strength = placeholder(float)  # of variations, in [0, 1]; unset: 0.3
+    config.editing.num_resamples = placeholder(int)  # of inpaint (RePaint); unset: 10
+    config.editing.jump_length = placeholder(int)  # of inpaint, in steps; unset: 10
 
     config.evaluate = ConfigDict()
     config.evaluate.num_examples = placeholder(int)  # of the test split; unset: all

@@ -116,14 +116,16 @@ class Checkpoints:
             overwrite=True,  # nothing is there; without it orbax reads every step's files
         )
 
-    def restore(self, template: Any) -> Restored | None:
+    def restore(self, template: Any, step: int | None = None) -> Restored | None:
         """The newest intact state in the structure of ``template``; None if nothing was saved.
+
+        With ``step`` it is that of this step or none.
 
         Raises:
             NoIntactCheckpointError: every checkpoint is damaged.
             OtherModelError: an intact checkpoint of another structure.
         """
-        steps, self._damaged = self.steps, []
+        steps, self._damaged = [s for s in self.steps if step in (None, s)], []
         for step in reversed(steps):
             try:
                 arrays = self._load(step)

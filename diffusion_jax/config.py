@@ -6,11 +6,12 @@ fields are those of configs/default.py; what their values may be is said where t
 
 import ast
 import difflib
+import inspect
 import json
 import math
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,22 @@ def choose(field: str, value: str, options: Mapping[str, Any] | Sequence[str], n
     if value not in options:
         raise ConfigError(f"{field} = {value!r}: unknown {noun}{_nearest(value, options)}")
     return options[value] if isinstance(options, Mapping) else value
+
+
+def function_arguments(
+    section: str,
+    fields: ConfigDict,
+    names: Iterable[str],
+    function: Callable[..., Any],
+    name: str,
+) -> dict[str, Any]:
+    """The fields among ``names`` that are set, all of them arguments of the function."""
+    parameters = inspect.signature(function).parameters
+    given = {field: fields[field] for field in names if fields[field] is not None}
+    for field, value in given.items():
+        allowed = f"unset, {name} has no such argument ({', '.join(parameters) or 'it has none'})"
+        require(field in parameters, f"config.{section}.{field}", value, allowed)
+    return given
 
 
 def parse_arguments(argv: Sequence[str], modes: Iterable[str]) -> Arguments:

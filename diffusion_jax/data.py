@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL.Image
 from jaxtyping import Array, Float, Float32, Integer, UInt8
 from ml_collections import ConfigDict
 
@@ -56,7 +57,7 @@ class Records:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index: int | slice | Integer[np.ndarray, "n"]) -> np.ndarray:
+    def __getitem__(self, index: int | slice | Integer[np.ndarray, " n"]) -> np.ndarray:
         if isinstance(index, int | np.integer):
             return self[np.array([index])][0]
         if isinstance(index, slice):
@@ -74,7 +75,7 @@ class Split:
     """The examples of one split: images 0 .. levels - 1, or points, and their labels."""
 
     images: UInt8[np.ndarray, "n height width channel"] | Float32[np.ndarray, "n d"] | Records
-    labels: Integer[np.ndarray, "n"] | Records | None
+    labels: Integer[np.ndarray, " n"] | Records | None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -164,7 +165,7 @@ def batches(
     # next what the other has seen before. A hash keeps them apart.
     shuffle_seed = int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])
 
-    def gather(step: int, indices: Integer[np.ndarray, "n"]) -> dict[str, np.ndarray | None]:
+    def gather(step: int, indices: Integer[np.ndarray, " n"]) -> dict[str, np.ndarray | None]:
         images = split.images[indices]
         if flip:
             coins = np.random.default_rng((seed % 2**64, step)).random(batch_size) < 0.5
@@ -191,6 +192,12 @@ def to_x_0(image: Image | X_0, levels: int | None) -> X_0:
     return np.float32(2) * image.astype(np.float32) / np.float32(levels - 1) - np.float32(1)
 
 
+def from_uint8(image: Image, levels: int) -> X_0:
+    """What ``to_uint8`` made images of: 0 .. 255 to the nearest of the set's levels, in [-1, 1]."""
+    top = np.float32(levels - 1)
+    return to_x_0((image.astype(np.float32) * (top / 255)).round(), levels)
+
+
 def to_uint8(x_0: X_0, levels: int | None) -> Image:
     """The images that x_0 stand for: the nearest of the set's levels, then scaled to 0 .. 255.
 
@@ -202,6 +209,29 @@ def to_uint8(x_0: X_0, levels: int | None) -> Image:
     top = np.float32(levels - 1)
     level = ((x_0.astype(np.float32) + np.float32(1)) * (top / 2)).round().clip(0, top)
     return (level * np.float32(255) / top).round().astype(np.uint8)
+
+
+def read_images(path: str, shape: tuple[int, ...]) -> UInt8[np.ndarray, "n height width channel"]:
+    """The images of a PNG (one) or of an .npz as samples.npz is (``images``), 0 .. 255.
+
+    Raises:
+        ValueError: they cannot be read or are of another shape.
+    """
+    try:
+        if path.endswith(".npz"):
+            with np.load(path, allow_pickle=False) as arrays:
+                images = arrays["images"]
+        else:
+            with PIL.Image.open(path) as picture:
+                images = np.asarray(picture.convert("L" if shape[-1] == 1 else "RGB"))[None]
+        if images.ndim == 3:
+            images = images[..., None]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"must be a PNG, or an .npz with `images`: {error}") from error
+    if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+        found = f"{images.dtype} {list(images.shape)}"
+        raise ValueError(f"must hold uint8 images of shape {list(shape)}, not {found}")
+    return images
 
 
 def _data_dir(config: ConfigDict) -> Path:

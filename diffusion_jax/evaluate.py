@@ -353,7 +353,8 @@ def _evaluate_flow(
     def of_batch(
         params: PyTree, schedule: Schedule, key: Key[Array, ""], batch: dict
     ) -> Float[Array, " batch"]:
-        predict = generate.create_predict(model, objective, False, params, batch["label"])
+        network = generate.Network(model, objective)
+        predict = generate.create_predict(network, params, batch["label"])
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
         bin_keys, probe_keys = jax.vmap(jax.random.split)(keys).T
         x_0 = data.to_x_0(batch["image"], levels)

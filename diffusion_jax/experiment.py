@@ -5,11 +5,12 @@ This is where values of the config become arguments; nothing deeper reads a conf
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+import json
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
-import optax
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -19,26 +20,27 @@ from diffusion_jax import (
     losses,
     models,
     process,
-    samplers,
     schedules,
     timesteps,
     weightings,
 )
-from diffusion_jax.config import ConfigError, choose, require
-from diffusion_jax.evaluate import EvaluationPlan, FlowPlan
-from diffusion_jax.generate import GRID_IMAGES, SamplingPlan
+from diffusion_jax.config import ConfigError, choose, function_arguments, require
+from diffusion_jax.evaluate import EvaluationPlan
+from diffusion_jax.generate import EditedImages, Network, SamplingPlan
 from diffusion_jax.learned_schedule import LearnedSchedule
-from diffusion_jax.likelihood import DIVERGENCES, SOLVERS
 from diffusion_jax.losses import BatchLosses, Objective
 from diffusion_jax.models import Model
+from diffusion_jax.plans import (
+    create_evaluation_plan,
+    create_sampling_plan,
+    create_training_plan,
+)
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.train import TrainingPlan
 from diffusion_jax.variances import VARIANCES
 
-GRID_STEPS = 50  # of the DDIM grids during training: an ancestral chain would cost minutes
 LOG_SNR_ENDS = 13.3, -5.0  # where a learned schedule begins (VDM's code)
 VLB_SCALE = 1e-3  # of L_vlb in L_hybrid (iDDPM section 3.1)
-MAX_STEPS_PER_CALL = 10  # on accelerators; more brings nothing and delays the logs
 
 
 class Experiment(NamedTuple):
@@ -76,9 +78,15 @@ def create_experiment(config: ConfigDict) -> Experiment:
             f"learned({', '.join(f'{k}={v}' for k, v in recipe._asdict().items())})",
             0,
         )
-    objective = create_objective(config, schedule, dataset.levels)
+    objective = create_objective(config, schedule, dataset)
     model = models.create_model(
         config.model, dataset.shape, dataset.num_classes, objective.variance.is_learned
+    )
+    require(
+        objective.label_dropout == 0 or config.model.class_conditional,
+        "config.loss.label_dropout",
+        objective.label_dropout,
+        "0: the network is told no labels (config.model.class_conditional = False)",
     )
     if recipe is None:
         batch_losses = functools.partial(losses.batch_losses, objective, model.apply)
@@ -95,7 +103,7 @@ def create_experiment(config: ConfigDict) -> Experiment:
             return learned_schedule.discretise(recipe, params["schedule"])
 
     training = create_training_plan(config)
-    sampling = create_sampling_plan(config, schedule, clip_x_0=dataset.levels is not None)
+    sampling = create_sampling_plan(config, schedule, dataset)
     return Experiment(
         config.seed,
         dataset,
@@ -108,7 +116,7 @@ def create_experiment(config: ConfigDict) -> Experiment:
         batch_losses,
         training,
         sampling,
-        create_evaluation_plan(config, schedule, clip_x_0=dataset.levels is not None),
+        create_evaluation_plan(config, schedule, dataset),
     )
 
 
@@ -161,7 +169,7 @@ def create_schedule(config: ConfigDict, height: int | None) -> tuple[Schedule, s
     names = schedules.SCHEDULES | {"learned": None}  # which create_learned_schedule has seen to
     function = choose("config.schedule.name", fields.name, names, "schedule")
     parameters = inspect.signature(function).parameters
-    given = _arguments("schedule", fields, schedules.config_fields(), function, fields.name)
+    given = function_arguments("schedule", fields, schedules.config_fields(), function, fields.name)
     title = {"num_timesteps": fields.num_timesteps} if "num_timesteps" in parameters else {}
     title |= {n: p.default for n, p in parameters.items() if p.default is not p.empty} | given
     if "betas" in parameters:
@@ -198,7 +206,9 @@ def _read_betas(path: str | None) -> np.ndarray:
         raise ConfigError(f"config.schedule.betas = {path!r}: {error}") from error
 
 
-def create_objective(config: ConfigDict, schedule: Schedule, levels: int | None) -> Objective:
+def create_objective(
+    config: ConfigDict, schedule: Schedule, dataset: data.DatasetInfo
+) -> Objective:
     """The objective of a config; the schedule decides what can be predicted at all."""
     fields = config.loss
     parametrisation = choose(
@@ -221,6 +231,8 @@ def create_objective(config: ConfigDict, schedule: Schedule, levels: int | None)
             "unset: only a weighted error beside a learned variance has L_vlb added to it",
         )
         require(fields.vlb_scale > 0, "config.loss.vlb_scale", fields.vlb_scale, "above 0")
+    dropout = fields.label_dropout
+    require(0 <= dropout < 1, "config.loss.label_dropout", dropout, "in [0, 1)")
     return Objective(
         parametrisation,
         weighting,
@@ -233,7 +245,9 @@ def create_objective(config: ConfigDict, schedule: Schedule, levels: int | None)
             timesteps.TIMESTEP_SAMPLERS,
             "timestep sampler",
         ),
-        levels,
+        dataset.levels,
+        dataset.num_classes,
+        dropout,
     )
 
 
@@ -241,217 +255,84 @@ def create_weighting(config: ConfigDict) -> weightings.Weighting:
     """The weighting of a config with its own arguments."""
     fields = config.loss
     function = choose("config.loss.weighting", fields.weighting, weightings.WEIGHTINGS, "weighting")
-    given = _arguments("loss", fields, weightings.config_fields(), function, fields.weighting)
+    given = function_arguments(
+        "loss", fields, weightings.config_fields(), function, fields.weighting
+    )
     try:
         return function(**given)
     except ValueError as error:
         raise ConfigError(f"config.loss.{error}") from error
 
 
-def _arguments(
-    section: str,
-    fields: ConfigDict,
-    names: Iterable[str],
-    function: Callable[..., Any],
-    name: str,
-) -> dict[str, Any]:
-    """The fields among ``names`` that are set, all of them arguments of the function."""
-    parameters = inspect.signature(function).parameters
-    given = {field: fields[field] for field in names if fields[field] is not None}
-    for field, value in given.items():
-        allowed = f"unset, {name} has no such argument ({', '.join(parameters) or 'it has none'})"
-        require(field in parameters, f"config.{section}.{field}", value, allowed)
-    return given
-
-
-def create_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Clipping of the gradient's global norm, then Adam or AdamW with a warmed-up rate."""
-    fields = config.optimizer
-    for name in ("learning_rate", "clip_norm"):
-        require(fields[name] > 0, f"config.optimizer.{name}", fields[name], "above 0")
-    for name in ("b1", "b2"):
-        require(0 <= fields[name] < 1, f"config.optimizer.{name}", fields[name], "in [0, 1)")
-    warmup = "config.optimizer.warmup_steps", fields.warmup_steps
-    require(fields.warmup_steps >= 0, *warmup, "at least 0")
-    adamw = fields.name == "adamw"
+def create_edited_images(config: ConfigDict, dataset: data.DatasetInfo) -> EditedImages | None:
+    """The files of config.editing, as x_0; None where it has no task."""
+    fields = config.editing
+    if fields.task is None:
+        return None
+    shapes = {"images": dataset.shape, "mask": (*dataset.shape[:2], 1)}
+    read = {}
+    for name, shape in shapes.items():
+        if fields[name] is not None:
+            try:
+                read[name] = data.read_images(fields[name], shape)
+            except ValueError as error:
+                raise ConfigError(f"config.editing.{name} = {fields[name]!r}: {error}") from error
+    mask = read.get("mask", np.full((1, *shapes["mask"]), 255, np.uint8))
+    allowed = "one image, black (kept) and white (made anew) alone"
     require(
-        fields.weight_decay >= 0 and (adamw or fields.weight_decay == 0),
-        "config.optimizer.weight_decay",
-        fields.weight_decay,
-        "at least 0" if adamw else "0, adam has none",
-    )
-    after_warmup = {
-        "constant": optax.constant_schedule(fields.learning_rate),
-        "cosine": optax.cosine_decay_schedule(
-            fields.learning_rate, max(config.train.num_steps - fields.warmup_steps, 1)
-        ),
-    }
-    rate = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, fields.learning_rate, fields.warmup_steps),
-            choose("config.optimizer.decay", fields.decay, after_warmup, "decay"),
-        ],
-        [fields.warmup_steps],
-    )
-    optimizers = {
-        "adamw": lambda: optax.adamw(rate, fields.b1, fields.b2, weight_decay=fields.weight_decay),
-        "adam": lambda: optax.adam(rate, fields.b1, fields.b2),
-    }
-    optimizer = choose("config.optimizer.name", fields.name, optimizers, "optimizer")
-    return optax.chain(optax.clip_by_global_norm(fields.clip_norm), optimizer())
-
-
-def create_training_plan(config: ConfigDict) -> TrainingPlan:
-    """How long, how large, how often."""
-    train, checkpoint = config.train, config.checkpoint
-    for section, name, least in (
-        ("train", "num_steps", 1),
-        ("train", "log_every_steps", 1),
-        ("train", "sample_every_steps", 0),
-        ("checkpoint", "every_steps", 1),
-        ("checkpoint", "keep_last", 1),
-        ("checkpoint", "keep_best", 0),
-    ):
-        value = config[section][name]
-        require(value >= least, f"config.{section}.{name}", value, f"at least {least}")
-    require(0 <= config.ema.decay < 1, "config.ema.decay", config.ema.decay, "in [0, 1)")
-    # a call of several steps must end at every step that logs, samples or saves
-    events = {
-        "train.num_steps": train.num_steps,
-        "train.log_every_steps": train.log_every_steps,
-        "train.sample_every_steps": train.sample_every_steps,
-        "checkpoint.every_steps": checkpoint.every_steps,
-    }
-    if train.steps_per_call is not None:
-        field = "config.train.steps_per_call"
-        require(train.steps_per_call >= 1, field, train.steps_per_call, "at least 1")
-        for name, every in events.items():
-            require(
-                every % train.steps_per_call == 0,
-                field,
-                train.steps_per_call,
-                f"a divisor of config.{name} = {every}",
-            )
-    fitting = (
-        n for n in range(MAX_STEPS_PER_CALL, 0, -1) if not any(e % n for e in events.values())
-    )
-    return TrainingPlan(
-        num_steps=train.num_steps,
-        batch_size=train.batch_size,
-        steps_per_call=train.steps_per_call,
-        steps_per_call_of_accelerators=next(fitting),
-        log_every_steps=train.log_every_steps,
-        sample_every_steps=train.sample_every_steps,
-        checkpoint_every_steps=checkpoint.every_steps,
-        keep_last=checkpoint.keep_last,
-        keep_best=checkpoint.keep_best,
-        optimizer=create_optimizer(config),
-        ema_decay=config.ema.decay,
-        ema_warmup=config.ema.warmup,
-        flip=config.dataset.flip,
-    )
-
-
-def create_sampling_plan(config: ConfigDict, schedule: Schedule, clip_x_0: bool) -> SamplingPlan:
-    """The sampler of a config on its respaced schedule; ``clip_x_0`` only where it makes sense."""
-    fields = config.sampling
-    require(fields.num_images >= 1, "config.sampling.num_images", fields.num_images, "at least 1")
-    function = choose("config.sampling.sampler", fields.sampler, samplers.SAMPLERS, "sampler")
-    own = _arguments("sampling", fields, ("variance", "eta"), function, fields.sampler)
-    if fields.variance is not None:
-        variance = choose("config.sampling.variance", fields.variance, VARIANCES, "variance")
-        require(
-            not variance.is_learned or fields.variance == config.loss.variance,
-            "config.sampling.variance",
-            fields.variance,
-            f"beta, posterior or that of the model, which is {config.loss.variance}",
-        )
-    if "variance" in inspect.signature(function).parameters:
-        own = {"variance": config.loss.variance} | own
-    try:
-        sampler = function(**own)
-        num_steps = len(schedule) if fields.num_steps is None else fields.num_steps
-        rows = schedules.respace(schedule, num_steps, fields.spacing)
-    except ValueError as error:
-        raise ConfigError(f"config.sampling.{error}") from error
-    # what these networks put out belongs to one step of the whole chain
-    is_whole, native = num_steps == len(schedule), f"unset, or all {len(schedule)} timesteps"
-    require(
-        config.loss.prediction != "mu" or is_whole,
-        "config.sampling.num_steps",
-        num_steps,
-        f"{native}: the network predicts mu",
-    )
-    require(
-        config.loss.variance != "learned" or "variance" not in own or is_whole,
-        "config.sampling.num_steps",
-        num_steps,
-        f"{native}: the network has learned their variance (learned_range may skip some)",
-    )
-    require(
-        fields.num_frames == 0 or 2 <= fields.num_frames <= len(rows) + 1,
-        "config.sampling.num_frames",
-        fields.num_frames,
-        f"0 or in 2..{len(rows) + 1} (one more than the steps)",
-    )
-    return SamplingPlan(
-        sampler=sampler,
-        num_steps=len(rows),
-        spacing=fields.spacing,
-        grid_steps=len(rows) if config.loss.prediction == "mu" else min(GRID_STEPS, len(schedule)),
-        grid_images=min(GRID_IMAGES, fields.num_images),
-        num_images=fields.num_images,
-        batch_size=min(fields.batch_size, fields.num_images),
-        clip_x_0=fields.clip_x_0 and clip_x_0,
-        num_frames=fields.num_frames,
-    )
-
-
-def create_evaluation_plan(
-    config: ConfigDict, schedule: Schedule, clip_x_0: bool
-) -> EvaluationPlan:
-    """Which images and timesteps an evaluation takes; the split's size is not known yet."""
-    fields = config.evaluate
-    for name in ("num_examples", "timesteps_per_call", "flow_examples"):
-        least = 0 if name == "flow_examples" else 1
-        value = fields[name]
-        require(
-            value is None or value >= least, f"config.evaluate.{name}", value, f"at least {least}"
-        )
-    num_timesteps = len(schedule) if fields.num_timesteps is None else fields.num_timesteps
-    least = min(2, len(schedule))  # L_0 apart
-    allowed = f"in {least}..{len(schedule)}, the timesteps of the schedule"
-    require(
-        least <= num_timesteps <= len(schedule),
-        "config.evaluate.num_timesteps",
-        num_timesteps,
+        len(mask) == 1 and np.isin(mask, (0, 255)).all(),
+        "config.editing.mask",
+        fields.mask,
         allowed,
     )
-    for name, options in (("solver", SOLVERS), ("divergence", DIVERGENCES)):
-        choose(f"config.evaluate.flow_{name}", fields[f"flow_{name}"], options, name)
-    require(fields.flow_steps >= 1, "config.evaluate.flow_steps", fields.flow_steps, "at least 1")
-    flow = None
-    if fields.flow_examples:
-        require(
-            config.loss.prediction != "mu",
-            "config.evaluate.flow_examples",
-            fields.flow_examples,
-            "0: a network that predicts mu says nothing off its own timesteps",
+    least = 2 if fields.task == "interpolate" else 1
+    allowed = f"at least {least} images, in an .npz"
+    require(len(read["images"]) >= least, "config.editing.images", fields.images, allowed)
+    x_0 = data.from_uint8(read["images"], dataset.levels)
+    return EditedImages(x_0, np.float32(mask[0] / 255))
+
+
+class Weak(NamedTuple):
+    """The network that guides by being worse, and where its parameters are."""
+
+    network: Network
+    workdir: pathlib.Path
+    step: int | None  # None: the newest
+
+
+def create_weak(config: ConfigDict, experiment: Experiment, path: pathlib.Path) -> Weak | None:
+    """The weak network of autoguidance; None where config.guidance names none.
+
+    Raises:
+        ConfigError: there is no run in its folder, or one on other data or another schedule.
+    """
+    fields = config.guidance
+    if fields.weak_workdir is None:
+        network = Network(experiment.model, experiment.objective)
+        return None if fields.weak_step is None else Weak(network, path, fields.weak_step)
+    path, where = pathlib.Path(fields.weak_workdir), fields.weak_workdir
+    record = path / "config.json"
+    require(record.is_file(), "config.guidance.weak_workdir", where, "the folder of a run")
+    recorded = json.loads(record.read_text())
+    for section in ("dataset", "schedule"):
+        same = all(
+            recorded[section].get(name) == value
+            for name, value in config[section].to_dict().items()
+            if name not in ("archives", "data_dir", "flip")
         )
-        require(
-            bool(schedule.alpha_bar[-1] > 0),
-            "config.evaluate.flow_examples",
-            fields.flow_examples,
-            "0: the schedule ends at zero SNR, where the probability flow has no end",
+        allowed = f"a run with the same config.{section}"
+        require(same, "config.guidance.weak_workdir", where, allowed)
+    other = config.copy_and_resolve_references().unlock()
+    for section in ("model", "loss"):
+        other[section] = ConfigDict(
+            {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in recorded[section].items()
+            }
         )
-        flow = FlowPlan(
-            fields.flow_examples, fields.flow_steps, fields.flow_solver, fields.flow_divergence
-        )
-    return EvaluationPlan(
-        num_examples=fields.num_examples,
-        num_timesteps=num_timesteps,
-        batch_size=fields.batch_size,
-        timesteps_per_call=min(fields.timesteps_per_call, num_timesteps),
-        clip_x_0=fields.clip_x_0 and clip_x_0,
-        flow=flow,
+    objective = create_objective(other, experiment.schedule, experiment.dataset)
+    dataset = experiment.dataset
+    model = models.create_model(
+        other.model, dataset.shape, dataset.num_classes, objective.variance.is_learned
     )
+    return Weak(Network(model, objective), path, fields.weak_step)

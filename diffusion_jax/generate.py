@@ -1,43 +1,97 @@
-"""Pictures and arrays out of a trained model: batches of images over the devices, files."""
+"""Images out of a trained model: a plan's chain, guidance and editing, over the devices."""
 
-import logging
-import pathlib
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+from jaxtyping import Array, Float, Int, Key, PyTree
 
-from diffusion_jax import data, devices, losses, plots, process, samplers, schedules
+from diffusion_jax import (
+    data,
+    devices,
+    editing,
+    guidance,
+    losses,
+    process,
+    samplers,
+    schedules,
+)
 from diffusion_jax.losses import Objective
 from diffusion_jax.models import Model
 from diffusion_jax.process import Predict, Prediction
-from diffusion_jax.samplers import Sampler
+from diffusion_jax.samplers import Sampler, Trajectory
 from diffusion_jax.schedules import Schedule
-
-LOG = logging.getLogger("diffusion_jax")
 
 GRID_IMAGES = 64  # the most that a grid shows
 NUM_ANIMATED = 16  # images in an animation
-FRAME_MILLISECONDS = 80
-POINTS_SIZE = 256  # pixels of a picture of 2-D points
-POINTS_LIMIT = 1.6  # its axes
+
+
+class Network(NamedTuple):
+    """A network, and what its output means."""
+
+    model: Model
+    objective: Objective
+
+
+class Chain(NamedTuple):
+    """Where the steps of a chain stand, see ``schedules.respace``."""
+
+    num_steps: int
+    spacing: str
+    rho: float
+    sigma_min: float | None
+    sigma_max: float | None
+
+    def rows(self, schedule: Schedule) -> Schedule:
+        """The rows of the chain."""
+        return schedules.respace(schedule, *self)
+
+
+class Guidance(NamedTuple):
+    """The numbers of ``guidance.guide``: leaves, so that others compile nothing anew."""
+
+    weight: float
+    interval: tuple[float, float]
+    rescale: float
+
+
+class EditingPlan(NamedTuple):
+    """What is done with given images, see EDITS; the images themselves are read later."""
+
+    task: str
+    timestep: float  # of the native chain, from which the images are denoised
+    strength: float
+    num_resamples: int
+    jump_length: int
+
+
+class EditedImages(NamedTuple):
+    """What an edit starts from: x_0, and where it is to be made anew (1), for inpainting."""
+
+    x_0: Float[np.ndarray, "images h w c"]
+    mask: Float[np.ndarray, "h w c"]
 
 
 class SamplingPlan(NamedTuple):
     """Which chain, how many images; grids in training have a short chain of ``grid_steps``."""
 
     sampler: Sampler
-    num_steps: int
-    spacing: str
+    chain: Chain
     grid_steps: int
     grid_images: int
     num_images: int
     batch_size: int
     clip_x_0: bool
+    dynamic_threshold: float | None
     num_frames: int
+    compared_steps: tuple[int, ...]
+    is_conditional: bool
+    label: int | None  # of all images; None: image i has class i mod num_classes
+    guidance: Guidance | None
+    editing: EditingPlan | None
 
 
 class Grid(NamedTuple):
@@ -48,20 +102,13 @@ class Grid(NamedTuple):
     levels: int | None
 
 
-def create_predict(
-    model: Model,
-    objective: Objective,
-    clip_x_0: bool,
-    params: PyTree,
-    label: Int[Array, " batch"] | None,
-) -> Predict:
+def create_predict(network: Network, params: PyTree, label: Int[Array, " batch"] | None) -> Predict:
     """What samplers see of a network: x_t and a row to x_0, eps and the variance."""
 
     def predict(x_t: Float[Array, "batch ..."], row: Schedule) -> Prediction:
         timestep = jnp.full(len(x_t), row.timestep)
-        output = model.apply(params, x_t, timestep, label, None)
-        prediction = losses.decode_output(objective, row, x_t, output)
-        return process.clip_x_0(row, x_t, prediction) if clip_x_0 else prediction
+        output = network.model.apply(params, x_t, timestep, label, None)
+        return losses.decode_output(network.objective, row, x_t, output)
 
     return predict
 
@@ -70,20 +117,21 @@ class Generator:
     """Samples of a model, compiled once for each batch shape, on this process's devices.
 
     Image i depends on the seed and i alone; a conditional model draws class i mod num_classes.
+    ``weak`` is the network that guides by being worse, None: the same one without the label.
     """
 
     def __init__(
         self,
-        model: Model,
-        objective: Objective,
+        network: Network,
+        weak: Network | None,
         dataset: data.DatasetInfo,
         schedule_of: Callable[[PyTree], Schedule],
         plan: SamplingPlan,
         seed: int,
         used: list[jax.Device],
     ) -> None:
-        self._model = model
-        self._objective = objective
+        self._network = network
+        self._weak = weak
         self._dataset = dataset
         self._schedule_of = schedule_of
         self._plan = plan
@@ -93,27 +141,55 @@ class Generator:
         self._trajectory = jax.pmap(
             self._of_device,
             axis_name="device",
-            in_axes=(None, None, None, None, 0, None),
-            static_broadcasted_argnums=5,
+            in_axes=(None, None, None, None, None, 0, 0, None),
+            static_broadcasted_argnums=7,
             devices=self._devices,
         )
+
+    def label(self, indices: Int[Array, "..."] | Int[np.ndarray, "..."]) -> Array | None:
+        """The class of each image; None where the network is told none."""
+        if not self._plan.is_conditional:
+            return None
+        if self._plan.label is not None:
+            return jnp.full_like(indices, self._plan.label)
+        return jnp.asarray(indices % self._dataset.num_classes)
+
+    def _predict(self, params: PyTree, guided: Guidance | None, label: Array | None) -> Predict:
+        """The network with the plan's guidance, and then its threshold."""
+        params, weak_params = params
+        predict = create_predict(self._network, params, label)
+        if guided is not None:
+            if self._weak is None:
+                nothing = jnp.full_like(label, self._dataset.num_classes)
+                weak = create_predict(self._network, params, nothing)
+            else:
+                weak = create_predict(self._weak, weak_params, label)
+            predict = guidance.guide(predict, weak, *guided)
+        if self._plan.dynamic_threshold is not None:
+            return guidance.dynamic_threshold(predict, self._plan.dynamic_threshold)
+        return guidance.static_threshold(predict) if self._plan.clip_x_0 else predict
 
     def _of_device(
         self,
         params: PyTree,
         schedule: Schedule,
         sampler: Sampler,
+        guided: Guidance | None,
         key: Key[Array, ""],
         indices: Int[Array, " batch"],
+        given: PyTree,
         num_frames: int,
-    ) -> tuple[Float[Array, "batch ..."], Float[Array, "frames batch ..."]]:
-        classes = self._dataset.num_classes
-        label = None if classes is None else indices % classes
-        predict = create_predict(self._model, self._objective, self._plan.clip_x_0, params, label)
+    ) -> Trajectory:
+        predict = self._predict(params, guided, self.label(indices))
         shape = (len(indices), *self._dataset.shape)
-        return samplers.trajectory(
-            key, predict, schedule, sampler, shape, num_frames, indices=indices
-        )
+        x_T = None
+        if given is not None:
+            # of their own, not those of the chain's noise
+            edit_key, key = jax.random.split(key)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(edit_key, indices)
+            edit = EDITS[self._plan.editing.task]
+            sampler, x_T = edit(self._plan.editing, keys, predict, schedule, sampler, given)
+        return samplers.trajectory(key, predict, schedule, sampler, shape, num_frames, x_T, indices)
 
     def _run(
         self,
@@ -123,36 +199,77 @@ class Generator:
         first: int,
         batch_size: int,
         num_frames: int,
-    ) -> tuple[Array, Array]:
+        given: EditedImages | None = None,
+    ) -> Trajectory:
         # an uneven batch is filled up with images past its end, which are left out later
         per_device = -(-batch_size // len(self._devices))
         indices = first + np.arange(per_device * len(self._devices))
         indices = indices.reshape(len(self._devices), per_device)
-        shared = devices.replicate((params, schedule, sampler, self._key), self._devices)
-        return self._trajectory(*shared, indices, num_frames)
+        shared = (params, schedule, sampler, self._plan.guidance, self._key)
+        shared = devices.replicate(shared, self._devices)
+        given = None if given is None else self._given(given, indices)
+        return self._trajectory(*shared, indices, given, num_frames)
+
+    def _given(self, images: EditedImages, indices: Int[np.ndarray, "..."]) -> dict[str, Array]:
+        """What each image is made from: given image i mod n, and the next where two are joined."""
+        last = max(self._plan.num_images - 1, 1)
+        return {
+            "x_0": images.x_0[indices % len(images.x_0)],
+            "mask": np.broadcast_to(images.mask, (*indices.shape, *images.mask.shape)),
+            "fraction": np.minimum(indices / last, 1).astype(np.float32),
+            "ends": np.broadcast_to(images.x_0[[0, -1]], (len(indices), 2, *images.x_0.shape[1:])),
+        }
 
     def grid(self, params: PyTree) -> Grid:
         """Start a small DDIM grid and do not wait for it (save for a learned schedule's rows)."""
         plan = self._plan
-        sampler = samplers.ddim(eta=0.0)
         rows = schedules.respace(self._schedule_of(params), plan.grid_steps)
-        x_0, _ = self._run(params, rows, sampler, 0, plan.grid_images, 0)
-        return Grid(x_0, plan.grid_images, self._dataset.levels)
+        unguided = (params, None)
+        found = self._run(unguided, rows, samplers.ddim(eta=0.0), 0, plan.grid_images, 0)
+        return Grid(found.x_0, plan.grid_images, self._dataset.levels)
 
-    def images(self, params: PyTree) -> tuple[np.ndarray, np.ndarray]:
-        """All images of the plan, x_0 [image, ...], and frames [frame, image, ...] of the first."""
-        plan, parts, frames = self._plan, [], None
-        rows = schedules.respace(self._schedule_of(params), plan.num_steps, plan.spacing)
-        for first in range(0, plan.num_images, plan.batch_size):
-            x_0, of_batch = self._run(
-                params, rows, plan.sampler, first, plan.batch_size, plan.num_frames
+    def rows(self, params: PyTree) -> Schedule:
+        """The rows of the plan's chain: those up to its timestep, if it edits images."""
+        rows = self._plan.chain.rows(self._schedule_of(params[0]))
+        edit = self._plan.editing
+        return rows if edit is None else editing.until(rows, edit.timestep)
+
+    def num_evaluations(self, params: PyTree) -> int:
+        """Evaluations of the network for each image, its weak one and inversions left out."""
+        plan, sampler = self._plan, self._plan.sampler
+        if plan.editing is not None and plan.editing.task == "inpaint":
+            jumps = plan.editing.num_resamples, plan.editing.jump_length
+            sampler = editing.Inpaint(sampler, None, None, *jumps)
+        return sampler.num_evaluations(len(self.rows(params)))
+
+    def batches(
+        self, params: PyTree, first: int, given: EditedImages | None
+    ) -> Iterator[Trajectory]:
+        """The images of the plan from number ``first`` on, a batch at a time: [image, ...].
+
+        ``params`` are those of the network and of the weak one. The frames [frame, image, ...] are
+        of the first images of the batch.
+        """
+        plan, rows = self._plan, self.rows(params)
+        for start in range(first, plan.num_images, plan.batch_size):
+            found = self._run(
+                params, rows, plan.sampler, start, plan.batch_size, plan.num_frames, given
             )
-            parts.append(np.concatenate(x_0)[: plan.batch_size])
-            if frames is None:  # of the first batch
-                frames = np.concatenate(of_batch, axis=1)[:, :NUM_ANIMATED]
-            done = min(first + plan.batch_size, plan.num_images)
-            LOG.info("%d/%d images", done, plan.num_images)
-        return np.concatenate(parts)[: plan.num_images], frames
+            size = min(plan.batch_size, plan.num_images - start)
+            frames = (
+                np.concatenate(part[:, :, :NUM_ANIMATED], axis=1)[:, : min(size, NUM_ANIMATED)]
+                for part in found[1:]
+            )
+            yield Trajectory(np.concatenate(found.x_0)[:size], *frames)
+
+    def compared(self, params: PyTree, num_images: int) -> dict[int, np.ndarray]:
+        """The first images by chains of each number of steps that the plan compares: one noise."""
+        plan, schedule, found = self._plan, self._schedule_of(params[0]), {}
+        for num_steps in plan.compared_steps:
+            rows = plan.chain._replace(num_steps=num_steps).rows(schedule)
+            x_0 = self._run(params, rows, plan.sampler, 0, num_images, 0).x_0
+            found[num_steps] = np.concatenate(x_0)[:num_images]
+        return found
 
 
 def noising(
@@ -166,46 +283,69 @@ def noising(
     return jnp.concatenate([x_0[None], x_t])
 
 
-def pictures(x_0: Float[Array, "images ..."], levels: int | None) -> UInt8[np.ndarray, "n h w c"]:
-    """Images as PNGs hold them; 2-D points become one picture of all of them."""
-    if levels is not None:
-        return np.asarray(data.to_uint8(x_0, levels))
-    return plots.draw_points(np.asarray(x_0), POINTS_LIMIT, POINTS_SIZE)[None]
+# What can be done with given images: (plan, keys, predict, rows, sampler, given) -> the sampler
+# and the x_T that make it. ``rows`` end at the plan's timestep.
+
+Start = tuple[Sampler, Float[Array, "batch ..."] | None]
 
 
-def write_grid(grid: Grid, path: pathlib.Path) -> UInt8[np.ndarray, "h w c"]:
-    """Wait for a grid's images and write them as one PNG."""
-    path.parent.mkdir(exist_ok=True)
-    image = plots.image_grid(pictures(np.concatenate(grid.x_0)[: grid.num_images], grid.levels))
-    image.save(path)
-    return np.atleast_3d(np.asarray(image))
+def _image_to_image(
+    plan: EditingPlan,
+    keys: Key[Array, " batch"],
+    predict: Predict,
+    rows: Schedule,
+    sampler: Sampler,
+    given: dict[str, Array],
+) -> Start:
+    """SDEdit: noise the image up to a timestep and denoise it."""
+    return sampler, editing.diffuse(keys, rows[-1], given["x_0"])
 
 
-def write_samples(
-    generator: Generator,
-    params: PyTree,
-    schedule: Schedule,
-    dataset: data.Dataset,
-    num_frames: int,
-    folder: pathlib.Path,
-) -> None:
-    """Sample, and write grid.png, samples.npz, denoising.gif and, of real data, noising.gif."""
-    folder.mkdir(exist_ok=True)
-    x_0, frames = generator.images(params)
-    levels = dataset.levels
-    plots.image_grid(pictures(x_0[:GRID_IMAGES], levels)).save(folder / "grid.png")
-    arrays = {"points": x_0} if levels is None else {"images": pictures(x_0, levels)}
-    np.savez(folder / "samples.npz", **arrays)
-    if num_frames:
-        _animate(frames, levels, folder / "denoising.gif")
-        real = data.to_x_0((dataset.test or dataset.train).images[: frames.shape[1]], levels)
-        noised = noising(schedule, jax.random.key(0), jnp.asarray(real), num_frames)
-        _animate(noised, levels, folder / "noising.gif")
-    LOG.info("%d samples in %s", len(x_0), folder)
+def _inpaint(
+    plan: EditingPlan,
+    keys: Key[Array, " batch"],
+    predict: Predict,
+    rows: Schedule,
+    sampler: Sampler,
+    given: dict[str, Array],
+) -> Start:
+    """RePaint, from pure noise or from the noised image."""
+    sampler = editing.inpaint(
+        sampler, given["x_0"], given["mask"], plan.num_resamples, plan.jump_length
+    )
+    return sampler, editing.diffuse(keys, rows[-1], given["x_0"])
 
 
-def _animate(
-    frames: Float[Array, "frames images ..."], levels: int | None, path: pathlib.Path
-) -> None:
-    pictured = np.stack([pictures(frame, levels) for frame in frames])
-    plots.save_animation(pictured, path, FRAME_MILLISECONDS)
+def _interpolate(
+    plan: EditingPlan,
+    keys: Key[Array, " batch"],
+    predict: Predict,
+    rows: Schedule,
+    sampler: Sampler,
+    given: dict[str, Array],
+) -> Start:
+    """The latents of the first and the last image, joined by an arc."""
+    latents = samplers.invert(predict, rows, given["ends"])
+    join = functools.partial(editing.slerp, latents[:1], latents[1:])
+    return sampler, join(given["fraction"])[:, 0]
+
+
+def _variations(
+    plan: EditingPlan,
+    keys: Key[Array, " batch"],
+    predict: Predict,
+    rows: Schedule,
+    sampler: Sampler,
+    given: dict[str, Array],
+) -> Start:
+    """The latent of the image with part of its noise drawn anew."""
+    x_T = samplers.invert(predict, rows, given["x_0"])
+    return sampler, editing.vary(keys, rows[-1], x_T, predict(x_T, rows[-1]), plan.strength)
+
+
+EDITS: dict[str, Callable[..., Start]] = {
+    "image_to_image": _image_to_image,
+    "inpaint": _inpaint,
+    "interpolate": _interpolate,
+    "variations": _variations,
+}

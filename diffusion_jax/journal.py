@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from diffusion_jax import generate
+from diffusion_jax import gallery, generate
 from diffusion_jax.config import RunError
 from diffusion_jax.metrics import MetricsWriter, Progress
 from diffusion_jax.workdir import Workdir
@@ -104,7 +104,7 @@ class Journal:
         if step % self._log_every_steps == 0 or step == self._num_steps:
             self._log(step)
         if grid is not None and self._writer is not None:
-            image = generate.write_grid(grid, self._samples / f"step_{step:08d}.png")
+            image = gallery.write_grid(grid, self._samples / f"step_{step:08d}.png")
             self._writer.write_image(step, "samples", image)
         if self._clock is None:
             self._clock = step, time.perf_counter()

@@ -160,6 +160,7 @@ def batch_losses(
     u = timesteps.spread(common_key, indices, batch_size)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(example_key, indices)
     noise_keys, start_keys, dropout_keys = jax.vmap(lambda k: jax.random.split(k, 3))(keys).T
+    told = losses.drop_labels(objective, keys, label)
     of_schedule = params["schedule"]
     ends = {name: of_schedule[name] for name in ENDS}
     still_ends = {name: lax.stop_gradient(leaf) for name, leaf in ends.items()}
@@ -171,7 +172,7 @@ def batch_losses(
         rows = jax.vmap(row_at)(moments)
         eps = jax.vmap(lambda key, x_0: jax.random.normal(key, x_0.shape))(noise_keys, x_0)
         x_t = jax.vmap(process.q_sample)(rows, x_0, eps)
-        output = apply(params, x_t, rows.timestep, label, dropout_keys)
+        output = apply(params, x_t, rows.timestep, told, dropout_keys)
 
         def of_example(
             row: Schedule, rate: Array, eps: Example, x_t: Example, output: Example

@@ -31,6 +31,8 @@ class Objective(NamedTuple):
     vlb_scale: float  # of L_vlb beside the weighted error, which trains a learned variance
     timesteps: TimestepSampler
     levels: int | None  # of the data; None: continuous
+    num_classes: int | None  # of the data; None: without labels
+    label_dropout: float  # the share of labels that the network is not told
 
 
 class NoisedExample(NamedTuple):
@@ -99,6 +101,21 @@ def example_loss(
     return loss
 
 
+def drop_labels(
+    objective: Objective, keys: Key[Array, " batch"], label: Int[Array, " batch"] | None
+) -> Int[Array, " batch"] | None:
+    """Discard each label with probability ``label_dropout`` (Ho & Salimans 2022, algorithm 1).
+
+    One network so learns p(x_0) beside p(x_0 | label): number num_classes stands for no class.
+    """
+    if objective.label_dropout == 0:
+        return label
+    # the keys' fourth child: noise, timestep and dropout are those of a run that keeps its labels
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 3)
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, objective.label_dropout))(keys)
+    return jnp.where(dropped, objective.num_classes, label)
+
+
 class BatchLosses(NamedTuple):
     """The losses of this device's examples, and the rows and weights they were taken at."""
 
@@ -134,7 +151,8 @@ def batch_losses(
     noised = jax.vmap(lambda *example: noise_example(objective.parametrisation, *example))(
         noise_keys, rows, x_0
     )
-    output = apply(params, noised.x_t, rows.timestep, label, dropout_keys)
+    told = drop_labels(objective, keys, label)
+    output = apply(params, noised.x_t, rows.timestep, told, dropout_keys)
     losses = jax.vmap(lambda *example: example_loss(objective, num_timesteps, *example))(
         rows, noised, output
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from diffusion_jax.schedules import Schedule
 
@@ -14,6 +14,10 @@ SEPARATOR_GREY = 128
 
 # An image smaller than this many pixels is enlarged in a grid.
 COMFORTABLE_PIXELS = 64
+
+# Letters beside the images of a labelled grid, and the white space around them.
+TEXT_PIXELS = 18
+TEXT_MARGIN_PIXELS = 8
 
 # How long an animation rests on its last frame before it starts again.
 LAST_FRAME_MILLISECONDS = 1500
@@ -249,6 +253,53 @@ def _columns(num_images: int, height: int, width: int) -> int:
     return min(range(1, num_images + 1), key=cost)
 
 
+def labelled_grid(rows: list[UInt8[np.ndarray, "_ h w _"]], labels: list[str]) -> Image.Image:
+    """Lay images out as one row per label, its text on the left, as one picture.
+
+    Within a row the images are those of image_grid: enlargement, separators. Where a row is
+    shorter than the longest, nothing but the colour of the separators is drawn.
+
+    Args:
+        rows: images of one size, 0..255; some rows may be grey (1 channel) and others colour (3).
+        labels: one for each row; may have several lines.
+
+    Raises:
+        ValueError: there is no row, other than one label for each, or a row that image_grid
+            refuses.
+    """
+    if len(rows) == 0:
+        raise ValueError("rows: must hold at least one")
+    if len(rows) != len(labels):
+        raise ValueError(f"labels: {len(labels)} of them; must be one for each of {len(rows)} rows")
+    grids = [image_grid(row, columns=len(row) or None) for row in rows]
+    texts = [_draw_text(label) for label in labels]
+    left = max(text.width for text in texts)
+    heights = [max(grid.height, text.height) for grid, text in zip(grids, texts)]
+    width = left + max(grid.width for grid in grids)
+    height = sum(heights) + SEPARATOR_PIXELS * (len(rows) - 1)
+    mode = max(grid.mode for grid in grids)  # "RGB" unless all are grey, "L"
+    canvas = Image.new("L", (width, height), SEPARATOR_GREY).convert(mode)
+    canvas.paste("white", (0, 0, left, canvas.height))
+    top = 0
+    for grid, text, room in zip(grids, texts, heights):
+        canvas.paste(text, (0, top + (room - text.height) // 2))
+        canvas.paste(grid, (left, top))
+        top += room + SEPARATOR_PIXELS
+    return canvas
+
+
+def _draw_text(text: str) -> Image.Image:
+    """Black on white, as large as the text and its margins."""
+    font = ImageFont.load_default(TEXT_PIXELS)
+    measure = ImageDraw.Draw(Image.new("L", (1, 1)))
+    start = (TEXT_MARGIN_PIXELS, TEXT_MARGIN_PIXELS // 2)
+    _, _, right, bottom = measure.multiline_textbbox(start, text, font)
+    size = np.ceil([right + TEXT_MARGIN_PIXELS, bottom + TEXT_MARGIN_PIXELS // 2]).astype(int)
+    picture = Image.new("L", tuple(size), "white")
+    ImageDraw.Draw(picture).multiline_text(start, text, "black", font)
+    return picture
+
+
 def save_animation(
     frames: UInt8[np.ndarray, "f n h w c"], path: str | Path, milliseconds: int
 ) -> None:
@@ -266,13 +317,58 @@ def save_animation(
     Raises:
         ValueError: another suffix, or no frames.
     """
+    _save_frames([image_grid(frame) for frame in frames], path, milliseconds)
+
+
+def save_labelled_animation(
+    animations: dict[str, UInt8[np.ndarray, "_ _ h w _"]],
+    titles: list[str],
+    path: str | Path,
+    milliseconds: int,
+) -> None:
+    """Save several animations below each other, one row of images each, as one.
+
+    Args:
+        animations: by the label of their row, f frames each, of as many images as they like.
+        titles: the line above each frame, such as its timestep.
+        path: as save_animation has it, and so are the times and what is kept of colours.
+        milliseconds: how long a frame is shown, but for the last.
+
+    Raises:
+        ValueError: another suffix, no frames, animations of other lengths than the titles, or
+            what labelled_grid refuses.
+    """
+    if len(animations) == 0:
+        raise ValueError("animations: must hold at least one")
+    for label, frames in animations.items():
+        if len(frames) != len(titles):
+            raise ValueError(
+                f"animations[{label!r}]: {len(frames)} frames; must be one for each of the"
+                f" {len(titles)} titles"
+            )
+    rows = [list(moment) for moment in zip(*animations.values())]
+    grids = [labelled_grid(row, list(animations)) for row in rows]
+    headings = [_draw_text(title) for title in titles]
+    # frames of one animation are of one size, and nothing in them moves but the images
+    width = max((picture.width for picture in grids + headings), default=0)
+    top = max((heading.height for heading in headings), default=0)
+    frames = []
+    for heading, grid in zip(headings, grids):
+        frame = Image.new(grid.mode, (width, top + grid.height), "white")
+        frame.paste(heading, (0, 0))
+        frame.paste(grid, (0, top))
+        frames.append(frame)
+    _save_frames(frames, path, milliseconds)
+
+
+def _save_frames(frames: list[Image.Image], path: str | Path, milliseconds: int) -> None:
     formats = {".gif": "GIF", ".png": "PNG", ".apng": "PNG"}
     suffix = Path(path).suffix
     if suffix not in formats:
         raise ValueError(f"path = {str(path)!r}: must end in {', '.join(formats)}")
     if len(frames) == 0:
         raise ValueError("frames: must hold at least one")
-    first, *others = [image_grid(frame) for frame in frames]
+    first, *others = frames
     first.save(
         path,
         format=formats[suffix],

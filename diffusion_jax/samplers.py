@@ -9,6 +9,7 @@ are the coordinates y = x_t / sqrt(alpha_bar), in which dy = eps d sigma.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -32,9 +33,11 @@ class Sampler:
     """An init/step pair; ``state`` is what a multistep method remembers.
 
     ``needs_signal``: it works in units of sigma, which is infinite where alpha_bar = 0.
+    ``goes_off_grid``: it asks the network between the rows of the chain too.
     """
 
     needs_signal: ClassVar[bool] = False
+    goes_off_grid: ClassVar[bool] = False
 
     def init(self, x_T: Batch, schedule: Schedule) -> Any:
         """State before the first step of a chain over the rows of ``schedule``."""
@@ -81,7 +84,7 @@ def _drop_of_sigma(row: Schedule, row_prev: Schedule) -> Scalar:
 
 
 def _width(row: Schedule) -> Scalar:
-    """h > 0, by how much lambda = log(alpha / sigma) = (log SNR) / 2 rises from row to row.
+    """The width h > 0 of a step in lambda = log(alpha / sigma) = (log SNR) / 2.
 
     exp(-2 h) = 1 - beta / (1 - alpha_bar), so that no two log SNRs are subtracted. Infinite in the
     step to x_0, and from zero SNR.
@@ -90,7 +93,7 @@ def _width(row: Schedule) -> Scalar:
 
 
 def _ratio(a: Scalar, b: Scalar) -> Scalar:
-    """a / b of two widths, 0 where either is infinite: what lies beyond has no weight."""
+    """Of two widths, a / b; 0 where either is infinite: what lies beyond has no weight."""
     return jnp.where(jnp.isfinite(a) & jnp.isfinite(b), a / b, 0)
 
 
@@ -253,6 +256,8 @@ class Heun(TwoStage):
 class Edm(TwoStage):
     """See ``edm``; its state is the schedule, for the rows of the raised noise levels."""
 
+    goes_off_grid: ClassVar[bool] = True
+
     churn: Number
     churn_min: Number
     churn_max: Number
@@ -291,6 +296,8 @@ class Edm(TwoStage):
 @dataclasses.dataclass(frozen=True)
 class Dpmpp2S(TwoStage):
     """See ``dpmpp_2s``; its state is the schedule, for the rows half-way."""
+
+    goes_off_grid: ClassVar[bool] = True
 
     def init(self, x_T: Batch, schedule: Schedule) -> Schedule:
         """The rows between which those half-way are found."""
@@ -470,9 +477,8 @@ class UniPC(Sampler):
 
 
 # Adams and Bashforth's weights of the newest eps, the one before it, and so on, by order.
-ADAMS_BASHFORTH = np.array(
-    [[1, 0, 0, 0], [3 / 2, -1 / 2, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0]]
-    + [[55 / 24, -59 / 24, 37 / 24, -9 / 24]]
+ADAMS_BASHFORTH = (
+    np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]) / 24
 )
 
 
@@ -545,6 +551,8 @@ def _along(prediction: Prediction, eps: Batch, row: Schedule, row_prev: Schedule
 @dataclasses.dataclass(frozen=True)
 class Pndm(Plms):
     """See ``pndm``."""
+
+    goes_off_grid: ClassVar[bool] = True
 
     num_starting: ClassVar[int] = 3
 
@@ -809,7 +817,7 @@ def invert(predict: Predict, schedule: Schedule, x_0: Batch, num_iterations: int
         root = jnp.sqrt(row.one_minus_alpha_bar_prev)
         share = row.beta / (jnp.sqrt(row.one_minus_alpha_bar) + kept * root)
 
-        def improve(_: int, x_t: Batch) -> Batch:
+        def improve(_: Int[Array, ""], x_t: Batch) -> Batch:
             return kept * x_prev + share * predict(x_t, row).eps
 
         return jax.lax.fori_loop(0, num_iterations, improve, x_prev), None
@@ -819,6 +827,15 @@ def invert(predict: Predict, schedule: Schedule, x_0: Batch, num_iterations: int
 
 def _fold(keys: Keys, number: int | Int[Array, ""]) -> Keys:
     return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+def config_fields() -> dict[str, type]:
+    """Every argument of the samplers, with its type in a config."""
+    return {
+        name: float if parameter.annotation == Number else parameter.annotation
+        for sampler in SAMPLERS.values()
+        for name, parameter in inspect.signature(sampler).parameters.items()
+    }
 
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {

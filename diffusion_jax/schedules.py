@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diffusion_jax.spacings import SPACINGS
+from diffusion_jax.spacings import GRIDS, SPACINGS
 
 Scalar = float | int | Float[Array, ""]
 Column = Float[Array, "*rows"] | Float[np.ndarray, "*rows"]
@@ -482,15 +482,28 @@ def shift_log_snr(schedule: Schedule, resolution: Scalar, base_resolution: Scala
     )
 
 
-def respace(schedule: Schedule, num_steps: int, spacing: str = "trailing") -> Schedule:
+def respace(
+    schedule: Schedule,
+    num_steps: int,
+    spacing: str = "trailing",
+    rho: Scalar = 7.0,
+    sigma_min: Scalar | None = None,
+    sigma_max: Scalar | None = None,
+) -> Schedule:
     """The chain over ``num_steps`` of the timesteps, its betas those of the whole jumps (iDDPM).
 
-    The rows that stay, which spacings.SPACINGS choose, keep their timestep and alpha_bar.
+    The rows that stay, which spacings.SPACINGS choose, keep their timestep and alpha_bar. Those of
+    spacings.GRIDS stand between them, so that num_steps may exceed T: from ``sigma_min`` to
+    ``sigma_max`` (None: the schedule's own), "karras" with its ``rho`` > 0.
 
-    Raises ValueError: num_steps outside 1..T or an unknown spacing.
+    Raises ValueError: num_steps outside 1..T, an unknown spacing, a grid that is not within the
+    schedule or where its SNR is 0.
     """
+    if spacing in GRIDS:
+        return _respace_off_grid(schedule, num_steps, spacing, rho, sigma_min, sigma_max)
     _check_length("num_steps", num_steps, longest=len(schedule))
-    _check("spacing", repr(spacing), spacing in SPACINGS, f"one of {', '.join(SPACINGS)}")
+    options = ", ".join([*SPACINGS, *GRIDS])
+    _check("spacing", repr(spacing), spacing in SPACINGS, f"one of {options}")
     rows = SPACINGS[spacing](len(schedule), num_steps) - 1
     old = _columns(schedule)
     xp = _array_module(old.beta)
@@ -505,6 +518,43 @@ def respace(schedule: Schedule, num_steps: int, spacing: str = "trailing") -> Sc
         one_minus_alpha_bar=kept.one_minus_alpha_bar,
         timestep=kept.timestep,
     )
+
+
+def _respace_off_grid(
+    schedule: Schedule,
+    num_steps: int,
+    spacing: str,
+    rho: Scalar,
+    sigma_min: Scalar | None,
+    sigma_max: Scalar | None,
+) -> Schedule:
+    _check_length("num_steps", num_steps)
+    old = _columns(schedule)
+    xp = _array_module(old.beta)
+    with np.errstate(divide="ignore"):  # log(0) is checked below
+        known = xp.log(old.alpha_bar[xp.array([0, -1])]) - xp.log(
+            old.one_minus_alpha_bar[xp.array([0, -1])]
+        )
+    if _known(known):
+        allowed = f"one of {', '.join(SPACINGS)}: the schedule ends at zero SNR"
+        _check("spacing", repr(spacing), np.isfinite(known[1]), allowed)
+    ends = list(known)
+    for place, (field, sigma) in enumerate(
+        {"sigma_min": sigma_min, "sigma_max": sigma_max}.items()
+    ):
+        if sigma is None:
+            continue
+        if _known(sigma, known):
+            least, most = np.exp(-known / 2)
+            allowed = f"a noise level of the schedule, in [{least:.6g}, {most:.6g}]"
+            _check(field, sigma, least <= sigma <= most, allowed)
+        ends[place] = -2 * xp.log(sigma)
+    if _known(rho):
+        _check("rho", rho, 0 < rho < math.inf, "a finite number > 0")
+    if _known(*ends) and num_steps > 1:
+        allowed = "above sigma_min (as many steps need noise levels between them)"
+        _check("sigma_max", f"{np.exp(-ends[1] / 2):.6g}", ends[1] < ends[0], allowed)
+    return at_log_snr(schedule, GRIDS[spacing](num_steps, *ends, rho))
 
 
 def config_fields() -> dict[str, type]:

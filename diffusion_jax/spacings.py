@@ -1,11 +1,18 @@
-"""Which N of the timesteps 1..T a shorter chain keeps, in ascending order."""
+"""Where the N steps of a chain stand: on N of the timesteps 1..T, or between them."""
 
 from collections.abc import Callable
+from types import ModuleType
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 
 Timesteps = Int[np.ndarray, " num_steps"]
+LogSnrs = Float[np.ndarray, " num_steps"] | Float[Array, " num_steps"]
+Scalar = float | np.floating | Float[Array, ""]
+
+# On the timesteps, in ascending order: (T, N) -> timesteps.
 
 
 def trailing(num_timesteps: int, num_steps: int) -> Timesteps:
@@ -34,9 +41,38 @@ def quadratic(num_timesteps: int, num_steps: int) -> Timesteps:
     return np.minimum(np.maximum.accumulate(t - i) + i, num_timesteps - i[::-1])
 
 
+# Between them: (N, the first and the last log SNR, rho) -> N log SNRs, in descending order.
+
+
+def _evenly(num_steps: int, first: Scalar, last: Scalar) -> LogSnrs:
+    """From first to last; a single one is the last, where N(0, I) is true."""
+    xp: ModuleType = jnp if isinstance(first, jax.Array) else np
+    weight = np.linspace(0, 1, num_steps) if num_steps > 1 else np.ones(1)
+    return xp.asarray(first) * (1 - weight) + xp.asarray(last) * weight
+
+
+def log_snr(num_steps: int, first: Scalar, last: Scalar, rho: Scalar) -> LogSnrs:
+    """Evenly in log SNR (the grid of DPM-Solver, Lu et al. 2022)."""
+    del rho
+    return _evenly(num_steps, first, last)
+
+
+def karras(num_steps: int, first: Scalar, last: Scalar, rho: Scalar) -> LogSnrs:
+    """Evenly in sigma^(1/rho), sigma = exp(-log SNR / 2) (Karras et al. 2022, eq. 5)."""
+    xp: ModuleType = jnp if isinstance(first, jax.Array) else np
+    ends = (xp.exp(-end / (2 * rho)) for end in (first, last))
+    inner = -2 * rho * xp.log(_evenly(num_steps, *ends))
+    return xp.clip(inner, last, first)  # the ends to the last digit
+
+
 SPACINGS: dict[str, Callable[[int, int], Timesteps]] = {
     "trailing": trailing,
     "leading": leading,
     "linspace": linspace,
     "quadratic": quadratic,
+}
+
+GRIDS: dict[str, Callable[[int, Scalar, Scalar, Scalar], LogSnrs]] = {
+    "log_snr": log_snr,
+    "karras": karras,
 }

@@ -314,4 +314,6 @@ def _objective():
         0.001,
         TIMESTEP_SAMPLERS["uniform"],
         None,
+        None,
+        0.0,
     )

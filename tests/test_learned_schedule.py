@@ -87,6 +87,8 @@ def objective(levels=None, kind="eps"):
         0.001,
         TIMESTEP_SAMPLERS["low_discrepancy"],
         levels,
+        None,
+        0.0,
     )
 
 

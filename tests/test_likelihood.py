@@ -422,6 +422,8 @@ def test_every_objective_is_finite_at_both_ends(kind, variance, outer_rows):
             0.001,
             TIMESTEP_SAMPLERS["uniform"],
             256,
+            None,
+            0.0,
         )
         x_0 = jnp.array([[-1.0, 1.0, 127 / 127.5 - 1]])
         eps = jnp.array([[0.3, -2.0, 1.1]])
@@ -475,6 +477,8 @@ def test_a_network_in_bfloat16_has_finite_gradients_at_both_ends():
         0.001,
         ends,
         256,
+        None,
+        0.0,
     )
     x_0 = jnp.array([-1.0, 0.5])[:, None, None, None] * jnp.ones((2, 4, 4, 1))
     key, indices, schedule = jax.random.key(0), jnp.arange(2), schedules.cosine(1000)
@@ -504,6 +508,8 @@ def test_hybrid_trains_the_variance_by_the_bound_and_the_mean_by_the_error():
             scale,
             TIMESTEP_SAMPLERS["uniform"],
             None,
+            None,
+            0.0,
         )
         row = schedules.clip_posterior_variance(schedules.cosine(100))[40]
         x_0, eps = jnp.array([0.2, -0.4]), jnp.array([1.0, -0.3])

@@ -7,15 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gaussian import cosine_betas, gaussian, rows
+from ml_collections import ConfigDict
 
-from diffusion_jax import losses, process, schedules
+from diffusion_jax import learned_schedule, losses, process, schedules
+from diffusion_jax.learned_schedule import LearnedSchedule
 from diffusion_jax.losses import NoisedExample, Objective
+from diffusion_jax.models import create_model
 from diffusion_jax.process import PREDICTIONS
 from diffusion_jax.timesteps import TIMESTEP_SAMPLERS
 from diffusion_jax.variances import VARIANCES
 from diffusion_jax.weightings import WEIGHTINGS
 
 T, BATCH, SHAPE = 8, 8, (3, 2)
+NUM_CLASSES = 3  # and number 3 is no class
+KEY = jax.random.key(4)
 KINDS = sorted(PREDICTIONS)
 ALL = [*itertools.product(KINDS, WEIGHTINGS, ["uniform"])]
 ALL += [("eps", "simple", name) for name in TIMESTEP_SAMPLERS if name != "uniform"]
@@ -29,6 +34,7 @@ def objective(
     is_vlb=False,
     vlb_scale=0.001,
     levels=None,
+    label_dropout=0.0,
 ):
     """Here "vlb" is its weight alone, unless ``is_vlb`` says otherwise."""
     return Objective(
@@ -39,6 +45,8 @@ def objective(
         vlb_scale,
         TIMESTEP_SAMPLERS[timesteps],
         levels,
+        NUM_CLASSES,
+        label_dropout,
     )
 
 
@@ -247,6 +255,90 @@ def test_labels_go_to_the_network_as_they_are():
     batch_losses(objective(), recorded(calls))
     np.testing.assert_array_equal(calls[0][2], label)
     assert calls[1][2] is None
+
+
+def labels(size):
+    return jnp.arange(size) % NUM_CLASSES
+
+
+def told(label_dropout, size, indices=None):
+    """What the network is given and, told nothing by it, loses."""
+    calls = []
+    chosen = objective(label_dropout=label_dropout)
+    indices = jnp.arange(size) if indices is None else jnp.asarray(indices)
+    x_0, label = images(size)[indices], labels(size)[indices]
+    found, _ = batch_losses(
+        chosen, recorded(calls), x_0=x_0, indices=indices, size=size, label=label
+    )
+    return *calls[0], found
+
+
+@pytest.mark.parametrize("label_dropout", [0.1, 0.5])
+def test_labels_are_dropped_with_the_probability_asked_for(label_dropout):
+    size = 3000
+    _, _, label, keys, _ = told(label_dropout, size)
+    dropped, true = np.asarray(label) == NUM_CLASSES, np.asarray(labels(size))
+    np.testing.assert_array_equal(label[~dropped], true[~dropped])
+    deviation = np.sqrt(label_dropout * (1 - label_dropout))
+    for k in range(NUM_CLASSES):  # of each class alike
+        share, count = dropped[true == k].mean(), size // NUM_CLASSES
+        assert abs(share - label_dropout) < 5 * deviation / np.sqrt(count)
+    # and whatever the bits of the dropout masks are
+    mask = np.asarray(jax.vmap(jax.random.bernoulli)(keys))
+    assert abs(np.mean(mask[dropped]) - 0.5) < 5 * 0.5 / np.sqrt(dropped.sum())
+
+
+def test_which_labels_are_dropped_does_not_depend_on_how_the_batch_is_split():
+    whole = told(0.5, BATCH)[2]
+    assert 0 < np.mean(whole == NUM_CLASSES) < 1
+    for part in ([0, 1, 2, 3], [4, 5, 6, 7], [7, 0, 4, 2]):
+        np.testing.assert_array_equal(told(0.5, BATCH, part)[2], whole[np.array(part)])
+
+
+def test_dropping_labels_changes_nothing_else():
+    x_t, timestep, label, keys, found = told(0.0, BATCH)
+    others = told(0.5, BATCH)
+    np.testing.assert_array_equal(label, labels(BATCH))
+    np.testing.assert_array_equal(x_t, others[0])
+    np.testing.assert_array_equal(timestep, others[1])
+    np.testing.assert_array_equal(*(jax.random.key_data(k) for k in (keys, others[3])))
+    np.testing.assert_array_equal(found, others[4])
+
+
+def test_a_learned_schedule_drops_the_same_labels():
+    calls, recipe = [], LearnedSchedule(T, 8.0, -6.0)
+    params = {"scale": 0.5, "schedule": learned_schedule.init(recipe, KEY)}
+    inputs = schedules.cosine(T), (), jax.random.key(0), images(), labels(BATCH), jnp.arange(BATCH)
+    for label_dropout in (0.0, 0.5):
+        chosen = objective(label_dropout=label_dropout)
+        learned_schedule.batch_losses(chosen, recipe, recorded(calls), params, *inputs, BATCH)
+    np.testing.assert_array_equal(calls[0][2], labels(BATCH))
+    np.testing.assert_array_equal(calls[1][2], told(0.5, BATCH)[2])
+
+
+def test_the_embedding_of_no_class_is_trained_if_and_only_if_labels_are_dropped():
+    fields = {"name": "mlp", "width": 4, "num_layers": 1, "class_conditional": True}
+    model = create_model(ConfigDict(fields), (2,), NUM_CLASSES)
+    noise = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.float32(noise.standard_normal(leaf.shape)),
+        jax.eval_shape(model.init, KEY),
+    )
+    x_0, indices, schedule = jnp.ones((BATCH, 2)), jnp.arange(BATCH), schedules.cosine(T)
+
+    def gradient(label_dropout):
+        def mean_loss(params):
+            inputs = params, schedule, (), KEY, x_0, labels(BATCH), indices, BATCH
+            chosen = objective(label_dropout=label_dropout)
+            return jnp.mean(losses.batch_losses(chosen, model.apply, *inputs).losses)
+
+        return np.asarray(jax.jit(jax.grad(mean_loss))(params)["embedding"]["label"]["embedding"])
+
+    kept, dropped = gradient(0.0), gradient(0.5)
+    assert kept.shape == (NUM_CLASSES + 1, 4 * 4)
+    assert kept[:NUM_CLASSES].any(axis=1).all()
+    assert not kept[NUM_CLASSES].any()
+    assert dropped[NUM_CLASSES].all()
 
 
 def test_dropout_keys_differ_by_example_and_step_and_not_by_batch():

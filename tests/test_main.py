@@ -169,6 +169,8 @@ MISTAKES = {
         "config.loss.gamma",
     ),
     "scale of no bound": field("loss.vlb_scale", 0.1),
+    "every label dropped": field("loss.label_dropout", 1.0),
+    "labels dropped that are not told": field("loss.label_dropout", 0.1),
     "ends of no learned schedule": field("schedule.log_snr_start", 5.0),
     "variance": field("loss.variance", "fixed"),
     "timesteps": field("loss.timesteps", "uniformly"),

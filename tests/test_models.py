@@ -171,6 +171,19 @@ def test_the_label_matters_if_and_only_if_conditional(name):
         model.apply(params, x_t, timestep, None, None)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_no_class_is_one_more_label(name):
+    model, shape = create(name, class_conditional=True)
+    params = random_params(model)
+    assert params["embedding"]["label"]["embedding"].shape[0] == NUM_CLASSES + 1
+    (x_t,), (timestep,) = (leaf[:1] for leaf in inputs(shape))
+    every = jnp.arange(NUM_CLASSES + 1)
+    same = jnp.broadcast_to(x_t, (len(every), *shape)), jnp.broadcast_to(timestep, len(every))
+    outputs = np.asarray(model.apply(params, *same, every, None)).reshape(len(every), -1)
+    assert np.isfinite(outputs).all()
+    assert len(np.unique(outputs, axis=0)) == len(every)
+
+
 def test_dropout_belongs_to_the_example_not_to_the_batch():
     model, shape = create("unet", dropout=0.5, **ONE_LEVEL)
     params = random_params(model)

@@ -196,6 +196,146 @@ def test_animation_refuses_other_formats(tmp_path, suffix):
     assert not list(tmp_path.iterdir())
 
 
+# labelled grids --------------------------------------------------------------------------------
+
+
+def split_labels(grid, left):
+    """The white column of the labels, and the images to its right, as arrays."""
+    pixels = np.asarray(grid)
+    return pixels[:, :left], pixels[:, left:]
+
+
+def label_width(labels):
+    return max(plots._draw_text(label).width for label in labels)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("counts", [(1,), (4, 4), (2, 5, 1)])
+def test_labelled_grid_holds_every_image_pixel_by_pixel(tmp_path, counts, channels):
+    rows = [random_images(n, 8, 16, channels) for n in counts]
+    labels = [f"{n} images" for n in counts]
+    plots.labelled_grid(rows, labels).save(tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.mode == ("L" if channels == 1 else "RGB")
+        _, drawn = split_labels(grid, label_width(labels))
+    scale = plots.COMFORTABLE_PIXELS // 16
+    down, longest = 8 * scale + plots.SEPARATOR_PIXELS, max(counts)
+    assert drawn.shape[0] == len(rows) * down - plots.SEPARATOR_PIXELS
+    assert drawn.shape[1] == longest * (16 * scale + plots.SEPARATOR_PIXELS) - (
+        plots.SEPARATOR_PIXELS
+    )
+    for top, row in zip(range(0, drawn.shape[0], down), rows):
+        found = list(cells(drawn[top : top + down - plots.SEPARATOR_PIXELS], 8, 16, longest, scale))
+        np.testing.assert_array_equal(found[: len(row)], row)
+        assert all((cell == plots.SEPARATOR_GREY).all() for cell in found[len(row) :])
+
+
+def test_labels_are_black_on_white_and_whole():
+    labels = ["10", "gpqy (jW", "two\nlines", "a label much longer than the others"]
+    rows = [random_images(2, 8, 8, 1) for _ in labels]
+    width = label_width(labels)
+    texts, _ = split_labels(plots.labelled_grid(rows, labels), width)
+    height = plots.COMFORTABLE_PIXELS + plots.SEPARATOR_PIXELS
+    ink = []
+    for top in range(0, texts.shape[0], height):
+        text = texts[top : top + plots.COMFORTABLE_PIXELS]
+        assert text.min() < 32
+        ink.append((text < 128).sum())
+        # a margin on every side: nothing is cut off
+        edges = [text[:3], text[-3:], text[:, :3], text[:, -3:]]
+        assert all((edge == 255).all() for edge in edges)
+    assert min(ink) > 30
+    assert np.argmax(ink) == 3
+    rows_of_ink = np.flatnonzero((texts[height : 2 * height] < 128).any(axis=1))
+    assert rows_of_ink.max() - rows_of_ink.min() >= 0.6 * plots.TEXT_PIXELS  # large enough to read
+
+
+def test_a_label_higher_than_its_images_is_not_cut_off():
+    labels = ["one\ntwo\nthree\nfour\nfive", "below"]
+    grid = plots.labelled_grid([random_images(3, 8, 8, 1)] * 2, labels)
+    heights = [plots._draw_text(labels[0]).height, plots.COMFORTABLE_PIXELS]
+    assert heights[0] > heights[1]
+    assert grid.height == sum(heights) + plots.SEPARATOR_PIXELS
+    text, _ = split_labels(grid, label_width(labels))
+    expected = np.asarray(plots._draw_text(labels[0]))
+    np.testing.assert_array_equal(text[: heights[0], : expected.shape[1]], expected)
+
+
+def test_grey_rows_stand_beside_colour_ones():
+    masks, images = random_images(2, 64, 64, 1), random_images(2, 64, 64, 3)
+    for rows in ([masks, images], [images, masks]):
+        grid = plots.labelled_grid(rows, ["a", "b"])
+        assert grid.mode == "RGB"
+        _, drawn = split_labels(grid, label_width(["a", "b"]))
+        for top, row in zip((0, 64 + plots.SEPARATOR_PIXELS), rows):
+            found = np.stack(list(cells(drawn[top : top + 64], 64, 64, 2, 1)))
+            np.testing.assert_array_equal(found, np.broadcast_to(row, found.shape))
+
+
+ROW = random_images(2, 8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "message"),
+    [
+        ([], [], "^rows: must hold at least one"),
+        ([ROW], ["a", "b"], "^labels: 2 of them; must be one for each of 1 rows"),
+        ([ROW, ROW], ["a"], "^labels: 1 of them"),
+        ([ROW, ROW[:0]], ["a", "b"], "^images: must hold at least one"),
+        ([random_images(2, 8, 8, 2)], ["a"], "^images: 2 channels"),
+    ],
+)
+def test_labelled_grid_refuses_what_it_cannot_draw(rows, labels, message):
+    with pytest.raises(ValueError, match=message):
+        plots.labelled_grid(rows, labels)
+
+
+# labelled animations ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("suffix", "channels"), [(".gif", 1), (".png", 1), (".apng", 3)])
+@pytest.mark.parametrize("last_title", ["t = 2", "a title that is far wider than these two images"])
+def test_labelled_animation_read_back(tmp_path, suffix, channels, last_title):
+    animations = {
+        label: random_images(3, n, 8, 8, channels)
+        for label, n in {"linear": 2, "cosine": 1}.items()
+    }
+    titles = ["t = 0", "t = 1", last_title]
+    path = tmp_path / f"noising{suffix}"
+    plots.save_labelled_animation(animations, titles, path, milliseconds=80)
+    shown, durations = zip(*read_animation(path))
+    assert durations == (80, 80, plots.LAST_FRAME_MILLISECONDS)
+    for i, (frame, title) in enumerate(zip(shown, titles)):
+        heading = np.asarray(plots._draw_text(title).convert("RGB"))
+        top = max(plots._draw_text(other).height for other in titles)
+        height, width = heading.shape[:2]
+        np.testing.assert_array_equal(frame[:height, :width], heading)
+        rows = [frames[i] for frames in animations.values()]
+        grid = np.asarray(plots.labelled_grid(rows, list(animations)).convert("RGB"))
+        np.testing.assert_array_equal(frame[top:, : grid.shape[1]], grid)
+        assert (frame[top:, grid.shape[1] :] == 255).all()
+        assert (frame[height:top] == 255).all()
+
+
+FRAMES = random_images(3, 2, 8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("animations", "titles", "path", "message"),
+    [
+        ({"a": FRAMES, "b": FRAMES[:2]}, ["0", "1", "2"], "a.gif", r"^animations\['b'\]: 2 frames"),
+        ({"a": FRAMES}, ["0", "1"], "a.gif", r"^animations\['a'\]: 3 frames; .* the 2 titles"),
+        ({"a": FRAMES[:0]}, [], "a.gif", "^frames: must hold at least one"),
+        ({}, [], "a.gif", "^animations: must hold at least one"),
+        ({"a": FRAMES}, ["0", "1", "2"], "a.mp4", r"\.gif, \.png, \.apng"),
+    ],
+)
+def test_labelled_animation_refuses(tmp_path, animations, titles, path, message):
+    with pytest.raises(ValueError, match=message):
+        plots.save_labelled_animation(animations, titles, tmp_path / path, 100)
+    assert not list(tmp_path.iterdir())
+
+
 # points ----------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,8 @@ import pytest
 from runs import REPOSITORY, TOY2D, Run, arguments, assert_same, checkpoint, run
 
 from diffusion_jax import config as configuration
-from diffusion_jax.experiment import create_experiment, create_optimizer
+from diffusion_jax.experiment import create_experiment
+from diffusion_jax.plans import create_optimizer
 from diffusion_jax.train import ema_decay
 
 LONG = TOY2D | {"train.num_steps": 700, "checkpoint.every_steps": 35, "train.log_every_steps": 25}

@@ -154,6 +154,8 @@ def test_denoising_score_matching_is_the_simple_loss_of_the_score():
             0.0,
             TIMESTEP_SAMPLERS["uniform"],
             None,
+            None,
+            0.0,
         )
 
         def of_example(row, x_0, eps, x_t, output):

@@ -20,8 +20,9 @@ class Model(NamedTuple):
 
     init(key) -> params
     apply(params, x_t, timestep, label, keys) -> float32 output of the shape of x_t, its last axis
-        doubled where the variance is learned. timestep: float, 1..T or between; label: None
-        unless the model is class-conditional; keys: one per example for dropout, None for none.
+        doubled where the variance is learned. timestep: float, 1..T or between; label: a class
+        0..num_classes - 1, or num_classes for "no class" (classifier-free guidance), None unless
+        the model is class-conditional; keys: one per example for dropout, None for none.
     """
 
     init: Callable[..., Any]
@@ -65,11 +66,11 @@ def create_model(
 
     def apply(
         params: Mapping[str, Any],
-        x_t: Float[Array, "B *dims"],
+        x_t: Float[Array, " B *dims"],
         timestep: Float[Array, " B"],
         label: Int[Array, " B"] | None,
         keys: Key[Array, " B"] | None,
-    ) -> Float[Array, "B *dims_out"]:
+    ) -> Float[Array, " B *dims_out"]:
         return nnx.merge(graphdef, _rename(params, _number))(x_t, timestep, label, keys)
 
     return Model(init, apply)

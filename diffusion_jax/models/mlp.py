@@ -31,7 +31,7 @@ class MLP(nnx.Module):
         learned_variance: a second output follows the first along the last axis.
         width: units of a layer; the embedding has four times as many.
         num_layers: residual layers.
-        class_conditional: add an embedding of the label to that of the timestep.
+        class_conditional: add an embedding of the label, or of "no class", to the timestep's.
 
     Raises:
         ConfigError: a field has a value that no network can be built from.
@@ -89,7 +89,10 @@ class Layer(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Sinusoids of the timestep through two layers, plus a vector per class; in float32."""
+    """Sinusoids of the timestep through two layers, plus a vector per class; in float32.
+
+    The vector after those of the classes, number ``num_classes``, is that of no class.
+    """
 
     def __init__(self, width: int, num_classes: int | None, *, rngs: nnx.Rngs) -> None:
         self.width = width
@@ -97,7 +100,7 @@ class Embedding(nnx.Module):
         self.linear_2 = linear(4 * width, 4 * width, rngs=rngs)
         unit = nnx.initializers.constant(math.sqrt(3))  # of unit variance, as in iDDPM's code
         embed = functools.partial(nnx.Embed, embedding_init=unit, rngs=rngs)
-        self.label = None if num_classes is None else embed(num_classes, 4 * width)
+        self.label = None if num_classes is None else embed(num_classes + 1, 4 * width)
 
     def __call__(
         self, timestep: Float[Array, " B"], label: Int[Array, " B"] | None

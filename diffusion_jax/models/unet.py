@@ -37,7 +37,7 @@ class UNet(nnx.Module):
         attention_resolutions: image heights with self-attention; the lowest, in the middle, always.
         head_channels: channels of an attention head.
         dropout: rate, before the second convolution of each residual block.
-        class_conditional: add an embedding of the label to that of the timestep.
+        class_conditional: add an embedding of the label, or of "no class", to the timestep's.
         dtype: of the computation; parameters, norms, softmax and the output are float32.
 
     Raises:
@@ -262,8 +262,8 @@ class Upsample(nnx.Module):
 
 
 def dropout(
-    h: Float[Array, "B *dims"], rate: float, number: int, keys: Keys
-) -> Float[Array, "B *dims"]:
+    h: Float[Array, " B *dims"], rate: float, number: int, keys: Keys
+) -> Float[Array, " B *dims"]:
     """Zero a share `rate` of each example by its own key, the same in whatever batch it is."""
     if keys is None or rate == 0:
         return h

@@ -1,0 +1,92 @@
+"""The samples of a long job: a file for each batch as it comes, joined into one at the end."""
+
+import json
+import logging
+import os
+import pathlib
+import shutil
+import zipfile
+
+import numpy as np
+from jaxtyping import Num
+
+LOG = logging.getLogger("diffusion_jax")
+
+
+class Shards:
+    """The files of a job that may be killed at any moment and go on: none repeated, none lost.
+
+    A shard's name says which samples it holds. ``job`` is what the samples depend on; shards of
+    another job are thrown away, with a warning.
+    """
+
+    def __init__(self, folder: pathlib.Path, name: str, job: dict) -> None:
+        self._folder, self._name = folder, name
+        record, job = folder / "job.json", json.dumps(job, sort_keys=True)
+        if folder.exists() and (not record.exists() or record.read_text() != job):
+            LOG.warning("%s: of another job, begun again", folder)
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(record, lambda file: file.write(job.encode()))
+
+    def _ranges(self) -> list[tuple[int, int, pathlib.Path]]:
+        """First and end of the shards that follow on each other from sample 0, and their files."""
+        found, end = [], 0
+        for path in sorted(self._folder.glob("*.npz")):
+            first, last = map(int, path.stem.split("-"))
+            if first != end:
+                break
+            found.append((first, last + 1, path))
+            end = last + 1
+        return found
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+        ranges = self._ranges()
+        return ranges[-1][1] if ranges else 0
+
+    def add(self, samples: Num[np.ndarray, "n ..."]) -> None:
+        """Write the next samples, whole or not at all."""
+        first = len(self)
+        path = self._folder / f"{first:09d}-{first + len(samples) - 1:09d}.npz"
+        _write(path, lambda file: np.savez(file, **{self._name: samples}))
+
+    def first(self, count: int) -> Num[np.ndarray, "n ..."]:
+        """The first ``count`` samples, or all if there are fewer."""
+        parts, size = [], 0
+        for _, _, path in self._ranges():
+            if size >= count:
+                break
+            with np.load(path) as arrays:
+                parts.append(arrays[self._name])
+            size += len(parts[-1])
+        return np.concatenate(parts)[:count]
+
+    def join(self, path: pathlib.Path) -> None:
+        """Make one .npz of all shards, a shard in memory at a time, and remove them."""
+        like = self.first(1)
+
+        def write(file: object) -> None:
+            with (
+                zipfile.ZipFile(file, "w") as archive,
+                archive.open(f"{self._name}.npy", "w", force_zip64=True) as column,
+            ):
+                header = {
+                    "descr": np.lib.format.dtype_to_descr(like.dtype),
+                    "fortran_order": False,
+                    "shape": (len(self), *like.shape[1:]),
+                }
+                np.lib.format.write_array_header_2_0(column, header)
+                for _, _, part in self._ranges():
+                    with np.load(part) as arrays:
+                        column.write(np.ascontiguousarray(arrays[self._name]).tobytes())
+
+        _write(path, write)
+        shutil.rmtree(self._folder)
+
+
+def _write(path: pathlib.Path, write: object) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+    os.replace(temporary, path)
