@@ -80,8 +80,8 @@ class Inpaint(Sampler):
     def path(self, num_steps: int) -> Int[np.ndarray, " states"]:
         """RePaint's: from the states 1, 1 + j, 1 + 2 j ... num_resamples - 1 times back up by j.
 
-        j is jump_length; a state less than j below num_steps is passed once (Lugmayr et al. 2022,
-        appendix B, whose count of states begins at 0 where ours is 1).
+        j is jump_length; what is left above the topmost jump, and the step to x_0, are passed
+        once. (The schedule published with Lugmayr et al. 2022 counts from 0 what is from 1 here.)
 
         Raises:
             ValueError: a jump that no state has room for.

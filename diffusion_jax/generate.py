@@ -1,6 +1,5 @@
 """Images out of a trained model: a plan's chain, guidance and editing, over the devices."""
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -211,13 +210,15 @@ class Generator:
         return self._trajectory(*shared, indices, given, num_frames)
 
     def _given(self, images: EditedImages, indices: Int[np.ndarray, "..."]) -> dict[str, Array]:
-        """What each image is made from: given image i mod n, and the next where two are joined."""
-        last = max(self._plan.num_images - 1, 1)
+        """What each image is made from: given image i mod n, or the first and the last of them."""
+        last, shape = max(self._plan.num_images - 1, 1), images.x_0.shape[1:]
         return {
             "x_0": images.x_0[indices % len(images.x_0)],
             "mask": np.broadcast_to(images.mask, (*indices.shape, *images.mask.shape)),
             "fraction": np.minimum(indices / last, 1).astype(np.float32),
-            "ends": np.broadcast_to(images.x_0[[0, -1]], (len(indices), 2, *images.x_0.shape[1:])),
+            "ends": np.broadcast_to(
+                images.x_0[[0, -1]][:, None], (len(indices), 2, indices.shape[1], *shape)
+            ),
         }
 
     def grid(self, params: PyTree) -> Grid:
@@ -325,9 +326,12 @@ def _interpolate(
     given: dict[str, Array],
 ) -> Start:
     """The latents of the first and the last image, joined by an arc."""
-    latents = samplers.invert(predict, rows, given["ends"])
-    join = functools.partial(editing.slerp, latents[:1], latents[1:])
-    return sampler, join(given["fraction"])[:, 0]
+    first, last = (samplers.invert(predict, rows, x_0) for x_0 in given["ends"])
+
+    def join(first: Array, last: Array, fraction: Array) -> Array:
+        return editing.slerp(first[None], last[None], fraction[None])[0, 0]
+
+    return sampler, jax.vmap(join)(first, last, given["fraction"])
 
 
 def _variations(

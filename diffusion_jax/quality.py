@@ -31,6 +31,7 @@ LOG = logging.getLogger("diffusion_jax")
 
 Images = Float[np.ndarray, "n height width channel"] | Float[Array, "n height width channel"]
 Features = Float[np.ndarray, "n d"]
+Reference = Float[np.ndarray, "m d"]
 Counts = Float[np.ndarray, " n"]  # how often each sample counts; all ones: the samples as they are
 Statistic = Callable[[Counts], float]
 
@@ -256,7 +257,7 @@ def class_balance(probabilities: Float[np.ndarray, "n classes"]) -> ClassBalance
     return ClassBalance(float(confident), float(-(share * np.log2(share)).sum()))
 
 
-def frechet_distance(features: Features, reference: Features) -> float:
+def frechet_distance(features: Features, reference: Reference) -> float:
     """The classifier Fréchet distance, that of the Gaussians fitted to two sets of features.
 
     |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^{1/2}) (Dowson & Landau 1982; of images, Heusel et
@@ -272,14 +273,14 @@ def frechet_distance(features: Features, reference: Features) -> float:
     return _frechet(features, reference)(np.ones(len(features)))
 
 
-def kernel_distance(features: Features, reference: Features) -> float:
+def kernel_distance(features: Features, reference: Reference) -> float:
     """The classifier kernel distance: the unbiased MMD^2 of two sets under a cubic kernel.
 
     mean k(x_i, x_j) + mean k(y_i, y_j) - 2 mean k(x_i, y_j), i and j distinct in the first two,
     k(x, y) = (x y / d + 1)^3 (Gretton et al. 2012, eq. 3; of images, Bińkowski et al. 2018, arXiv
     1801.01401, section 4). It sees the moments up to the third. Its expectation is 0 for equal
     distributions at every sample size, so single values are negative about as often as not.
-    Needs 8 n^2 bytes for n samples.
+    Needs 16 n^2 bytes for n samples or so.
 
     Raises:
         ValueError: fewer than two samples in a set.
@@ -287,7 +288,7 @@ def kernel_distance(features: Features, reference: Features) -> float:
     return _kernel(features, reference)(np.ones(len(features)))
 
 
-def _frechet(features: Features, reference: Features) -> Statistic:
+def _frechet(features: Features, reference: Reference) -> Statistic:
     x, y = _float64(features, reference)
     mean_y, covariance_y = _moments(y, np.ones(len(y)))
     root_y = _root(covariance_y)
@@ -319,16 +320,19 @@ def _root(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
     return (vectors * np.sqrt(np.maximum(eigenvalues, 0))) @ vectors.T
 
 
-def _kernel(features: Features, reference: Features) -> Statistic:
+def _kernel(features: Features, reference: Reference) -> Statistic:
     x, y = _float64(features, reference)
 
-    def kernel(a: Features, b: Features) -> Float[np.ndarray, "n m"]:
+    def kernel(a: Features, b: Reference) -> Float[np.ndarray, "n m"]:
         return (a @ b.T / a.shape[1] + 1) ** 3
 
-    across = np.concatenate([kernel(rows, y).mean(axis=1) for rows in _blocks(x)])
+    def sums(a: Features, b: Reference) -> Float[np.ndarray, " n"]:
+        starts = range(0, len(a), BLOCK)
+        return np.concatenate([kernel(a[i : i + BLOCK], b).sum(axis=1) for i in starts])
+
+    across = sums(x, y) / len(y)
     own = ((y * y).mean(axis=1) + 1) ** 3  # k(y_i, y_i)
-    within_y = sum(kernel(rows, y).sum() for rows in _blocks(y)) - own.sum()
-    within_y /= len(y) * (len(y) - 1)
+    within_y = (sums(y, y).sum() - own.sum()) / (len(y) * (len(y) - 1))
     within_x = kernel(x, x)
     np.fill_diagonal(within_x, 0)
 
@@ -341,15 +345,11 @@ def _kernel(features: Features, reference: Features) -> Statistic:
     return of_counts
 
 
-def _float64(features: Features, reference: Features) -> tuple[Features, Features]:
+def _float64(features: Features, reference: Reference) -> tuple[Features, Reference]:
     if min(len(features), len(reference)) < 2:
         sizes = f"{len(features)} and {len(reference)}"
         raise ValueError(f"sets of {sizes} samples: a distance needs two in each at least")
     return features.astype(np.float64), reference.astype(np.float64)
-
-
-def _blocks(x: Features) -> list[Features]:
-    return [x[start : start + BLOCK] for start in range(0, len(x), BLOCK)]
 
 
 class Estimate(NamedTuple):
@@ -363,7 +363,7 @@ class Estimate(NamedTuple):
 def with_interval(
     distance: str,
     features: Features,
-    reference: Features,
+    reference: Reference,
     seed: int,
     num_resamples: int = 500,
     level: float = 0.95,
@@ -377,11 +377,13 @@ def with_interval(
     both subtract the bias of a Fréchet distance; a percentile interval would have it twice, and
     miss the truth every time. The value is therefore below frechet_distance and, as that of any
     unbiased estimate of a small distance, can be negative. n should be many times the number of
-    features: with 64 of them, 2000 are good and 500 leave a tenth of the bias.
+    features: with 64 of them, 2000 are good and 500 leave a twentieth of the bias.
 
     The truth meant is the distance of the generator, with infinitely many samples, to these very
     reference features, which are not resampled: how far those are from the real distribution is
-    the same for every arm that is compared. Near distance 0 the interval is wider than need be.
+    the same for every arm that is compared. Near distance 0 the interval is wider than need be;
+    where few samples with heavy tails decide it is too narrow (of one normal feature and 400
+    samples the 95 % interval of the kernel distance holds the truth 89 times in 100).
 
     Raises:
         ValueError: an unknown distance, fewer than two samples in a set, a level outside (0, 1)
@@ -394,8 +396,8 @@ def with_interval(
 def paired_difference(
     distance: str,
     features_a: Features,
-    features_b: Features,
-    reference: Features,
+    features_b: Float[np.ndarray, "n_b d"],
+    reference: Reference,
     seed: int,
     num_resamples: int = 500,
     level: float = 0.95,

@@ -755,11 +755,14 @@ def trajectory(
     Only the frames that are kept are stored: memory grows with them, not with the steps.
 
     Raises:
-        ValueError: more frames than the chain has states (one more than its steps).
+        ValueError: more frames than the chain has states (one more than its steps), or frames
+            of a chain that goes back up.
     """
     path = sampler.path(len(schedule))
     if not (num_frames == 0 or 2 <= num_frames <= len(path)):
         raise ValueError(f"num_frames = {num_frames}: must be 0 or in 2..{len(path)}")
+    if num_frames and len(path) > len(schedule) + 1:
+        raise ValueError(f"num_frames = {num_frames}: must be 0 for a chain that also goes back")
     if indices is None:
         indices = jnp.arange(shape[0])
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
@@ -805,7 +808,8 @@ def invert(predict: Predict, schedule: Schedule, x_0: Batch, num_iterations: int
     Each step solves x_{t-1} = DDIM(x_t) for x_t by ``num_iterations`` >= 1 rounds of
     x_t = sqrt(alpha) x_{t-1} + beta / (sqrt(1 - ab) + sqrt(alpha (1 - ab_prev))) eps(x_t, t).
     One round, eps taken at x_{t-1}, is the published inversion (Dhariwal & Nichol 2021, section
-    3.2), which is exact only in the limit of many steps.
+    3.2), which is exact only in the limit of many steps. The rounds converge where steps are
+    small; the cosine schedule's last one, beta 0.999, leaves 1e-3 of x_T after five.
 
     Raises:
         ValueError: num_iterations < 1.

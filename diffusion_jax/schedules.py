@@ -419,7 +419,24 @@ def at_log_snr(schedule: Schedule, log_snr: Column) -> Schedule:
         first, last = known[0] + slack[0], known[-1] - slack[-1]
         inside = np.all((log_snr <= first) & (log_snr >= last)) and np.all(np.diff(log_snr) < 0)
         _check("log_snr", log_snr, inside, f"decreasing, in [{known[-1]:.6g}, {known[0]:.6g}]")
-    return from_log_snr(log_snr, xp.interp(-log_snr, -known, old.timestep))
+    return from_log_snr(log_snr, _interpolate(-log_snr, -known, old.timestep))
+
+
+def _interpolate(
+    x: Float[Array, " n"] | Float[np.ndarray, " n"],
+    known_x: Float[Array, " m"] | Float[np.ndarray, " m"],
+    known_y: Float[Array, " m"] | Float[np.ndarray, " m"],
+) -> Float[Array, " n"] | Float[np.ndarray, " n"]:
+    """Linear interpolation, held at its ends; in jax without the loop of jnp.interp."""
+    if _array_module(x, known_x) is np:
+        return np.interp(x, known_x, known_y)
+    if len(known_x) == 1:
+        return jnp.broadcast_to(known_y, x.shape)
+    after = jnp.searchsorted(known_x, x, side="right", method="compare_all")
+    after = jnp.clip(after, 1, len(known_x) - 1)
+    low, high = known_x[after - 1], known_x[after]
+    share = jnp.clip((x - low) / (high - low), 0, 1)
+    return known_y[after - 1] + share * (known_y[after] - known_y[after - 1])
 
 
 def _columns(schedule: Schedule) -> Schedule:
