@@ -8,8 +8,8 @@ The same command in the same folder goes on where it stopped. Any field of a con
 --config.schedule.s=0.02. configs/default.py says what fields there are.
 
 Exit status: 0 done; 1 a failure while running; 2 a mistake in the command line or the config,
-and nothing was written; 143 stopped by SIGTERM after saving (130 by Ctrl-C). An evaluation goes on
-where it was killed; sampling begins again.
+and nothing was written; 143 stopped by SIGTERM after saving (130 by Ctrl-C). Sampling and
+evaluation go on where they were killed.
 """
 
 import contextlib

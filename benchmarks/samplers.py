@@ -1,0 +1,85 @@
+r"""Sample quality of every sampler by its number of steps, on a trained model.
+
+    python -m benchmarks.samplers --config=configs/mnist.py --workdir=DIR FLAGS \
+        --config.sampling.num_images=500
+
+with the FLAGS that trained the model. Writes a Markdown table of the classifier Frechet distance
+to the test split (quality.py; smaller is better), each with its 95 % interval, as it goes. All
+chains begin with the same noise. Chains of samplers that solve the flow stand on EDM's grid up to
+sigma = 80, the others on the timesteps, "trailing".
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+
+from diffusion_jax import config as configuration
+from diffusion_jax import data, devices, quality, samplers
+from diffusion_jax.experiment import create_experiment
+from diffusion_jax.generate import Chain, Generator, Network
+from main import restore, start_compilation_cache
+
+MODES = ("sample",)
+NUM_STEPS = (10, 20, 50)
+ON_TIMESTEPS = ("ancestral", "ddim", "euler_ancestral", "plms", "pndm", "predictor_corrector")
+SAME_AS_DDIM = ("euler", "dpmpp_1s")  # tests/test_solvers.py
+
+
+def chain_of(name: str, num_steps: int) -> Chain:
+    """The grid on which a sampler is at home."""
+    if name in ON_TIMESTEPS:
+        return Chain(num_steps, "trailing", 7.0, None, None)
+    return Chain(num_steps, "karras", 7.0, None, 80.0)
+
+
+def main(argv: list[str]) -> None:
+    """Print a row for each sampler."""
+    arguments = configuration.parse_arguments([*argv, "--mode=sample"], MODES)
+    config = configuration.load(arguments.config_path, arguments.overrides)
+    devices.start(config.num_devices, config.sampling.batch_size, False, divide=False)
+    experiment = create_experiment(config)
+    dataset = data.load(config.dataset)
+    start_compilation_cache(config.compilation_cache)
+    ema, step = restore(experiment.model, pathlib.Path(arguments.workdir), None)
+    classifier = quality.load_classifier(dataset, 0, pathlib.Path(arguments.workdir))
+    real = quality.features(classifier, data.to_x_0(dataset.test.images[:], dataset.levels))
+
+    def cell(x_0: np.ndarray) -> str:
+        found = quality.with_interval("frechet", quality.features(classifier, x_0), real, seed=0)
+        return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+    num_images = config.sampling.num_images
+    # at random: neighbours in MNIST's training archive are of two populations by turns
+    drawn = np.random.default_rng(0).permutation(len(dataset.train))[:num_images]
+    training = data.to_x_0(dataset.train.images[drawn], dataset.levels)
+    print(f"step {step}, {num_images} images, classifier {classifier.test_accuracy:.4f} right")
+    print(f"as many training images: {cell(training)}\n")
+    print("| sampler | grid | " + " | ".join(f"{n} steps" for n in NUM_STEPS) + " |")
+    print("|---|---|" + "---|" * len(NUM_STEPS), flush=True)
+    for name, create in samplers.SAMPLERS.items():
+        if name in SAME_AS_DDIM:
+            continue
+        cells = []
+        for num_steps in NUM_STEPS:
+            plan = experiment.sampling._replace(
+                sampler=create(), chain=chain_of(name, num_steps), num_frames=0
+            )
+            generator = Generator(
+                Network(experiment.model, experiment.objective),
+                None,
+                experiment.dataset,
+                experiment.schedule_of,
+                plan,
+                experiment.seed,
+                devices.used(config.num_devices),
+            )
+            params = ema, None
+            x_0 = [batch.x_0 for batch in generator.batches(params, 0, None)]
+            calls = generator.num_evaluations(params)
+            cells.append(f"{cell(np.concatenate(x_0))}, {calls} calls")
+        print(f"| {name} | {plan.chain.spacing} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
