@@ -1,17 +1,15 @@
 """Networks as pairs of pure functions: the only place that knows Flax."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
-import jax
 from flax import nnx
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from diffusion_jax.config import ConfigError, choose, require
 from diffusion_jax.models.mlp import MLP
+from diffusion_jax.models.pure import pure
 from diffusion_jax.models.unet import UNet
 
 
@@ -52,28 +50,7 @@ def create_model(
     def create() -> nnx.Module:
         return network(shape, num_classes, learned_variance, **fields, rngs=nnx.Rngs(0))
 
-    graphdef = nnx.graphdef(nnx.eval_shape(create))
-
-    # Kernels are built holding the half-width of their uniform distribution, and all are drawn at
-    # once: a draw for each layer would take the compiler ten times as long.
-    @jax.jit
-    def init(key: Key[Array, ""]) -> dict[str, Any]:
-        built = nnx.to_pure_dict(nnx.state(create(), nnx.Param))
-        built = _rename(built, str)  # checkpoints would make strings of a list's integers
-        flat, unravel = ravel_pytree(built)
-        draws = unravel(jax.random.uniform(key, flat.shape, minval=-1, maxval=1))
-        return jax.tree.map(lambda leaf, u: leaf * u if leaf.ndim > 1 else leaf, built, draws)
-
-    def apply(
-        params: Mapping[str, Any],
-        x_t: Float[Array, " B *dims"],
-        timestep: Float[Array, " B"],
-        label: Int[Array, " B"] | None,
-        keys: Key[Array, " B"] | None,
-    ) -> Float[Array, " B *dims_out"]:
-        return nnx.merge(graphdef, _rename(params, _number))(x_t, timestep, label, keys)
-
-    return Model(init, apply)
+    return Model(*pure(create))
 
 
 def _check_fields(network: type[nnx.Module], config: ConfigDict) -> dict[str, Any]:
@@ -96,17 +73,6 @@ def _check_fields(network: type[nnx.Module], config: ConfigDict) -> dict[str, An
         words = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
         require(fits, f"config.model.{name}", value, words.get(expected, "a tuple of integers"))
     return fields
-
-
-def _rename(tree: Mapping[Any, Any], rename: Callable[[Any], Any]) -> dict[Any, Any]:
-    return {
-        rename(key): _rename(value, rename) if isinstance(value, Mapping) else value
-        for key, value in tree.items()
-    }
-
-
-def _number(key: str) -> int | str:
-    return int(key) if key.isdigit() else key
 
 
 MODELS = {"unet": UNet, "mlp": MLP}

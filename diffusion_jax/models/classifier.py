@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 from flax import nnx
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from diffusion_jax.models.mlp import linear
+from diffusion_jax.models.pure import pure
 from diffusion_jax.models.unet import conv
 
 CHANNELS = (16, 32, 64)
@@ -32,22 +31,7 @@ def create_classifier(shape: tuple[int, ...], num_classes: int) -> Network:
     def create() -> nnx.Module:
         return ConvNet(shape, num_classes, rngs=nnx.Rngs(0))
 
-    graphdef = nnx.graphdef(nnx.eval_shape(create))
-
-    # Kernels are built holding the half-width of their distribution, as in create_model.
-    @jax.jit
-    def init(key: Key[Array, ""]) -> dict[str, Any]:
-        built = nnx.to_pure_dict(nnx.state(create(), nnx.Param))
-        flat, unravel = ravel_pytree(built)
-        draws = unravel(jax.random.uniform(key, flat.shape, minval=-1, maxval=1))
-        return jax.tree.map(lambda leaf, u: leaf * u if leaf.ndim > 1 else leaf, built, draws)
-
-    def apply(
-        params: dict[str, Any], x_0: Float[Array, "B H W C"]
-    ) -> tuple[Float[Array, "B D"], Float[Array, "B K"]]:
-        return nnx.merge(graphdef, params)(x_0)
-
-    return Network(init, apply)
+    return Network(*pure(create))
 
 
 class ConvNet(nnx.Module):
