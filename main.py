@@ -130,7 +130,7 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
                 return 128 + stopped_by
             ema, step = devices.local_copy(state.ema), int(state.step)
         else:
-            ema, step = restore(experiment.model, path, None)
+            ema, step = restore(experiment.model, "--workdir", path, None)
             LOG.info(
                 "%s step %d", {"sample": "sampling from", "evaluate": "evaluating"}[mode], step
             )
@@ -161,7 +161,8 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
         else:
             weak_ema = None
             if weak is not None:
-                weak_ema, weak_step = restore(weak.network.model, weak.workdir, weak.step)
+                where = "config.guidance.weak_step", weak.workdir, weak.step
+                weak_ema, weak_step = restore(weak.network.model, *where)
                 LOG.info("guided away from step %d of %s", weak_step, weak.workdir)
             params = ema, weak_ema
             write_samples(
@@ -182,7 +183,7 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
     return 0
 
 
-def restore(model: Any, path: pathlib.Path, step: int | None) -> tuple[Any, int]:
+def restore(model: Any, field: str, path: pathlib.Path, step: int | None) -> tuple[Any, int]:
     """The averaged parameters of a run and their step, the newest or that which is asked for."""
     import jax
 
@@ -193,8 +194,9 @@ def restore(model: Any, path: pathlib.Path, step: int | None) -> tuple[Any, int]
         restored = checkpoints.restore({"ema": params}, step)
         steps = checkpoints.steps
     if restored is None:
-        wanted = "" if step is None else f" of step {step} (it has {steps})"
-        raise ConfigError(f"--workdir={path}: has no checkpoint{wanted or ' yet'}")
+        if step is None:
+            raise ConfigError(f"{field}={path}: has no checkpoint yet")
+        raise ConfigError(f"{field} = {step}: must be a checkpoint of {path}, which has {steps}")
     return restored.state["ema"], restored.step
 
 
@@ -203,7 +205,7 @@ def job(config: ConfigDict, params: Any, given: Any) -> dict:
     from diffusion_jax.checkpoint import digest, flatten
 
     sections = {name: config[name].to_dict() for name in ("sampling", "guidance", "editing")}
-    for name in ("batch_size", "num_images", "num_frames", "compared_steps"):
+    for name in ("batch_size", "num_frames", "compared_steps"):
         del sections["sampling"][name]
     return {"seed": config.seed, "digest": digest(flatten((params, given))), **sections}
 

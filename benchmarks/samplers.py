@@ -22,8 +22,8 @@ from main import restore, start_compilation_cache
 
 MODES = ("sample",)
 NUM_STEPS = (10, 20, 50)
-ON_TIMESTEPS = ("ancestral", "ddim", "euler_ancestral", "plms", "pndm", "predictor_corrector")
-SAME_AS_DDIM = ("euler", "dpmpp_1s")  # tests/test_solvers.py
+ON_TIMESTEPS = ("ancestral", "ddim", "predictor_corrector")
+SAME = ("euler", "dpmpp_1s", "euler_ancestral")  # as ddim and ancestral, see tests/test_solvers.py
 
 
 def chain_of(name: str, num_steps: int) -> Chain:
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     experiment = create_experiment(config)
     dataset = data.load(config.dataset)
     start_compilation_cache(config.compilation_cache)
-    ema, step = restore(experiment.model, pathlib.Path(arguments.workdir), None)
+    ema, step = restore(experiment.model, "--workdir", pathlib.Path(arguments.workdir), None)
     classifier = quality.load_classifier(dataset, 0, pathlib.Path(arguments.workdir))
     real = quality.features(classifier, data.to_x_0(dataset.test.images[:], dataset.levels))
 
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     print("| sampler | grid | " + " | ".join(f"{n} steps" for n in NUM_STEPS) + " |")
     print("|---|---|" + "---|" * len(NUM_STEPS), flush=True)
     for name, create in samplers.SAMPLERS.items():
-        if name in SAME_AS_DDIM:
+        if name in SAME:
             continue
         cells = []
         for num_steps in NUM_STEPS:

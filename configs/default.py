@@ -111,7 +111,7 @@ def get_config() -> ConfigDict:
     config.sampling.label = placeholder(int)  # of all images; unset: image i, i mod num_classes
     config.sampling.num_images = 64  # image i depends on the seed and i alone
     config.sampling.batch_size = 64  # of all devices together
-    config.sampling.num_frames = 40  # of the animations; 0: none
+    config.sampling.num_frames = placeholder(int)  # of animations; unset: 40 if so many; 0: none
     config.sampling.compared_steps = ()  # steps.png: the same noise by chains so long, (10, 50)
 
     config.guidance = ConfigDict()  # of sampling
@@ -127,7 +127,7 @@ def get_config() -> ConfigDict:
     config.editing.task = placeholder(str)  # image_to_image, inpaint, interpolate, variations
     config.editing.images = placeholder(str)  # a PNG, or an .npz with `images` [n, h, w, c]
     config.editing.mask = placeholder(str)  # inpaint's PNG: white is made anew, black is kept
-    config.editing.timestep = placeholder(float)  # where the chain begins; unset: T
+    config.editing.timestep = placeholder(int)  # where the chain begins; unset: T
     config.editing.strength = placeholder(float)  # of variations, in [0, 1]; unset: 0.3
     config.editing.num_resamples = placeholder(int)  # of inpaint (RePaint); unset: 10
     config.editing.jump_length = placeholder(int)  # of inpaint, in steps; unset: 10

@@ -147,12 +147,20 @@ def to_json(config: ConfigDict) -> str:
 def differences(config: ConfigDict, recorded: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The fields in which a config is not the one in a run's config.json: (recorded, now).
 
-    A field that one of the two does not have counts as unset there.
+    A field that the record does not have, being older, counts as what configs/default.py has; one
+    that is nowhere as unset.
     """
-    before, now = (
+    from configs import default as default_file
+
+    default, before, now = (
         {field: found.value for field, found in _fields(ConfigDict(record)).items()}
-        for record in (recorded, json.loads(to_json(config)))
+        for record in (
+            json.loads(to_json(default_file.get_config())),
+            recorded,
+            json.loads(to_json(config)),
+        )
     )
+    before = {field: default[field] for field in default if not _is_of_model(field)} | before
     pairs = {field: (before.get(field), now.get(field)) for field in sorted(before | now)}
     return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
 

@@ -5,7 +5,6 @@ Nothing is trained: these are samplers, and beginnings x_T, for the chain of ``s
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, no_type_check
 
 import jax
@@ -14,18 +13,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from diffusion_jax import process, samplers
+from diffusion_jax.checks import require
 from diffusion_jax.process import Predict, Prediction
 from diffusion_jax.samplers import Batch, Keys, Number, Sampler
 from diffusion_jax.schedules import Schedule
 
 STRAIGHT_SINE = 1e-6  # of the angle of two latents: from here on their arc is a straight line
-
-
-def _require(field: str, value: object, holds: Callable[[], Any], allowed: str) -> None:
-    """Check what is known; a traced value has no number yet."""
-    if not isinstance(value, jax.core.Tracer) and not holds():
-        shown = f"array of shape {value.shape}" if np.ndim(value) else value
-        raise ValueError(f"{field} = {shown}: must be {allowed}")
 
 
 @no_type_check  # jax also builds it with shapes, specs and placeholders as leaves
@@ -87,7 +80,8 @@ class Inpaint(Sampler):
             ValueError: a jump that no state has room for.
         """
         fits = self.num_resamples == 1 or self.jump_length < num_steps
-        _require("jump_length", self.jump_length, lambda: fits, f"in 1..{num_steps - 1}")
+        allowed = f"below the {num_steps} steps of the chain (or num_resamples 1)"
+        require("jump_length", self.jump_length, lambda value: fits, allowed)
         jumps = range(1, num_steps - self.jump_length + 1, self.jump_length)
         left = dict.fromkeys(jumps, self.num_resamples - 1)
         states = [num_steps]
@@ -129,19 +123,28 @@ def inpaint(
         ValueError: a sampler that remembers earlier steps or goes its own path, a mask of other
             numbers than 0 and 1 or that does not fit x_0, or a number out of its range.
     """
-    own = type(sampler).init is not Sampler.init or type(sampler).path is not Sampler.path
     allowed = "one without memory, such as ancestral, ddim or heun"
-    _require("sampler", type(sampler).__name__, lambda: not own, allowed)
-    _require("num_resamples", num_resamples, lambda: num_resamples >= 1, "at least 1")
-    _require("jump_length", jump_length, lambda: jump_length >= 1, "at least 1")
-    _require("mask", mask, lambda: np.isin(mask, (0, 1)).all(), "of 0 and 1 only")
+    require("sampler", type(sampler).__name__, lambda value: can_wrap(sampler), allowed)
+    check_jumps(num_resamples, jump_length)
+    require("mask", mask, lambda value: np.isin(mask, (0, 1)).all(), "of 0 and 1 only")
     try:
         mask = jnp.broadcast_to(mask, x_0.shape)
     except ValueError:
-        _require("mask", mask, lambda: False, f"broadcastable to x_0's shape {x_0.shape}")
+        require("mask", mask, lambda value: False, f"broadcastable to x_0's shape {x_0.shape}")
     # types made strong: a weak one would compile anew
     leaves = jnp.asarray(x_0, x_0.dtype), jnp.asarray(mask, bool)
     return Inpaint(sampler, *leaves, num_resamples, jump_length)
+
+
+def can_wrap(sampler: Sampler) -> bool:
+    """Whether a sampler can be part of ``inpaint``: it remembers nothing and has no own path."""
+    return type(sampler).init is Sampler.init and type(sampler).path is Sampler.path
+
+
+def check_jumps(num_resamples: int, jump_length: int) -> None:
+    """Refuse, by ValueError, what is no number of resamples or no length of a jump."""
+    require("num_resamples", num_resamples, lambda value: value >= 1, "at least 1")
+    require("jump_length", jump_length, lambda value: value >= 1, "at least 1")
 
 
 def until(schedule: Schedule, timestep: int | float) -> Schedule:
@@ -154,7 +157,7 @@ def until(schedule: Schedule, timestep: int | float) -> Schedule:
     """
     timesteps = np.asarray(schedule.timestep)
     allowed = f"in [{timesteps[0]:g}, {timesteps[-1]:g}], the timesteps of the chain"
-    _require("timestep", timestep, lambda: timesteps[0] <= timestep <= timesteps[-1], allowed)
+    require("timestep", timestep, lambda value: timesteps[0] <= timestep <= timesteps[-1], allowed)
     return schedule[: int(np.searchsorted(timesteps, timestep, side="right"))]
 
 
@@ -185,10 +188,10 @@ def slerp(
         ValueError: a fraction outside [0, 1].
     """
 
-    def within() -> bool:
+    def within(fractions: Any) -> bool:
         return bool(np.all((np.asarray(fractions) >= 0) & (np.asarray(fractions) <= 1)))
 
-    _require("fractions", fractions, within, "in [0, 1]")
+    require("fractions", fractions, within, "in [0, 1]")
 
     def of_image(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "fractions ..."]:
         # Kahan: exact for small angles too, where the arc cosine has lost half of the digits
@@ -222,7 +225,7 @@ def vary(keys: Keys, row: Schedule, x_t: Batch, prediction: Prediction, strength
     Raises:
         ValueError: strength outside [0, 1] (a traced one is not checked).
     """
-    _require("strength", strength, lambda: 0 <= strength <= 1, "in [0, 1]")
+    require("strength", strength, lambda value: 0 <= strength <= 1, "in [0, 1]")
     angle = strength * math.pi / 2
     # cos(a) - 1 = -2 sin^2(a/2), so that x_t stays as it is where a = 0
     turned = jnp.sin(angle) * samplers.normal(keys, x_t)

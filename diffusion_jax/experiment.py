@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from diffusion_jax import config as configuration
 from diffusion_jax import (
     data,
     learned_schedule,
@@ -314,22 +315,20 @@ def create_weak(config: ConfigDict, experiment: Experiment, path: pathlib.Path) 
     record = path / "config.json"
     require(record.is_file(), "config.guidance.weak_workdir", where, "the folder of a run")
     recorded = json.loads(record.read_text())
-    for section in ("dataset", "schedule"):
-        same = all(
-            recorded[section].get(name) == value
-            for name, value in config[section].to_dict().items()
-            if name not in ("archives", "data_dir", "flip")
-        )
-        allowed = f"a run with the same config.{section}"
-        require(same, "config.guidance.weak_workdir", where, allowed)
+    field = "config.guidance.weak_workdir"
+    require(config.schedule.name != "learned", field, where, "unset: the schedule was learned")
+    for name, (before, now) in configuration.differences(config, recorded).items():
+        is_data = name.startswith(("config.schedule.", "config.dataset.name"))
+        fixed = is_data or name == "config.model.class_conditional"
+        require(not fixed, field, where, f"a run with {name} = {now!r}, not {before!r}")
     other = config.copy_and_resolve_references().unlock()
     for section in ("model", "loss"):
-        other[section] = ConfigDict(
-            {
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in recorded[section].items()
-            }
-        )
+        values = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in recorded[section].items()
+        }
+        kept = {} if section == "model" else config[section].to_dict()
+        other[section] = ConfigDict(kept | values)
     objective = create_objective(other, experiment.schedule, experiment.dataset)
     dataset = experiment.dataset
     model = models.create_model(

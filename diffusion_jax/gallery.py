@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffusion_jax import data, plots, schedules
+from diffusion_jax.config import RunError
 from diffusion_jax.generate import (
     GRID_IMAGES,
     NUM_ANIMATED,
@@ -32,11 +33,15 @@ POINTS_LIMIT = 1.6  # its axes
 COMPARED_IMAGES = 8  # in each row of steps.png
 CLASS_IMAGES = 10  # in each row of a conditional model's grid
 
-# Beside a run's own schedule in noising.gif.
+# Beside a run's own schedule in noising.gif; linear ends at noise for any T if it is rescaled.
 NOISING: dict[str, Callable[[int], Schedule]] = {
-    "linear": schedules.linear,
+    "linear": lambda num_timesteps: schedules.linear(num_timesteps, rescale=num_timesteps > 20),
     "cosine": schedules.cosine,
 }
+
+
+class NonFiniteSampleError(RunError):
+    """A sample that is not a number: the network or the sampler has diverged."""
 
 
 def pictures(x_0: Float[np.ndarray, "images ..."], levels: int | None) -> UInt8[np.ndarray, "..."]:
@@ -76,7 +81,8 @@ def write_samples(
     if len(shards):
         LOG.info("going on after %d of %d samples", len(shards), plan.num_images)
     rows, evaluations = generator.rows(params), generator.num_evaluations(params)
-    LOG.info("%d steps, %d network evaluations per image", len(rows), evaluations)
+    also = "" if plan.guidance is None else ", and of the weak network in its interval"
+    LOG.info("%d steps, %d network evaluations per image%s", len(rows), evaluations, also)
     with tqdm(total=plan.num_images, initial=len(shards), desc="samples", disable=None) as bar:
         for batch in generator.batches(params, len(shards), given):
             if len(shards) == 0 and plan.num_frames:
@@ -87,6 +93,8 @@ def write_samples(
                     levels,
                     folder / "denoising.gif",
                 )
+            if not np.isfinite(batch.x_0).all():
+                raise NonFiniteSampleError(f"samples from {len(shards)} on: not all are finite")
             shards.add(batch.x_0 if levels is None else pictures(batch.x_0, levels))
             bar.update(len(batch.x_0))
             if bar.disable:

@@ -18,6 +18,7 @@ from diffusion_jax import (
     samplers,
     schedules,
 )
+from diffusion_jax.config import ConfigError
 from diffusion_jax.losses import Objective
 from diffusion_jax.models import Model
 from diffusion_jax.process import Predict, Prediction
@@ -61,10 +62,14 @@ class EditingPlan(NamedTuple):
     """What is done with given images, see EDITS; the images themselves are read later."""
 
     task: str
-    timestep: float  # of the native chain, from which the images are denoised
+    timestep: int | None  # from which the images are denoised; None: all of them, from noise
     strength: float
     num_resamples: int
     jump_length: int
+
+    def rows(self, schedule: Schedule) -> Schedule:
+        """The part of the schedule that the chain goes through."""
+        return schedule if self.timestep is None else editing.until(schedule, self.timestep)
 
 
 class EditedImages(NamedTuple):
@@ -140,8 +145,8 @@ class Generator:
         self._trajectory = jax.pmap(
             self._of_device,
             axis_name="device",
-            in_axes=(None, None, None, None, None, 0, 0, None),
-            static_broadcasted_argnums=7,
+            in_axes=(None, None, None, None, None, None, 0, 0, None),
+            static_broadcasted_argnums=8,
             devices=self._devices,
         )
 
@@ -171,7 +176,8 @@ class Generator:
     def _of_device(
         self,
         params: PyTree,
-        schedule: Schedule,
+        rows: Schedule,
+        native: Schedule,
         sampler: Sampler,
         guided: Guidance | None,
         key: Key[Array, ""],
@@ -187,13 +193,15 @@ class Generator:
             edit_key, key = jax.random.split(key)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(edit_key, indices)
             edit = EDITS[self._plan.editing.task]
-            sampler, x_T = edit(self._plan.editing, keys, predict, schedule, sampler, given)
-        return samplers.trajectory(key, predict, schedule, sampler, shape, num_frames, x_T, indices)
+            sampler, x_T = edit(self._plan.editing, keys, predict, rows, sampler, given)
+        return samplers.trajectory(
+            key, predict, rows, sampler, shape, num_frames, x_T, indices, native
+        )
 
     def _run(
         self,
         params: PyTree,
-        schedule: Schedule,
+        rows: Schedule,
         sampler: Sampler,
         first: int,
         batch_size: int,
@@ -204,7 +212,8 @@ class Generator:
         per_device = -(-batch_size // len(self._devices))
         indices = first + np.arange(per_device * len(self._devices))
         indices = indices.reshape(len(self._devices), per_device)
-        shared = (params, schedule, sampler, self._plan.guidance, self._key)
+        native = self._schedule_of(params[0])
+        shared = (params, rows, native, sampler, self._plan.guidance, self._key)
         shared = devices.replicate(shared, self._devices)
         given = None if given is None else self._given(given, indices)
         return self._trajectory(*shared, indices, given, num_frames)
@@ -231,17 +240,28 @@ class Generator:
 
     def rows(self, params: PyTree) -> Schedule:
         """The rows of the plan's chain: those up to its timestep, if it edits images."""
-        rows = self._plan.chain.rows(self._schedule_of(params[0]))
-        edit = self._plan.editing
-        return rows if edit is None else editing.until(rows, edit.timestep)
+        return self._chain_rows(params, self._plan.chain)
+
+    def _chain_rows(self, params: PyTree, chain: Chain) -> Schedule:
+        schedule, edit = self._schedule_of(params[0]), self._plan.editing
+        try:
+            return chain.rows(schedule if edit is None else edit.rows(schedule))
+        except ValueError as error:  # of a learned schedule, whose end was not known before
+            raise ConfigError(f"config.sampling.{error}") from error
 
     def num_evaluations(self, params: PyTree) -> int:
-        """Evaluations of the network for each image, its weak one and inversions left out."""
-        plan, sampler = self._plan, self._plan.sampler
-        if plan.editing is not None and plan.editing.task == "inpaint":
+        """Evaluations of the network for each image, those of inversions too.
+
+        Guidance has the weak network evaluated beside it, in its interval.
+        """
+        plan, sampler, num_steps = self._plan, self._plan.sampler, len(self.rows(params))
+        task = None if plan.editing is None else plan.editing.task
+        if task == "inpaint":
             jumps = plan.editing.num_resamples, plan.editing.jump_length
             sampler = editing.Inpaint(sampler, None, None, *jumps)
-        return sampler.num_evaluations(len(self.rows(params)))
+        inverted = {"interpolate": 2, "variations": 1}.get(task, 0)  # images for each
+        inversions = inverted * samplers.INVERSION_ROUNDS * num_steps + (task == "variations")
+        return sampler.num_evaluations(num_steps) + inversions
 
     def batches(
         self, params: PyTree, first: int, given: EditedImages | None
@@ -265,9 +285,9 @@ class Generator:
 
     def compared(self, params: PyTree, num_images: int) -> dict[int, np.ndarray]:
         """The first images by chains of each number of steps that the plan compares: one noise."""
-        plan, schedule, found = self._plan, self._schedule_of(params[0]), {}
+        plan, found = self._plan, {}
         for num_steps in plan.compared_steps:
-            rows = plan.chain._replace(num_steps=num_steps).rows(schedule)
+            rows = self._chain_rows(params, plan.chain._replace(num_steps=num_steps))
             x_0 = self._run(params, rows, plan.sampler, 0, num_images, 0).x_0
             found[num_steps] = np.concatenate(x_0)[:num_images]
         return found
@@ -314,7 +334,8 @@ def _inpaint(
     sampler = editing.inpaint(
         sampler, given["x_0"], given["mask"], plan.num_resamples, plan.jump_length
     )
-    return sampler, editing.diffuse(keys, rows[-1], given["x_0"])
+    begun = None if plan.timestep is None else editing.diffuse(keys, rows[-1], given["x_0"])
+    return sampler, begun
 
 
 def _interpolate(

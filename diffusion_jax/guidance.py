@@ -16,6 +16,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from diffusion_jax import process
+from diffusion_jax.checks import require
 from diffusion_jax.process import Example, Predict, Prediction
 from diffusion_jax.schedules import Scalar, Schedule
 
@@ -48,9 +49,9 @@ def guide(
     Raises:
         ValueError: a number out of its range (traced ones are not checked).
     """
-    _require("weight", weight, lambda value: 0 <= value < math.inf, "a finite number >= 0")
-    _require("interval", interval, lambda ends: ends[0] <= ends[1], "(lo, hi) with lo <= hi")
-    _require("rescale", rescale, lambda value: 0 <= value <= 1, "in [0, 1]")
+    require("weight", weight, lambda value: 0 <= value < math.inf, "a finite number >= 0")
+    require("interval", interval, lambda ends: ends[0] <= ends[1], "(lo, hi) with lo <= hi")
+    require("rescale", rescale, lambda value: 0 <= value <= 1, "in [0, 1]")
     lo, hi = interval
     numbers = 1.0 * weight, 1.0 * lo, 1.0 * hi, 1.0 * rescale  # 2 and 2.0 are then of one type
     return Partial(_guided, _pytree(predict), _pytree(weak), *numbers)
@@ -115,7 +116,7 @@ def dynamic_threshold(predict: Predict, percentile: Scalar) -> Predict:
     Raises:
         ValueError: a percentile outside (0, 1] (a traced one is not checked).
     """
-    _require("percentile", percentile, lambda value: 0 < value <= 1, "in (0, 1]")
+    require("percentile", percentile, lambda value: 0 < value <= 1, "in (0, 1]")
     return Partial(_dynamic_threshold, _pytree(predict), 1.0 * percentile)
 
 
@@ -146,7 +147,7 @@ def gradient(predict: Predict, log_likelihood: LogLikelihood, scale: Scalar = 1)
         ValueError: a scale out of its range (a traced one is not checked), or a log_likelihood
             that is not one number per example.
     """
-    _require("scale", scale, lambda value: 0 <= value < math.inf, "a finite number >= 0")
+    require("scale", scale, lambda value: 0 <= value < math.inf, "a finite number >= 0")
     return Partial(_shifted, _pytree(predict), _pytree(log_likelihood), 1.0 * scale)
 
 
@@ -172,10 +173,3 @@ def _shifted(
 def _pytree(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that can be an argument of a compiled one: a plain one is static there."""
     return Partial(function) if jax.tree_util.all_leaves([function]) else function
-
-
-def _require(field: str, value: Any, holds: Callable[[Any], Any], allowed: str) -> None:
-    """Check a number that is known, or all of several; a traced one has no value yet."""
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
-    if not traced and not holds(value):
-        raise ValueError(f"{field} = {value}: must be {allowed}")

@@ -22,6 +22,7 @@ from diffusion_jax.variances import VARIANCES
 
 GRID_STEPS = 50  # of the DDIM grids during training: an ancestral chain would cost minutes
 MAX_STEPS_PER_CALL = 10  # on accelerators; more brings nothing and delays the logs
+NUM_FRAMES = 40  # of the animations, where there are as many steps
 RHO = 7.0  # of EDM's grid (Karras et al. 2022)
 UNCONDITIONAL = "unset: the network is told no labels (config.model.class_conditional = False)"
 
@@ -120,25 +121,26 @@ def create_sampling_plan(
     """The chain of a config with its sampler, guidance and editing."""
     fields = config.sampling
     require(fields.num_images >= 1, "config.sampling.num_images", fields.num_images, "at least 1")
+    is_conditional = bool(config.model.get("class_conditional", False))
     sampler = _create_sampler(config)
-    chain = _create_chain(config, schedule, sampler)
-    rows = _rows(chain, schedule, "config.sampling")
+    edit = _create_editing_plan(config, schedule, dataset, is_conditional)
+    used = schedule if edit is None else edit.rows(schedule)
+    chain = _create_chain(config, used)
+    rows = _check_chain(config, used, sampler, chain, "config.sampling.num_steps")
+    for num_steps in fields.compared_steps:
+        compared = chain._replace(num_steps=num_steps)
+        _check_chain(config, used, sampler, compared, "config.sampling.compared_steps")
+    if edit is not None:
+        _check_editing(config, edit, rows)
+    num_frames = fields.num_frames
+    if num_frames is None:
+        num_frames = 0 if edit else min(NUM_FRAMES, len(rows) + 1)
     require(
-        bool(rows.alpha_bar[-1] > 0) or not sampler.needs_signal,
-        "config.sampling.sampler",
-        fields.sampler,
-        "another: its noise levels have no end where the schedule ends at zero SNR",
-    )
-    edit = _create_editing_plan(config, schedule, rows, dataset)
-    require(
-        fields.num_frames == 0 or 2 <= fields.num_frames <= len(rows) + 1,
+        num_frames == 0 or 2 <= num_frames <= len(rows) + 1,
         "config.sampling.num_frames",
-        fields.num_frames,
+        num_frames,
         f"0 or in 2..{len(rows) + 1} (one more than the steps)",
     )
-    for num_steps in fields.compared_steps:
-        _rows(chain._replace(num_steps=num_steps), schedule, "config.sampling.compared_steps")
-    is_conditional = bool(config.model.get("class_conditional", False))
     if fields.label is not None:
         classes = dataset.num_classes if is_conditional else 0
         allowed = f"a class, in 0..{classes - 1}" if is_conditional else UNCONDITIONAL
@@ -148,19 +150,18 @@ def create_sampling_plan(
         field = "config.sampling.dynamic_threshold"
         require(dataset.levels is not None, field, threshold, "unset: points have no range")
         require(0 < threshold <= 1, field, threshold, "in (0, 1]")
+    is_mu = config.loss.prediction == "mu"
     return SamplingPlan(
         sampler=sampler,
         chain=chain,
-        grid_steps=len(schedule)
-        if config.loss.prediction == "mu"
-        else min(GRID_STEPS, len(schedule)),
+        grid_steps=len(schedule) if is_mu else min(GRID_STEPS, len(schedule)),
         grid_images=min(GRID_IMAGES, fields.num_images),
         num_images=fields.num_images,
         batch_size=min(fields.batch_size, fields.num_images),
         clip_x_0=fields.clip_x_0 and dataset.levels is not None,
         dynamic_threshold=threshold,
-        num_frames=0 if edit else fields.num_frames,  # an edit shows where it began instead
-        compared_steps=() if edit else fields.compared_steps,
+        num_frames=num_frames,
+        compared_steps=fields.compared_steps,
         is_conditional=is_conditional,
         label=fields.label,
         guidance=_create_guidance(config, schedule, is_conditional),
@@ -189,44 +190,57 @@ def _create_sampler(config: ConfigDict) -> Sampler:
         raise ConfigError(f"config.sampling.{error}") from error
 
 
-def _create_chain(config: ConfigDict, schedule: Schedule, sampler: Sampler) -> Chain:
+def _create_chain(config: ConfigDict, schedule: Schedule) -> Chain:
     fields = config.sampling
+    choose("config.sampling.spacing", fields.spacing, SPACINGS | GRIDS, "spacing")
     num_steps = len(schedule) if fields.num_steps is None else fields.num_steps
-    is_grid = fields.spacing in GRIDS
     for name in ("rho", "sigma_min", "sigma_max"):
-        takes = is_grid and (name != "rho" or fields.spacing == "karras")
+        takes = fields.spacing in GRIDS and (name != "rho" or fields.spacing == "karras")
         allowed = f"unset: the spacing {fields.spacing} has no such argument"
         require(takes or fields[name] is None, f"config.sampling.{name}", fields[name], allowed)
-    # what these networks put out belongs to one step of the whole chain
-    is_whole, native = num_steps == len(schedule), f"unset, or all {len(schedule)} timesteps"
-    uses_variance = "variance" in inspect.signature(samplers.SAMPLERS[fields.sampler]).parameters
-    for is_tied, why in (
-        (config.loss.prediction == "mu", "the network predicts mu"),
-        (
-            config.loss.variance == "learned" and uses_variance,
-            "the network has learned their variance (learned_range may skip some)",
-        ),
-    ):
-        require(not is_tied or is_whole, "config.sampling.num_steps", num_steps, f"{native}: {why}")
-        allowed = f"one of {', '.join(SPACINGS)}: {why}"
-        require(not (is_tied and is_grid), "config.sampling.spacing", fields.spacing, allowed)
-        require(
-            not (is_tied and sampler.goes_off_grid),
-            "config.sampling.sampler",
-            fields.sampler,
-            f"one that stays on the timesteps: {why}",
-        )
     rho = RHO if fields.rho is None else fields.rho
     return Chain(num_steps, fields.spacing, rho, fields.sigma_min, fields.sigma_max)
 
 
-def _rows(chain: Chain, schedule: Schedule, section: str) -> Schedule:
+def _check_chain(
+    config: ConfigDict, schedule: Schedule, sampler: Sampler, chain: Chain, field: str
+) -> Schedule:
+    """The rows of a chain, if this network and this sampler can take its steps."""
+    fields = config.sampling
+    is_grid = fields.spacing in GRIDS
+    more = "" if is_grid else " (log_snr and karras go between the timesteps)"
+    fits = chain.num_steps >= 1 and (is_grid or chain.num_steps <= len(schedule))
+    allowed = "at least 1" if is_grid else f"in 1..{len(schedule)}{more}"
+    require(fits, field, chain.num_steps, allowed)
+    # what these networks put out belongs to one step of the whole chain
+    parameters = inspect.signature(samplers.SAMPLERS[fields.sampler]).parameters
+    takes_learned = (
+        "variance" in parameters and (fields.variance or config.loss.variance) == "learned"
+    )
+    is_whole = chain.num_steps == len(schedule)
+    for is_tied, why in (
+        (config.loss.prediction == "mu", "the network predicts mu"),
+        (takes_learned, "the network has learned their variance (learned_range may skip some)"),
+    ):
+        if is_tied:
+            allowed = f"unset, or all {len(schedule)} timesteps: {why}"
+            require(is_whole, field, chain.num_steps, allowed)
+            allowed = f"one of {', '.join(SPACINGS)}: {why}"
+            require(not is_grid, "config.sampling.spacing", fields.spacing, allowed)
+            allowed = f"one that stays on the timesteps: {why}"
+            stays = not sampler.goes_off_grid
+            require(stays, "config.sampling.sampler", fields.sampler, allowed)
     try:
-        return chain.rows(schedule)
+        rows = chain.rows(schedule)
     except ValueError as error:
-        field = section if section.count(".") > 1 else f"{section}.{str(error).split()[0]}"
-        text = str(error).partition(" = ")[2]
-        raise ConfigError(f"{field} = {text}") from error
+        raise ConfigError(f"config.sampling.{error}") from error
+    require(
+        bool(rows.alpha_bar[-1] > 0) or not sampler.needs_signal,
+        "config.sampling.sampler",
+        fields.sampler,
+        "another: its noise levels have no end where the schedule ends at zero SNR",
+    )
+    return rows
 
 
 def _create_guidance(
@@ -270,7 +284,7 @@ OF_EDITS: dict[str, dict[str, Any]] = {
 
 
 def _create_editing_plan(
-    config: ConfigDict, schedule: Schedule, rows: Schedule, dataset: data.DatasetInfo
+    config: ConfigDict, schedule: Schedule, dataset: data.DatasetInfo, is_conditional: bool
 ) -> EditingPlan | None:
     fields, section = config.editing, "config.editing"
     if fields.task is None:
@@ -279,9 +293,8 @@ def _create_editing_plan(
             require(value is None, f"{section}.{name}", value, allowed)
         return None
     own = choose(f"{section}.task", fields.task, OF_EDITS, "task")
-    require(
-        dataset.levels is not None, f"{section}.task", fields.task, "unset: the data are points"
-    )
+    allowed = "unset: the data are points"
+    require(dataset.levels is not None, f"{section}.task", fields.task, allowed)
     for name, value in fields.items():
         if name not in ("task", "images", *own):
             allowed = f"unset: {fields.task} has no such argument"
@@ -293,27 +306,16 @@ def _create_editing_plan(
     if fields.task == "image_to_image":
         allowed = "set: the image is noised up to it, and at T nothing is left of it"
         require(timestep is not None, f"{section}.timestep", timestep, allowed)
-    if timestep is None:
-        timestep = float(rows.timestep[-1])
-    try:
-        chain = editing.until(rows, timestep)
-    except ValueError as error:
-        raise ConfigError(f"{section}.{error}") from error
-    if fields.task in ("interpolate", "variations"):
-        allowed = "ddim with eta = 0: the images are inverted by it"
-        is_ddim = config.sampling.sampler == "ddim" and not config.sampling.eta
-        require(is_ddim, "config.sampling.sampler", config.sampling.sampler, allowed)
-        require(
-            bool(chain.alpha_bar[-1] > 0),
-            f"{section}.timestep",
-            timestep,
-            "below T: the schedule ends at zero SNR, where nothing can be inverted",
-        )
-    if "strength" in given:
-        strength = given["strength"]
-        require(0 <= strength <= 1, f"{section}.strength", strength, "in [0, 1]")
-    if fields.task == "inpaint":
-        _check_inpainting(config, given, len(chain))
+    if timestep is not None:
+        allowed = f"in 1..{len(schedule)}, the timesteps of the schedule"
+        require(1 <= timestep <= len(schedule), f"{section}.timestep", timestep, allowed)
+    for name in ("compared_steps", "num_frames"):
+        value = config.sampling[name]
+        allowed = "unset: given images are edited"
+        require(not value, f"config.sampling.{name}", value, allowed)
+    allowed = "set: given images have one class (config.model.class_conditional = True)"
+    label = config.sampling.label
+    require(not is_conditional or label is not None, "config.sampling.label", label, allowed)
     return EditingPlan(
         fields.task,
         timestep,
@@ -323,16 +325,26 @@ def _create_editing_plan(
     )
 
 
-def _check_inpainting(config: ConfigDict, given: dict[str, Any], num_steps: int) -> None:
-    sampler = _create_sampler(config)
-    own = type(sampler).init is not Sampler.init
-    allowed = "one without memory, such as ancestral, ddim or heun"
-    require(not own, "config.sampling.sampler", config.sampling.sampler, f"{allowed} (inpaint)")
-    for name in ("num_resamples", "jump_length"):
-        require(given[name] >= 1, f"config.editing.{name}", given[name], "at least 1")
-    fits = given["num_resamples"] == 1 or given["jump_length"] < num_steps
-    allowed = f"in 1..{num_steps - 1}, below the steps of the chain"
-    require(fits, "config.editing.jump_length", given["jump_length"], allowed)
+def _check_editing(config: ConfigDict, plan: EditingPlan, rows: Schedule) -> None:
+    sampler = "config.sampling.sampler", config.sampling.sampler
+    if plan.task in ("interpolate", "variations"):
+        is_ddim = config.sampling.sampler == "ddim" and not config.sampling.eta
+        require(is_ddim, *sampler, "ddim with eta = 0: the images are inverted by it")
+        allowed = "below T: the schedule ends at zero SNR, where nothing can be inverted"
+        ends = bool(rows.alpha_bar[-1] > 0)
+        require(ends, "config.editing.timestep", plan.timestep, allowed)
+    require(0 <= plan.strength <= 1, "config.editing.strength", plan.strength, "in [0, 1]")
+    if plan.task == "inpaint":
+        try:
+            own = editing.Inpaint(
+                _create_sampler(config), None, None, plan.num_resamples, plan.jump_length
+            )
+            editing.check_jumps(plan.num_resamples, plan.jump_length)
+            own.path(len(rows))
+        except ValueError as error:
+            raise ConfigError(f"config.editing.{error}") from error
+        allowed = "one without memory, such as ancestral, ddim or heun (inpaint)"
+        require(editing.can_wrap(own.sampler), *sampler, allowed)
 
 
 def create_evaluation_plan(

@@ -432,6 +432,7 @@ def _interpolate(
         return np.interp(x, known_x, known_y)
     if len(known_x) == 1:
         return jnp.broadcast_to(known_y, x.shape)
+    known_x, known_y = jnp.asarray(known_x), jnp.asarray(known_y)
     after = jnp.searchsorted(known_x, x, side="right", method="compare_all")
     after = jnp.clip(after, 1, len(known_x) - 1)
     low, high = known_x[after - 1], known_x[after]
@@ -529,8 +530,9 @@ def respace(
     log_jump = xp.add.reduceat(log_alpha, np.append(0, rows[:-1] + 1))
     kept = jax.tree.map(lambda column: column[rows], old)
     return _schedule(
-        beta=-xp.expm1(log_jump),
-        alpha=xp.exp(log_jump),
+        # the first jump is from t = 0: the same numbers, to the last digit
+        beta=xp.concatenate([kept.one_minus_alpha_bar[:1], -xp.expm1(log_jump[1:])]),
+        alpha=xp.concatenate([kept.alpha_bar[:1], xp.exp(log_jump[1:])]),
         alpha_bar=kept.alpha_bar,
         one_minus_alpha_bar=kept.one_minus_alpha_bar,
         timestep=kept.timestep,

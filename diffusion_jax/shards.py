@@ -23,6 +23,8 @@ class Shards:
     def __init__(self, folder: pathlib.Path, name: str, job: dict) -> None:
         self._folder, self._name = folder, name
         record, job = folder / "job.json", json.dumps(job, sort_keys=True)
+        self._joined = folder.with_name(f"{folder.name}.joined")
+        shutil.rmtree(self._joined, ignore_errors=True)  # of a run killed while it removed them
         if folder.exists() and (not record.exists() or record.read_text() != job):
             LOG.warning("%s: of another job, begun again", folder)
             shutil.rmtree(folder)
@@ -82,7 +84,8 @@ class Shards:
                         column.write(np.ascontiguousarray(arrays[self._name]).tobytes())
 
         _write(path, write)
-        shutil.rmtree(self._folder)
+        os.replace(self._folder, self._joined)  # at once, whatever happens while they are removed
+        shutil.rmtree(self._joined)
 
 
 def _write(path: pathlib.Path, write: object) -> None:

@@ -98,7 +98,7 @@ def test_one_resample_is_the_plain_path(num_steps, jump_length):
 
 # --- RePaint's steps ------------------------------------------------------------------------
 
-STATES = {name: SAMPLERS[name]().init(jnp.zeros((1, 1)), SCHEDULE) for name in SAMPLERS}
+STATES = {name: SAMPLERS[name]().init(jnp.zeros((1, 1)), SCHEDULE, SCHEDULE) for name in SAMPLERS}
 NO_MEMORY = [name for name, state in STATES.items() if state == ()]
 KINDS = list({type(SAMPLERS[name]()): SAMPLERS[name]() for name in NO_MEMORY}.values())
 HALF = jnp.arange(6).reshape(1, 6) < 3  # the first three of six pixels are made anew

@@ -1,5 +1,6 @@
 """The reverse chain against the closed form of Gaussian data, where every step is linear."""
 
+import dataclasses
 import inspect
 from functools import partial
 
@@ -21,7 +22,17 @@ from gaussian import (
 
 from diffusion_jax import process, samplers, schedules
 from diffusion_jax.process import PREDICTIONS
-from diffusion_jax.samplers import SAMPLERS, Edm, Pndm, ancestral, ddim, sample, trajectory
+from diffusion_jax.samplers import (
+    SAMPLERS,
+    Ancestral,
+    Ddim,
+    Edm,
+    PredictorCorrector,
+    ancestral,
+    ddim,
+    sample,
+    trajectory,
+)
 from diffusion_jax.spacings import SPACINGS
 
 VARIANCES = ("beta", "posterior")  # the fixed ones
@@ -83,7 +94,9 @@ def every_step(sampler, schedule, x_t):
     keys = jax.random.split(KEY, len(x_t))
 
     def step(row, row_prev):
-        return sampler.step(keys, DATA, sampler.init(x_t, schedule), x_t, row, row_prev)[0]
+        return sampler.step(keys, DATA, sampler.init(x_t, schedule, schedule), x_t, row, row_prev)[
+            0
+        ]
 
     return jax.vmap(step)(schedule[::-1], schedules.with_terminal_row(schedule)[:-1][::-1])
 
@@ -247,25 +260,53 @@ def test_a_given_x_T_is_where_the_chain_starts(sampler):
 
 
 def test_respaced_chains_tell_the_network_the_timesteps_they_stand_on(sampler):
-    told = set()
+    told = []
 
     def predict(x_t, row):
         jax.debug.callback(
-            lambda t, alpha_bar: told.add((int(t), float(alpha_bar))), row.timestep, row.alpha_bar
+            lambda *seen: told.append([float(value) for value in seen]), row.timestep, row.log_snr
         )
         return DATA(x_t, row)
 
-    draw = jax.jit(lambda schedule: sample(KEY, predict, schedule, sampler, (4, 3)))
-    full = schedules.linear(100)
+    full = schedules.cosine(100)
+    draw = jax.jit(lambda rows: sample(KEY, predict, rows, sampler, (4, 3), native=full))
     for spacing in SPACINGS:
         told.clear()
         short = schedules.respace(full, 7, spacing)
         assert bool(jnp.isfinite(draw(short)).all())
         jax.effects_barrier()
-        expected = {(int(t), float(full.alpha_bar[int(t) - 1])) for t in short.timestep}
-        assert told >= expected
-        if sampler.init(jnp.zeros((1, 1)), short) is not short and not isinstance(sampler, Pndm):
-            assert told == expected  # and nowhere else: no row off the grid
+        timestep, log_snr = np.array(told).T
+        # at each noise level that of the schedule it was trained with, between the rows too
+        known = np.asarray(full.log_snr, np.float64)
+        expected = np.interp(-log_snr, -known, np.asarray(full.timestep))
+        np.testing.assert_allclose(timestep, expected, atol=0.02)
+        assert sampler.goes_off_grid or set(timestep) == set(np.asarray(short.timestep))
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_the_first_row_is_a_jump_from_x_0_to_the_last_digit(name):
+    # two ways to compute it round differently at these lengths
+    full = schedules.SCHEDULES[name](1000)
+    for num_steps in (1, 33, 55, 118, 400, 410, 429, 1000):
+        first = schedules.respace(full, num_steps)[0]
+        assert first.beta == first.one_minus_alpha_bar
+        assert first.alpha == first.alpha_bar
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 2, 33, 100])
+def test_the_step_to_x_0_is_exactly_x_0(sampler, num_timesteps):
+    # whatever was remembered: nothing is extrapolated over an infinite step
+    if isinstance(sampler, Ancestral | Ddim | PredictorCorrector):
+        return  # another float32 formula of the same
+    chain = schedules.respace(schedules.cosine(1000), num_timesteps)
+    x_0, states, predicted = run(chain, sampler, (3, 2), 2 if num_timesteps == 1 else 3)
+    row = dataclasses.replace(chain[0], beta=chain.beta[0] * (1 - 1e-6))  # its rounding may differ
+    memory = sampler.init(x_0, chain, chain)
+    keys = jax.random.split(KEY, 3)
+    end, _ = sampler.step(keys, DATA, memory, x_0, row, schedules.terminal_row())
+    assert bool(jnp.isfinite(states).all() & jnp.isfinite(predicted).all())
+    if not isinstance(sampler, Edm):  # which raises the noise first
+        np.testing.assert_allclose(end, DATA(x_0, row).x_0, rtol=1e-5)
 
 
 @chains
