@@ -335,16 +335,14 @@ def _check_editing(config: ConfigDict, plan: EditingPlan, rows: Schedule) -> Non
         require(ends, "config.editing.timestep", plan.timestep, allowed)
     require(0 <= plan.strength <= 1, "config.editing.strength", plan.strength, "in [0, 1]")
     if plan.task == "inpaint":
+        inner = _create_sampler(config)
+        allowed = "one without memory, such as ancestral, ddim or heun (inpaint)"
+        require(editing.can_wrap(inner), *sampler, allowed)
         try:
-            own = editing.Inpaint(
-                _create_sampler(config), None, None, plan.num_resamples, plan.jump_length
-            )
             editing.check_jumps(plan.num_resamples, plan.jump_length)
-            own.path(len(rows))
+            editing.Inpaint(inner, None, None, plan.num_resamples, plan.jump_length).path(len(rows))
         except ValueError as error:
             raise ConfigError(f"config.editing.{error}") from error
-        allowed = "one without memory, such as ancestral, ddim or heun (inpaint)"
-        require(editing.can_wrap(own.sampler), *sampler, allowed)
 
 
 def create_evaluation_plan(

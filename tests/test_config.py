@@ -354,14 +354,14 @@ def test_differences_name_the_fields_that_changed(default_path, default):
     }
 
 
-def test_differences_take_a_field_that_is_absent_for_unset(default_path, default):
+def test_differences_take_a_field_that_is_absent_for_the_default(default_path, default):
+    """A run recorded before there was such a field goes on as long as it is what it was."""
     recorded = json.loads(to_json(default))
-    del recorded["schedule"]["s"], recorded["seed"]
+    del recorded["schedule"]["s"], recorded["loss"]["label_dropout"]
     recorded["old"] = {"field": 1}
-    assert differences(default, recorded) == {
-        "config.seed": (None, default.seed),
-        "config.old.field": (1, None),
-    }
+    assert differences(default, recorded) == {"config.old.field": (1, None)}
+    changed = load(default_path, [("loss.label_dropout", "0.1")])
+    assert differences(changed, recorded)["config.loss.label_dropout"] == (0.0, 0.1)
 
 
 def test_choose_gives_the_entry_of_a_registry_or_the_name_in_a_list():

@@ -198,6 +198,18 @@ MISTAKES = {
         ["--config.sampling.sampler=ddim", "--config.sampling.variance=beta"],
         "config.sampling.variance",
     ),
+    "steps compared of mu": (
+        ["--config.loss.prediction=mu", "--config.sampling.compared_steps=(5,10)"],
+        "config.sampling.compared_steps",
+    ),
+    "no noise level": (
+        [
+            "--config.loss.prediction=v",
+            "--config.schedule.zero_terminal_snr=true",
+            "--config.sampling.sampler=heun",
+        ],
+        "config.sampling.sampler",
+    ),
     "steps left out of mu": (
         ["--config.loss.prediction=mu", "--config.sampling.num_steps=5"],
         "config.sampling.num_steps",

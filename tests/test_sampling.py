@@ -9,6 +9,8 @@ from PIL import Image
 from runs import DIGITS, Run, arguments, run
 from sklearn.datasets import load_digits
 
+from diffusion_jax.shards import Shards
+
 NUM_IMAGES = 6
 
 
@@ -62,10 +64,14 @@ def sampled(trained, tmp_path, **changes):
         return arrays["images"], done
 
 
+EDIT = {"sampling__label": 3}  # of the given images
+
+
 def test_inpainting_keeps_what_is_known(trained, files, tmp_path):
     images, done = sampled(
         trained,
         tmp_path,
+        **EDIT,
         editing__task="inpaint",
         editing__images=files / "two.npz",
         editing__mask=files / "mask.png",
@@ -84,10 +90,10 @@ def test_inpainting_keeps_what_is_known(trained, files, tmp_path):
 
 def test_image_to_image_begins_at_its_timestep(trained, files, tmp_path):
     """Hardly noised an image hardly changes."""
-    edit = {
+    edit = EDIT | {
         "editing__task": "image_to_image",
         "editing__images": files / "one.png",
-        "sampling__num_steps": 10,
+        "sampling__num_steps": None,
         "sampling__sampler": "ddim",
     }
     images, done = sampled(trained, tmp_path, editing__timestep=1, **edit)
@@ -96,21 +102,22 @@ def test_image_to_image_begins_at_its_timestep(trained, files, tmp_path):
         given = np.asarray(picture).astype(int)
     assert np.abs(images[..., 0] - given).mean() < 40
     images, done = sampled(trained, tmp_path, editing__timestep=9, **edit)
+    assert "9 steps, 9 network" in done.stderr
     assert np.abs(images[..., 0] - given).mean() > 60
 
 
 def test_interpolation_and_variations_come_back_to_the_images(trained, files, tmp_path):
-    inverted = {
+    inverted = EDIT | {
         "editing__images": files / "two.npz",
         "sampling__sampler": "ddim",
-        "sampling__num_steps": 10,
         "sampling__clip_x_0": False,
         "editing__timestep": 5,
     }
     with np.load(files / "two.npz") as arrays:
         given = arrays["images"].astype(int)
-    between, _ = sampled(trained, tmp_path, editing__task="interpolate", **inverted)
-    for end in (0, -1):  # the last one by the model of another label than its latent's: near
+    between, done = sampled(trained, tmp_path, editing__task="interpolate", **inverted)
+    assert "5 steps, 55 network evaluations per image" in done.stderr  # two inversions
+    for end in (0, -1):
         assert np.abs(between[end] - given[end]).mean() < 20
     assert np.abs(between[2] - given[0]).mean() > np.abs(between[0] - given[0]).mean()
     same, _ = sampled(
@@ -180,6 +187,25 @@ def test_shards_of_another_job_are_not_mixed_in(trained, tmp_path):
     assert start_folder.exists()
 
 
+def test_shards_survive_a_kill_at_any_moment(tmp_path):
+    """Of a job that was killed while it joined its shards nothing is left to be mixed in."""
+    images = np.arange(12, dtype=np.uint8).reshape(12, 1, 1, 1)
+    shards = Shards(tmp_path / "shards", "images", {"seed": 0})
+    for start in range(0, 12, 5):
+        shards.add(images[start : start + 5])
+    assert len(Shards(tmp_path / "shards", "images", {"seed": 0})) == 12
+    np.testing.assert_array_equal(shards.first(7), images[:7])
+    shards.join(tmp_path / "samples.npz")
+    with np.load(tmp_path / "samples.npz") as arrays:
+        np.testing.assert_array_equal(arrays["images"], images)
+    left = tmp_path / "shards.joined"  # killed while they were removed
+    left.mkdir()
+    np.savez(left / "000000005-000000009.npz", images=images[5:10])
+    again = Shards(tmp_path / "shards", "images", {"seed": 0})
+    assert len(again) == 0
+    assert not left.exists()
+
+
 REFUSED = {
     "more steps than T": ({"sampling__num_steps": 11}, "config.sampling.num_steps"),
     "compared": ({"sampling__compared_steps": "(5,11)"}, "config.sampling.compared_steps"),
@@ -205,7 +231,10 @@ REFUSED = {
     "weight": ({"guidance__weight": -1.0}, "config.guidance.weight"),
     "rescale": ({"guidance__weight": 2.0, "guidance__rescale": 2.0}, "config.guidance.rescale"),
     "guidance of nothing": ({"guidance__rescale": 0.5}, "config.guidance.rescale"),
-    "weak step": ({"guidance__weight": 2.0, "guidance__weak_step": 3}, "of step 3"),
+    "weak step": (
+        {"guidance__weight": 2.0, "guidance__weak_step": 3},
+        "config.guidance.weak_step = 3",
+    ),
     "weak run": (
         {"guidance__weight": 2.0, "guidance__weak_workdir": "nowhere"},
         "config.guidance.weak_workdir",
@@ -217,6 +246,16 @@ REFUSED = {
         {"editing__task": "image_to_image", "editing__timestep": 5},
         "config.editing.images",
     ),
+    "no label": (
+        {"editing__task": "variations", "editing__images": "two.npz"},
+        "config.sampling.label",
+    ),
+    "compared edits": (
+        {"editing__task": "interpolate", "editing__images": "two.npz"}
+        | {"sampling__compared_steps": "(2,3)"},
+        "config.sampling.compared_steps",
+    ),
+    "spacing": ({"sampling__spacing": "kerras"}, "did you mean 'karras'"),
     "no timestep": (
         {"editing__task": "image_to_image", "editing__images": "two.npz"},
         "config.editing.timestep",
@@ -305,6 +344,8 @@ def refusals(trained, files, tmp_path_factory):
             field.replace("__", "."): files / value if (files / str(value)).exists() else value
             for field, value in changes.items()
         }
+        if "editing.task" in changes and name != "no label":
+            changes["sampling.label"] = 3
         words = arguments(workdir, trained[0] | changes, "digits", "sample")
         waiting.append((name, Run(words, folder / f"log_{len(runs)}_{len(waiting)}")))
         if len(waiting) == 4 or name == [*REFUSED][-1]:
