@@ -12,12 +12,9 @@ and nothing was written; 143 stopped by SIGTERM after saving (130 by Ctrl-C). Sa
 evaluation go on where they were killed.
 """
 
-import contextlib
 import logging
-import os
 import pathlib
 import sys
-from typing import Any
 
 from absl import flags
 from absl import logging as absl_logging
@@ -58,9 +55,11 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
     from jax.experimental import multihost_utils
 
     from diffusion_jax import data, devices, evaluate, plots, workdir
+    from diffusion_jax.checkpoint import restore_average
     from diffusion_jax.experiment import (
         create_edited_images,
         create_experiment,
+        create_job,
         create_weak,
     )
     from diffusion_jax.gallery import write_samples
@@ -85,7 +84,7 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
     dataset = data.load(config.dataset)
     if mode == "evaluate":
         evaluation = evaluate.fit(experiment.evaluation, dataset.test)
-    start_compilation_cache(config.compilation_cache)
+    devices.start_compilation_cache(config.compilation_cache)
     is_first = jax.process_index() == 0
     levels, title = experiment.dataset.levels, experiment.schedule_title
     card = folder.path / "schedule.png"
@@ -130,7 +129,7 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
                 return 128 + stopped_by
             ema, step = devices.local_copy(state.ema), int(state.step)
         else:
-            ema, step = restore(experiment.model, "--workdir", path, None)
+            ema, step = restore_average(experiment.model, "--workdir", path, None)
             LOG.info(
                 "%s step %d", {"sample": "sampling from", "evaluate": "evaluating"}[mode], step
             )
@@ -162,7 +161,7 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
             weak_ema = None
             if weak is not None:
                 where = "config.guidance.weak_step", weak.workdir, weak.step
-                weak_ema, weak_step = restore(weak.network.model, *where)
+                weak_ema, weak_step = restore_average(weak.network.model, *where)
                 LOG.info("guided away from step %d of %s", weak_step, weak.workdir)
             params = ema, weak_ema
             write_samples(
@@ -172,7 +171,7 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
                 schedule,
                 dataset,
                 given,
-                job(config, params, given),
+                create_job(config, params, given),
                 folder.samples,
             )
         if jax.process_count() > 1:
@@ -181,46 +180,6 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def restore(model: Any, field: str, path: pathlib.Path, step: int | None) -> tuple[Any, int]:
-    """The averaged parameters of a run and their step, the newest or that which is asked for."""
-    import jax
-
-    from diffusion_jax.checkpoint import Checkpoints
-
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    with contextlib.closing(Checkpoints(path / "checkpoints", 1, 0)) as checkpoints:
-        restored = checkpoints.restore({"ema": params}, step)
-        steps = checkpoints.steps
-    if restored is None:
-        if step is None:
-            raise ConfigError(f"{field}={path}: has no checkpoint yet")
-        raise ConfigError(f"{field} = {step}: must be a checkpoint of {path}, which has {steps}")
-    return restored.state["ema"], restored.step
-
-
-def job(config: ConfigDict, params: Any, given: Any) -> dict:
-    """What the samples of a run depend on, for a killed job to go on with the same."""
-    from diffusion_jax.checkpoint import digest, flatten
-
-    sections = {name: config[name].to_dict() for name in ("sampling", "guidance", "editing")}
-    for name in ("batch_size", "num_frames", "compared_steps"):
-        del sections["sampling"][name]
-    return {"seed": config.seed, "digest": digest(flatten((params, given))), **sections}
-
-
-def start_compilation_cache(folder: str | None) -> None:
-    """Keep compiled programs on disk, so that a second start takes seconds; "off" does not."""
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
-    if folder == "off":
-        return
-    folder = folder or os.path.expanduser("~/.cache/diffusion_jax")
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    compilation_cache.reset_cache()  # the checks may have compiled a trifle: jax looked only then
 
 
 if __name__ == "__main__":

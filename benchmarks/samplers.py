@@ -17,9 +17,9 @@ import numpy as np
 
 from diffusion_jax import config as configuration
 from diffusion_jax import data, devices, quality, samplers
+from diffusion_jax.checkpoint import restore_average
 from diffusion_jax.experiment import create_experiment
 from diffusion_jax.generate import Chain, Generator, Network
-from main import restore, start_compilation_cache
 
 MODES = ("sample",)
 BUDGETS = (10, 20, 50)  # evaluations of the network, about
@@ -41,8 +41,10 @@ def main(argv: list[str]) -> None:
     devices.start(config.num_devices, config.sampling.batch_size, False, divide=False)
     experiment = create_experiment(config)
     dataset = data.load(config.dataset)
-    start_compilation_cache(config.compilation_cache)
-    ema, step = restore(experiment.model, "--workdir", pathlib.Path(arguments.workdir), None)
+    devices.start_compilation_cache(config.compilation_cache)
+    ema, step = restore_average(
+        experiment.model, "--workdir", pathlib.Path(arguments.workdir), None
+    )
     classifier = quality.load_classifier(dataset, 0, pathlib.Path(arguments.workdir))
     real = quality.features(classifier, data.to_x_0(dataset.test.images[:], dataset.levels))
 

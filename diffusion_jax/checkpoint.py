@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from diffusion_jax.config import RunError
+from diffusion_jax.config import ConfigError, RunError
+from diffusion_jax.models import Model
 
 LOG = logging.getLogger("diffusion_jax")
 
@@ -163,3 +165,24 @@ def _unflatten(arrays: Arrays, template: Any) -> Any:
         if found != wanted:
             raise OtherModelError(f"checkpoint has {found} for {name}, the model has {wanted}")
     return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in expected])
+
+
+def restore_average(
+    model: Model, field: str, path: pathlib.Path, step: int | None
+) -> tuple[PyTree, int]:
+    """The averaged parameters of the run in ``path`` and their step; None: the newest.
+
+    Raises:
+        ConfigError: naming ``field``, there is no such checkpoint.
+        NoIntactCheckpointError: every checkpoint is damaged.
+        OtherModelError: it is of another model.
+    """
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    with contextlib.closing(Checkpoints(path / "checkpoints", 1, 0)) as checkpoints:
+        restored = checkpoints.restore({"ema": params}, step)
+        steps = checkpoints.steps
+    if restored is None:
+        if step is None:
+            raise ConfigError(f"{field}={path}: has no checkpoint yet")
+        raise ConfigError(f"{field} = {step}: must be a checkpoint of {path}, which has {steps}")
+    return restored.state["ema"], restored.step

@@ -9,6 +9,7 @@ import os
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion_jax.config import ConfigError, require
@@ -51,6 +52,16 @@ def start(num_devices: int | None, batch_size: int, distributed: bool, divide: b
         raise ConfigError(
             f"config.train.batch_size = {batch_size}: must be a multiple of the {count} devices"
         )
+
+
+def start_compilation_cache(folder: str | None) -> None:
+    """Keep compiled programs on disk, so that a second start takes seconds; "off" does not."""
+    if folder == "off":
+        return
+    folder = folder or os.path.expanduser("~/.cache/diffusion_jax")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    compilation_cache.reset_cache()  # the checks may have compiled a trifle: jax looked only then
 
 
 def log(devices: list[jax.Device]) -> None:

@@ -8,7 +8,7 @@ import inspect
 import json
 import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import PyTree
@@ -25,6 +25,7 @@ from diffusion_jax import (
     timesteps,
     weightings,
 )
+from diffusion_jax.checkpoint import digest, flatten
 from diffusion_jax.config import ConfigError, choose, function_arguments, require
 from diffusion_jax.evaluate import EvaluationPlan
 from diffusion_jax.generate import EditedImages, Network, SamplingPlan
@@ -335,3 +336,11 @@ def create_weak(config: ConfigDict, experiment: Experiment, path: pathlib.Path) 
         other.model, dataset.shape, dataset.num_classes, objective.variance.is_learned
     )
     return Weak(Network(model, objective), path, fields.weak_step)
+
+
+def create_job(config: ConfigDict, params: PyTree, given: EditedImages | None) -> dict[str, Any]:
+    """What the samples of a run depend on, for a killed job to go on with the same."""
+    sections = {name: config[name].to_dict() for name in ("sampling", "guidance", "editing")}
+    for name in ("batch_size", "num_frames", "compared_steps"):
+        del sections["sampling"][name]
+    return {"seed": config.seed, "digest": digest(flatten((params, given))), **sections}
