@@ -107,7 +107,8 @@ def write_samples(
         rows = {f"{num_steps} steps": pictures(x_0, levels) for num_steps, x_0 in compared}
         plots.labelled_grid(list(rows.values()), list(rows)).save(folder / "steps.png")
     if plan.num_frames:
-        real = data.to_x_0((dataset.test or dataset.train).images[:NUM_ANIMATED], levels)
+        shown = slice(NUM_ANIMATED[levels is not None])
+        real = data.to_x_0((dataset.test or dataset.train).images[shown], levels)
         compared = {"this run": schedule} | {
             name: function(len(schedule)) for name, function in NOISING.items()
         }
@@ -129,12 +130,13 @@ def _grid(
     if levels is None:
         return plots.image_grid(pictures(shown, levels))
     if given is not None:
-        ends = [0, -1] if plan.editing.task == "interpolate" else slice(NUM_ANIMATED)
+        columns = slice(NUM_ANIMATED[True])
+        ends = [0, -1] if plan.editing.task == "interpolate" else columns
         begun = pictures(given.x_0[ends], levels)
         rows = {"given": begun}
         if plan.editing.task == "inpaint":
             rows["kept"] = np.where(given.mask == 1, np.uint8(128), begun)
-        rows = {name: images[:NUM_ANIMATED] for name, images in (rows | {"made": shown}).items()}
+        rows = {name: images[columns] for name, images in (rows | {"made": shown}).items()}
         return plots.labelled_grid(list(rows.values()), list(rows))
     if plan.is_conditional and plan.label is None:
         classes = range(min(dataset.num_classes, len(shown)))

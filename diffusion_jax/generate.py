@@ -26,7 +26,7 @@ from diffusion_jax.samplers import Sampler, Trajectory
 from diffusion_jax.schedules import Schedule
 
 GRID_IMAGES = 64  # the most that a grid shows
-NUM_ANIMATED = 16  # images in an animation
+NUM_ANIMATED = {True: 16, False: 500}  # images in an animation, and points
 
 
 class Network(NamedTuple):
@@ -277,10 +277,8 @@ class Generator:
                 params, rows, plan.sampler, start, plan.batch_size, plan.num_frames, given
             )
             size = min(plan.batch_size, plan.num_images - start)
-            frames = (
-                np.concatenate(part[:, :, :NUM_ANIMATED], axis=1)[:, : min(size, NUM_ANIMATED)]
-                for part in found[1:]
-            )
+            shown = min(size, NUM_ANIMATED[self._dataset.levels is not None])
+            frames = (np.concatenate(part[:, :, :shown], axis=1)[:, :shown] for part in found[1:])
             yield Trajectory(np.concatenate(found.x_0)[:size], *frames)
 
     def compared(self, params: PyTree, num_images: int) -> dict[int, np.ndarray]:
