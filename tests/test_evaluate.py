@@ -96,7 +96,6 @@ def test_an_evaluation_leaves_its_files(evaluated):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"evaluate__batch_size": 5},
         {"evaluate__timesteps_per_call": 10},
         {"num_devices": 2, "evaluate__batch_size": 7},
     ],

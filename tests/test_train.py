@@ -74,7 +74,7 @@ def wait_for_step(started, workdir, least):
 def test_killed_at_random_moments_it_ends_as_if_it_never_was(uninterrupted, tmp_path):
     chance = random.Random()
     moments, reached = [], 0
-    for _ in range(4):
+    for _ in range(3):
         started = Run(arguments(tmp_path / "run", LONG), tmp_path / "log")
         wait_for_step(started, tmp_path / "run", reached + 1)
         moments.append(chance.uniform(0, 0.4))
