@@ -24,6 +24,7 @@ from diffusion_jax.process import PREDICTIONS
 from diffusion_jax.samplers import (
     SAMPLERS,
     Edm,
+    Plms,
     PredictorCorrector,
     ancestral,
     ddim,
@@ -293,7 +294,8 @@ def test_the_chain_ends_at_the_last_x_0_that_was_predicted(sampler, num_steps):
     # 1000 timesteps two ways to round its beta differ, which made the end NaN.
     chain = schedules.respace(schedules.cosine(1000), num_steps)
     x_0, _, predicted = run(chain, sampler, (3, 2), num_steps + 1)
-    if not isinstance(sampler, PredictorCorrector):  # its first prediction is not its last
+    # the first prediction of predictor_corrector is not its last; PLMS's last eps is a combination
+    if not isinstance(sampler, PredictorCorrector | Plms):
         np.testing.assert_allclose(x_0, predicted[-2], rtol=2e-5, atol=1e-6)
     assert bool(jnp.isfinite(x_0).all())
 
