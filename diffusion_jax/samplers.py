@@ -30,6 +30,15 @@ Number = float | Float[Array, ""]
 Scalar = Float[Array, ""]
 
 
+def _kind(name: str) -> Any:
+    """A static field that tells samplers apart.
+
+    jax takes the structures of two registered dataclasses for equal if their static fields are,
+    whatever the classes: a compiled function would now and then run one sampler for another.
+    """
+    return dataclasses.field(default=name, metadata={"static": True})
+
+
 class Sampler:
     """An init/step pair; ``state`` is what a multistep method remembers.
 
@@ -132,6 +141,7 @@ class Ancestral(Sampler):
     """See ``ancestral``."""
 
     variance: str = dataclasses.field(metadata={"static": True})
+    kind: str = _kind("ancestral")
 
     def step(
         self,
@@ -164,6 +174,7 @@ class PredictorCorrector(Sampler):
     snr: Number
     num_corrections: int = dataclasses.field(metadata={"static": True})
     predictor: Ancestral
+    kind: str = _kind("predictor_corrector")
 
     def step(
         self,
@@ -193,6 +204,7 @@ class Ddim(Sampler):
     """See ``ddim``."""
 
     eta: Number
+    kind: str = _kind("ddim")
 
     def step(
         self,
@@ -247,6 +259,8 @@ class TwoStage(Sampler):
 class Heun(TwoStage):
     """See ``heun``."""
 
+    kind: str = _kind("heun")
+
     def step(
         self,
         keys: Keys,
@@ -278,6 +292,7 @@ class Edm(TwoStage):
     churn_min: Number
     churn_max: Number
     noise: Number
+    kind: str = _kind("edm")
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> EdmState:
         """The rows between which those of raised noise are found."""
@@ -316,6 +331,7 @@ class Dpmpp2S(TwoStage):
     """See ``dpmpp_2s``; its state is the schedule, for the rows half-way."""
 
     goes_off_grid: ClassVar[bool] = True
+    kind: str = _kind("dpmpp_2s")
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> Schedule:
         """The rows between which those half-way are found."""
@@ -375,6 +391,7 @@ class Dpmpp2M(Sampler):
     """See ``dpmpp_2m`` and ``dpmpp_2m_sde``."""
 
     eta: Number
+    kind: str = _kind("dpmpp_2m")
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> Memory:
         """No step yet."""
@@ -411,6 +428,8 @@ class Dpmpp2M(Sampler):
 @dataclasses.dataclass(frozen=True)
 class Dpmpp3M(Sampler):
     """See ``dpmpp_3m``."""
+
+    kind: str = _kind("dpmpp_3m")
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> Memory:
         """No step yet."""
@@ -454,6 +473,8 @@ class UniPCState(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class UniPC(Sampler):
     """See ``unipc``."""
+
+    kind: str = _kind("unipc")
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> UniPCState:
         """No step yet."""
@@ -515,6 +536,7 @@ class Plms(Sampler):
 
     needs_signal: ClassVar[bool] = True
     num_starting: ClassVar[int] = 1  # steps before the multistep method
+    kind: str = _kind("plms")
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> PndmState:
         """No step yet."""
@@ -573,6 +595,7 @@ class Pndm(Plms):
     goes_off_grid: ClassVar[bool] = True
 
     num_starting: ClassVar[int] = 3
+    kind: str = _kind("pndm")
 
     def _start(
         self,

@@ -1,6 +1,7 @@
 """The reverse chain against the closed form of Gaussian data, where every step is linear."""
 
 import inspect
+import itertools
 from functools import partial
 
 import jax
@@ -391,6 +392,13 @@ def test_other_values_compile_nothing_anew(sampler):
     assert len({float(result[0, 0]) for result in results[:3]}) == 3
     # edm's steps of twelve are so large that its churn is at its limit
     assert isinstance(sampler, Edm) or len({float(r[0, 0]) for r in results}) == len(results)
+
+
+def test_no_sampler_is_taken_for_another():
+    """By jax, to which dataclasses of other classes are equal if their static fields are."""
+    structures = {type(create()): jax.tree.structure(create()) for create in SAMPLERS.values()}
+    for one, other in itertools.combinations(structures, 2):
+        assert structures[one] != structures[other], (one, other)
 
 
 def test_eta_is_a_leaf():
