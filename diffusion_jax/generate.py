@@ -203,6 +203,7 @@ class Generator:
         params: PyTree,
         rows: Schedule,
         sampler: Sampler,
+        guided: Guidance | None,
         first: int,
         batch_size: int,
         num_frames: int,
@@ -213,7 +214,7 @@ class Generator:
         indices = first + np.arange(per_device * len(self._devices))
         indices = indices.reshape(len(self._devices), per_device)
         native = self._schedule_of(params[0])
-        shared = (params, rows, native, sampler, self._plan.guidance, self._key)
+        shared = (params, rows, native, sampler, guided, self._key)
         shared = devices.replicate(shared, self._devices)
         given = None if given is None else self._given(given, indices)
         return self._trajectory(*shared, indices, given, num_frames)
@@ -234,8 +235,9 @@ class Generator:
         """Start a small DDIM grid and do not wait for it (save for a learned schedule's rows)."""
         plan = self._plan
         rows = schedules.respace(self._schedule_of(params), plan.grid_steps)
-        unguided = (params, None)
-        found = self._run(unguided, rows, samplers.ddim(eta=0.0), 0, plan.grid_images, 0)
+        # unguided: the weak network is read when training is over
+        params = params, None
+        found = self._run(params, rows, samplers.ddim(eta=0.0), None, 0, plan.grid_images, 0)
         return Grid(found.x_0, plan.grid_images, self._dataset.levels)
 
     def rows(self, params: PyTree) -> Schedule:
@@ -274,7 +276,14 @@ class Generator:
         plan, rows = self._plan, self.rows(params)
         for start in range(first, plan.num_images, plan.batch_size):
             found = self._run(
-                params, rows, plan.sampler, start, plan.batch_size, plan.num_frames, given
+                params,
+                rows,
+                plan.sampler,
+                plan.guidance,
+                start,
+                plan.batch_size,
+                plan.num_frames,
+                given,
             )
             size = min(plan.batch_size, plan.num_images - start)
             shown = min(size, NUM_ANIMATED[self._dataset.levels is not None])
@@ -286,7 +295,7 @@ class Generator:
         plan, found = self._plan, {}
         for num_steps in plan.compared_steps:
             rows = self._chain_rows(params, plan.chain._replace(num_steps=num_steps))
-            x_0 = self._run(params, rows, plan.sampler, 0, num_images, 0).x_0
+            x_0 = self._run(params, rows, plan.sampler, plan.guidance, 0, num_images, 0).x_0
             found[num_steps] = np.concatenate(x_0)[:num_images]
         return found
 

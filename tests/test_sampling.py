@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from runs import DIGITS, Run, arguments, run
+from runs import DIGITS, TOY2D, Run, arguments, run
 from sklearn.datasets import load_digits
 
 from diffusion_jax.shards import Shards
@@ -366,6 +366,20 @@ def test_a_bad_request_is_one_line(refusals, name):
     said = [line for line in done.stderr.splitlines() if not line.startswith("I")]
     assert len(said) == 1, done.stderr
     assert REFUSED[name][1] in said[0]
+
+
+def test_grids_of_training_are_not_guided(tmp_path):
+    """The weak network is read when training is over: its step may not be there before."""
+    fields = TOY2D | {
+        "guidance.weight": 2.0,
+        "guidance.weak_step": 30,
+        "train.sample_every_steps": 20,
+        "sampling.num_steps": 3,
+    }
+    done = run(arguments(tmp_path / "run", fields), tmp_path / "log")
+    assert done.code == 0, done.stderr
+    assert (tmp_path / "run" / "samples" / "step_00000020.png").exists()
+    assert "guided away from step 30" in done.stderr
 
 
 def test_guidance_of_an_unconditional_model_is_refused(tmp_path):
