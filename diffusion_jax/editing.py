@@ -53,13 +53,12 @@ class Inpaint(Sampler):
         """
 
         def noise(number: int) -> Batch:
-            return samplers.normal(fold(number), x_t)
-
-        def fold(number: int) -> Keys:
-            return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+            return samplers.normal(samplers.fold(keys, number), x_t)
 
         def down() -> Batch:
-            unknown, _ = self.sampler.step(fold(0), predict, state, x_t, row, row_prev)
+            unknown, _ = self.sampler.step(
+                samplers.fold(keys, 0), predict, state, x_t, row, row_prev
+            )
             # the row t = 0 has no noise: the known image itself
             return jnp.where(self.mask, unknown, process.q_sample(row_prev, self.x_0, noise(1)))
 

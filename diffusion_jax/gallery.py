@@ -14,13 +14,14 @@ from tqdm import tqdm
 from diffusion_jax import data, plots, schedules
 from diffusion_jax.config import RunError
 from diffusion_jax.generate import (
+    ANIMATED_IMAGES,
     GRID_IMAGES,
-    NUM_ANIMATED,
     EditedImages,
     Generator,
     Grid,
     SamplingPlan,
     noising,
+    num_animated,
 )
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.shards import Shards
@@ -107,7 +108,7 @@ def write_samples(
         rows = {f"{num_steps} steps": pictures(x_0, levels) for num_steps, x_0 in compared}
         plots.labelled_grid(list(rows.values()), list(rows)).save(folder / "steps.png")
     if plan.num_frames:
-        shown = slice(NUM_ANIMATED[levels is not None])
+        shown = slice(num_animated(levels))
         real = data.to_x_0((dataset.test or dataset.train).images[shown], levels)
         compared = {"this run": schedule} | {
             name: function(len(schedule)) for name, function in NOISING.items()
@@ -130,7 +131,7 @@ def _grid(
     if levels is None:
         return plots.image_grid(pictures(shown, levels))
     if given is not None:
-        columns = slice(NUM_ANIMATED[True])
+        columns = slice(ANIMATED_IMAGES)
         ends = [0, -1] if plan.editing.task == "interpolate" else columns
         begun = pictures(given.x_0[ends], levels)
         rows = {"given": begun}

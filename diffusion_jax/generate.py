@@ -26,7 +26,7 @@ from diffusion_jax.samplers import Sampler, Trajectory
 from diffusion_jax.schedules import Schedule
 
 GRID_IMAGES = 64  # the most that a grid shows
-NUM_ANIMATED = {True: 16, False: 500}  # images in an animation, and points
+ANIMATED_IMAGES, ANIMATED_POINTS = 16, 500
 
 
 class Network(NamedTuple):
@@ -104,6 +104,11 @@ class Grid(NamedTuple):
     x_0: Float[Array, "devices batch ..."]
     num_images: int
     levels: int | None
+
+
+def num_animated(levels: int | None) -> int:
+    """How many images, or points, an animation shows."""
+    return ANIMATED_POINTS if levels is None else ANIMATED_IMAGES
 
 
 def create_predict(network: Network, params: PyTree, label: Int[Array, " batch"] | None) -> Predict:
@@ -286,7 +291,7 @@ class Generator:
                 given,
             )
             size = min(plan.batch_size, plan.num_images - start)
-            shown = min(size, NUM_ANIMATED[self._dataset.levels is not None])
+            shown = min(size, num_animated(self._dataset.levels))
             frames = (np.concatenate(part[:, :, :shown], axis=1)[:, :shown] for part in found[1:])
             yield Trajectory(np.concatenate(found.x_0)[:size], *frames)
 

@@ -121,7 +121,7 @@ def create_sampling_plan(
     """The chain of a config with its sampler, guidance and editing."""
     fields = config.sampling
     require(fields.num_images >= 1, "config.sampling.num_images", fields.num_images, "at least 1")
-    is_conditional = bool(config.model.get("class_conditional", False))
+    is_conditional = config.model.class_conditional
     sampler = _create_sampler(config)
     edit = _create_editing_plan(config, schedule, dataset, is_conditional)
     used = schedule if edit is None else edit.rows(schedule)
@@ -131,7 +131,7 @@ def create_sampling_plan(
         compared = chain._replace(num_steps=num_steps)
         _check_chain(config, used, sampler, compared, "config.sampling.compared_steps")
     if edit is not None:
-        _check_editing(config, edit, rows)
+        _check_editing(config, edit, sampler, rows)
     num_frames = fields.num_frames
     if num_frames is None:
         num_frames = 0 if edit else min(NUM_FRAMES, len(rows) + 1)
@@ -325,22 +325,22 @@ def _create_editing_plan(
     )
 
 
-def _check_editing(config: ConfigDict, plan: EditingPlan, rows: Schedule) -> None:
-    sampler = "config.sampling.sampler", config.sampling.sampler
+def _check_editing(config: ConfigDict, plan: EditingPlan, sampler: Sampler, rows: Schedule) -> None:
+    named = "config.sampling.sampler", config.sampling.sampler
     if plan.task in ("interpolate", "variations"):
         is_ddim = config.sampling.sampler == "ddim" and not config.sampling.eta
-        require(is_ddim, *sampler, "ddim with eta = 0: the images are inverted by it")
+        require(is_ddim, *named, "ddim with eta = 0: the images are inverted by it")
         allowed = "below T: the schedule ends at zero SNR, where nothing can be inverted"
         ends = bool(rows.alpha_bar[-1] > 0)
         require(ends, "config.editing.timestep", plan.timestep, allowed)
     require(0 <= plan.strength <= 1, "config.editing.strength", plan.strength, "in [0, 1]")
     if plan.task == "inpaint":
-        inner = _create_sampler(config)
         allowed = "one without memory, such as ancestral, ddim or heun (inpaint)"
-        require(editing.can_wrap(inner), *sampler, allowed)
+        require(editing.can_wrap(sampler), *named, allowed)
         try:
             editing.check_jumps(plan.num_resamples, plan.jump_length)
-            editing.Inpaint(inner, None, None, plan.num_resamples, plan.jump_length).path(len(rows))
+            jumps = plan.num_resamples, plan.jump_length
+            editing.Inpaint(sampler, None, None, *jumps).path(len(rows))
         except ValueError as error:
             raise ConfigError(f"config.editing.{error}") from error
 

@@ -82,6 +82,11 @@ def normal(keys: Keys, like: Batch) -> Batch:
     return jax.vmap(lambda key: jax.random.normal(key, like.shape[1:], like.dtype))(keys)
 
 
+def fold(keys: Keys, number: int | Int[Array, ""]) -> Keys:
+    """The keys of one of several draws for each image."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
 def _ddim(prediction: Prediction, row_prev: Schedule) -> Batch:
     """The DDIM step without noise: x_0 and eps, put together at the next noise level."""
     return process.q_sample(row_prev, prediction.x_0, prediction.eps)
@@ -189,9 +194,9 @@ class PredictorCorrector(Sampler):
         size = 2 * row.alpha * jnp.square(self.snr) * row.one_minus_alpha_bar
         for number in range(self.num_corrections):
             score = -predict(x_t, row).eps / jnp.sqrt(row.one_minus_alpha_bar)
-            z = normal(_fold(keys, number + 1), x_t)
+            z = normal(fold(keys, number + 1), x_t)
             x_t = x_t + size * score + jnp.sqrt(2 * size) * z
-        return self.predictor.step(_fold(keys, 0), predict, state, x_t, row, row_prev)
+        return self.predictor.step(fold(keys, 0), predict, state, x_t, row, row_prev)
 
     def num_evaluations(self, num_steps: int) -> int:
         """One for the predictor and one for each correction."""
@@ -811,7 +816,7 @@ def trajectory(
         indices = jnp.arange(shape[0])
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
     if x_T is None:
-        x_T = normal(_fold(keys, 0), jnp.empty(shape))
+        x_T = normal(fold(keys, 0), jnp.empty(shape))
 
     # state n of the chain (0 is x_T) goes to frame slot_of[n]; slots past the end are dropped
     slot_of = np.full(len(path), num_frames, np.int32)
@@ -829,7 +834,7 @@ def trajectory(
             return prediction
 
         x_prev, state = sampler.step(
-            _fold(keys, number), watched if num_frames else predict, state, x_t, row, row_prev
+            fold(keys, number), watched if num_frames else predict, state, x_t, row, row_prev
         )
         if num_frames:
             frames = frames.at[slot].set(x_t, mode="drop")
@@ -882,10 +887,6 @@ def invert(
         return jax.lax.fori_loop(0, num_iterations, improve, x_prev), None
 
     return jax.lax.scan(step, x_0, schedule)[0]
-
-
-def _fold(keys: Keys, number: int | Int[Array, ""]) -> Keys:
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
 def config_fields() -> dict[str, type]:

@@ -30,6 +30,8 @@ class Shards:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _write(record, lambda file: file.write(job.encode()))
+        ranges = self._ranges()
+        self._size = ranges[-1][1] if ranges else 0
 
     def _ranges(self) -> list[tuple[int, int, pathlib.Path]]:
         """First and end of the shards that follow on each other from sample 0, and their files."""
@@ -44,14 +46,14 @@ class Shards:
 
     def __len__(self) -> int:
         """How many samples there are."""
-        ranges = self._ranges()
-        return ranges[-1][1] if ranges else 0
+        return self._size
 
     def add(self, samples: Num[np.ndarray, "n ..."]) -> None:
         """Write the next samples, whole or not at all."""
-        first = len(self)
-        path = self._folder / f"{first:09d}-{first + len(samples) - 1:09d}.npz"
+        end = self._size + len(samples)
+        path = self._folder / f"{self._size:09d}-{end - 1:09d}.npz"
         _write(path, lambda file: np.savez(file, **{self._name: samples}))
+        self._size = end
 
     def first(self, count: int) -> Num[np.ndarray, "n ..."]:
         """The first ``count`` samples, or all if there are fewer."""

@@ -321,8 +321,8 @@ def test_a_chain_from_zero_terminal_snr(sampler):
         output = PREDICTIONS["v"].encode(row, DATA(x_t, row), x_t)
         return PREDICTIONS["v"].decode(row, x_t, output)
 
-    if sampler.needs_signal:  # which the command line refuses here
-        return
+    if sampler.needs_signal:
+        pytest.skip("its sigma is infinite there: refused, see test_main")
     x_0, frames, _ = jax.jit(lambda rows: trajectory(KEY, predict, rows, sampler, (8, 500), 3))(
         schedule
     )
