@@ -3,17 +3,19 @@
     python main.py --config=configs/digits.py --workdir=DIR                 train, then sample
     python main.py --config=configs/digits.py --workdir=DIR --mode=sample   sample again
     python main.py --config=configs/digits.py --workdir=DIR --mode=evaluate bits/dim of the test set
+    python main.py --config=configs/digits_offset.py --workdir=DIR --mode=ablate  all of a grid
 
 The same command in the same folder goes on where it stopped. Any field of a config is a flag:
 --config.schedule.s=0.02. configs/default.py says what fields there are.
 
 Exit status: 0 done; 1 a failure while running; 2 a mistake in the command line or the config,
-and nothing was written; 143 stopped by SIGTERM after saving (130 by Ctrl-C). Sampling and
-evaluation go on where they were killed.
+and nothing was written; 143 stopped by SIGTERM after saving (130 by Ctrl-C). Sampling, evaluation
+and ablations go on where they were killed.
 """
 
 import logging
 import pathlib
+import shlex
 import sys
 
 from absl import flags
@@ -21,10 +23,10 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from diffusion_jax import config as configuration
-from diffusion_jax.config import ConfigError, RunError, require
+from diffusion_jax.config import ConfigError, RunError
 
 LOG = logging.getLogger("diffusion_jax")
-MODES = ("train", "sample", "evaluate")
+MODES = ("train", "sample", "evaluate", "ablate")
 
 
 def main(argv: list[str]) -> int:
@@ -39,7 +41,10 @@ def main(argv: list[str]) -> int:
     try:
         arguments = configuration.parse_arguments(argv, MODES)
         config = configuration.load(arguments.config_path, arguments.overrides)
-        return run(arguments.mode, config, pathlib.Path(arguments.workdir))
+        path = pathlib.Path(arguments.workdir)
+        if arguments.mode == "ablate":
+            return run_ablation(config, path, shlex.join(["python", "main.py", *argv]))
+        return run(arguments.mode, config, path)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -61,15 +66,14 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
         create_experiment,
         create_job,
         create_weak,
+        require_batches,
     )
     from diffusion_jax.gallery import write_samples
     from diffusion_jax.generate import Generator, Network
     from diffusion_jax.train import train
 
     is_training = mode == "train"
-    for section in ("train", "sampling", "evaluate"):
-        size = config[section].batch_size
-        require(size >= 1, f"config.{section}.batch_size", size, "at least 1")
+    require_batches(config)
     section = {"train": config.train, "sample": config.sampling, "evaluate": config.evaluate}[mode]
     devices.start(config.num_devices, section.batch_size, config.distributed, divide=is_training)
     used = devices.used(config.num_devices)
@@ -143,18 +147,9 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
         if mode == "evaluate":
             about = {name: config.loss[name] for name in ("prediction", "weighting", "variance")}
             about["schedule"] = experiment.schedule_title
-            report = evaluate.evaluate(
-                experiment.model,
-                experiment.objective,
-                schedule,
-                evaluation,
-                experiment.seed,
-                ema,
-                step,
-                dataset.test,
-                used,
-                about,
-                folder.path,
+            evaluator = evaluate.Evaluator(experiment.model, experiment.objective, evaluation, used)
+            report = evaluator.evaluate(
+                schedule, experiment.seed, ema, step, dataset.test, about, folder.path
             )
             print(evaluate.describe(report))
         else:
@@ -179,6 +174,40 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path) -> int:
     except (RunError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def run_ablation(config: ConfigDict, path: pathlib.Path, command: str) -> int:
+    """Check every arm, then train, evaluate and sample all of them, and report."""
+    from diffusion_jax import ablate, data, devices, grid, workdir
+    from diffusion_jax.experiment import require_batches
+
+    require_batches(config)
+    num_jobs = grid.count_jobs(config)
+    side_by_side = config.ablate.parallel in ablate.SIDE_BY_SIDE
+    devices.start(
+        config.num_devices,
+        config.train.batch_size,
+        config.distributed,
+        divide=not side_by_side,
+        num_jobs=num_jobs if side_by_side else None,
+    )
+    used = devices.used(config.num_devices)
+    ablation = grid.create_ablation(config)
+    folder = workdir.Workdir(path)
+    ablate.check(ablation, folder, used)
+    dataset = data.load(config.dataset)
+    devices.start_compilation_cache(config.compilation_cache)
+    folder.lock(shared=ablation.is_shard)
+    devices.log(used)
+    try:
+        stopped_by = ablate.ablate(ablation, dataset, folder, used, command)
+    except (RunError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    if stopped_by is not None:
+        LOG.info("stopped by signal %d; what was under way is saved", stopped_by)
+        return 128 + stopped_by
     return 0
 
 

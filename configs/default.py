@@ -143,4 +143,17 @@ def get_config() -> ConfigDict:
     config.evaluate.flow_solver = "rk4"  # rk4, heun
     config.evaluate.flow_divergence = "hutchinson"  # hutchinson, exact (a jvp per dimension)
 
+    config.ablate = ConfigDict()  # the same model trained and scored with other values of fields
+    # Values of fields of schedule, loss, model, optimizer, ema: "schedule.s=0,0.008,0.02", products
+    # "schedule.s=0,0.008; loss.prediction=eps,v", one after another "... | schedule.name=linear".
+    config.ablate.grid = placeholder(str)  # unset: nothing to ablate
+    config.ablate.seeds = (0, 1, 2)  # each arm is trained with each of them
+    config.ablate.reference = placeholder(str)  # the arm others are compared to; unset: the first
+    # device: an arm on each device; sequence: one after another, each over all devices; vmap:
+    # several on each device; unset: what ``ablate.choose_parallel`` says of the platform
+    config.ablate.parallel = "auto"
+    config.ablate.arms_per_device = placeholder(int)  # of vmap; unset: all, 8 at most
+    config.ablate.shard = placeholder(str)  # "i/n": only this share of the jobs, without a report
+    config.ablate.distance = "frechet"  # of the sample quality: frechet, kernel (for few samples)
+
     return config

@@ -5,10 +5,13 @@ fields are those of configs/default.py; what their values may be is said where t
 """
 
 import ast
+import copy
 import difflib
+import functools
 import inspect
 import json
 import math
+import operator
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -130,13 +133,31 @@ def load(path: str, overrides: Sequence[tuple[str, str]]) -> ConfigDict:
     for field in expected:
         if field not in given and not _is_of_model(field):
             raise ConfigError(f"{field}: missing in {path}; start from configs/default.py")
-    for name, text in overrides:
+    return override(config, overrides)
+
+
+def override(config: ConfigDict, fields: Iterable[tuple[str, str]]) -> ConfigDict:
+    """A locked copy of a config in which fields, as ("schedule.s", "0.02"), have other values.
+
+    Raises:
+        ConfigError: an unknown field, or a value of the wrong type.
+    """
+    from configs import default as default_file
+
+    config = copy.deepcopy(config)
+    expected, given = _fields(default_file.get_config()), _fields(config)
+    for name, text in fields:
         field = f"config.{name}"
         section, leaf = _find(config, field)
         like = expected.get(field, given[field])
         with section.ignore_type():  # _check is stricter than ml_collections
             section[leaf] = _check(field, _parse(text, like), like)
     return config.lock()
+
+
+def value(config: ConfigDict, name: str) -> Any:
+    """The value of a field that is named as "schedule.s"."""
+    return functools.reduce(operator.getitem, name.split("."), config)
 
 
 def to_json(config: ConfigDict) -> str:

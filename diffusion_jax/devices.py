@@ -25,10 +25,17 @@ COORDINATOR, NUM_PROCESSES, PROCESS_ID = (
 MIN_EXAMPLES_PER_CORE = 8  # fewer leave a core waiting for the others
 
 
-def start(num_devices: int | None, batch_size: int, distributed: bool, divide: bool) -> None:
+def start(
+    num_devices: int | None,
+    batch_size: int,
+    distributed: bool,
+    divide: bool,
+    num_jobs: int | None = None,
+) -> None:
     """Start jax: join the other processes, make cores devices, and check that batches divide.
 
-    They must where ``divide``, in training; elsewhere what is uneven is filled up.
+    They must where ``divide``, in training; elsewhere what is uneven is filled up. Devices that
+    have jobs of their own, ``num_jobs`` in all, share no batches.
 
     Raises:
         ConfigError: a batch that the devices cannot share evenly, or more devices than there are.
@@ -37,7 +44,9 @@ def start(num_devices: int | None, batch_size: int, distributed: bool, divide: b
     require(at_least_1, "config.num_devices", num_devices, "at least 1")
     processes = _number_of(NUM_PROCESSES) if distributed and NUM_PROCESSES in os.environ else 1
     require(processes >= 1, NUM_PROCESSES, processes, "at least 1")
-    on_cpu = num_devices or _devices_for(batch_size // processes, _count_cores())
+    cores = _count_cores()
+    on_cpu = min(num_jobs, cores) if num_jobs else _devices_for(batch_size // processes, cores)
+    on_cpu = num_devices or on_cpu
     flags = os.environ.get("XLA_FLAGS", "")
     if "multi_thread_eigen" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
@@ -118,7 +127,16 @@ def replicate(tree: object, devices: list[jax.Device]) -> object:
 
     Done before the first call, for otherwise that call and the second one compile each.
     """
-    sharding = NamedSharding(Mesh(np.array(devices), ("device",)), PartitionSpec())
+    return _place(tree, devices, PartitionSpec())
+
+
+def divide(tree: object, devices: list[jax.Device]) -> object:
+    """Put row i of every array on device i, as ``pmap(in_axes=0)`` wants to find it."""
+    return _place(tree, devices, PartitionSpec("device"))
+
+
+def _place(tree: object, devices: list[jax.Device], spec: PartitionSpec) -> object:
+    sharding = NamedSharding(Mesh(np.array(devices), ("device",)), spec)
     return jax.jit(lambda tree: tree, out_shardings=sharding)(tree)
 
 

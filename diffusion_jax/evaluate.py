@@ -224,89 +224,134 @@ class Sums:
         LOG.info("going on after %d images", self.arrays["done"])
 
 
-def evaluate(
-    model: Model,
-    objective: Objective,
-    schedule: Schedule,
-    plan: EvaluationPlan,
-    seed: int,
-    params: PyTree,
-    step: int,
-    split: data.Split,
-    used: list[jax.Device],
-    about: dict[str, Any],
-    folder: pathlib.Path,
-) -> dict[str, Any]:
-    """Evaluate, and write evaluation.json, evaluation.csv and evaluation.png into ``folder``.
+class Evaluator:
+    """The evaluation of a model with any parameters and schedule, compiled once for each T."""
 
-    Returns what evaluation.json has; it begins with what ``about`` says of the model.
-    """
-    local = [device for device in used if device.process_index == jax.process_index()]
-    sums = Sums(plan, len(schedule))
-    progress = folder / "evaluation.npz"
-    signature = json.dumps([plan, seed, step, _digest(params), _digest(schedule)])
-    sums.restore(progress, signature)
+    def __init__(
+        self, model: Model, objective: Objective, plan: EvaluationPlan, used: list[jax.Device]
+    ) -> None:
+        self._model = model
+        self._objective = objective
+        self._plan = plan
+        self._devices = [d for d in used if d.process_index == jax.process_index()]
+        axes = (None, None, None, 0, None)
+        self._bound = jax.pmap(
+            self._bound_of_batch, "device", in_axes=axes, out_axes=1, devices=self._devices
+        )
+        self._flow = jax.pmap(
+            self._flow_of_batch, "device", in_axes=axes[:4], devices=self._devices
+        )
 
-    # no noise of training or sampling
-    bound_key, flow_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 3))
-    shared = devices.replicate((params, schedule, bound_key), local)
-    _evaluate_bound(model, objective, plan, sums, shared, split, local, progress, signature)
-    if plan.flow is not None:
-        shared = devices.replicate((params, schedule, flow_key), local)
-        _evaluate_flow(model, objective, plan, sums, shared, split, local, progress, signature)
+    def evaluate(
+        self,
+        schedule: Schedule,
+        seed: int,
+        params: PyTree,
+        step: int,
+        split: data.Split,
+        about: dict[str, Any],
+        folder: pathlib.Path,
+    ) -> dict[str, Any]:
+        """Evaluate, and write evaluation.json, evaluation.csv and evaluation.png into ``folder``.
 
-    report = about | {"seed": seed, "step": step} | summarise(sums, plan, objective.levels)
-    write_csv(sums, schedule, folder / "evaluation.csv")
-    plots.bound_terms(*_curve(sums, schedule), folder / "evaluation.png")
-    temporary = folder / "evaluation.json.tmp"
-    temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, folder / "evaluation.json")
-    return report
+        Returns what evaluation.json has; it begins with what ``about`` says of the model.
+        """
+        plan = self._plan
+        sums = Sums(plan, len(schedule))
+        progress = folder / "evaluation.npz"
+        signature = json.dumps([plan, seed, step, _digest(params), _digest(schedule)])
+        sums.restore(progress, signature)
 
-
-def _evaluate_bound(
-    model: Model,
-    objective: Objective,
-    plan: EvaluationPlan,
-    sums: Sums,
-    shared: tuple,
-    split: data.Split,
-    local: list[jax.Device],
-    progress: pathlib.Path,
-    signature: str,
-) -> None:
-    def step(
-        params: PyTree, schedule: Schedule, key: Key[Array, ""], batch: dict, strata: Strata
-    ) -> tuple[Array, Terms]:
-        x_0 = data.to_x_0(batch["image"], objective.levels)
-        inputs = x_0, batch["label"], batch["index"], strata
-        return bound_terms(model, objective, plan.clip_x_0, params, schedule, key, *inputs)
-
-    axes = (None, None, None, 0, None)
-    compiled = jax.pmap(step, "device", in_axes=axes, out_axes=1, devices=local)
-    num_timesteps = len(shared[1])
-    calls = list(_calls(stratify(num_timesteps, plan.num_timesteps), plan.timesteps_per_call))
-    last_row = jax.tree.map(lambda leaf: np.asarray(leaf[-1]), shared[1])
-    chosen, start = spread(plan.num_examples, len(split.images)), int(sums.arrays["done"])
-    with _bar("bound", plan.num_examples, start) as bar:
-        for images, batch in _batches(split, chosen, plan.batch_size, start, len(local)):
-            count = images.stop - images.start
-            image = batch["image"].reshape(-1, *batch["image"].shape[2:])[:count]
-            x_0 = data.to_x_0(image, objective.levels)
-            prior = jax.vmap(likelihood.prior_term, (None, 0))(last_row, x_0)
-            prior = likelihood.bits(prior.reshape(len(x_0), -1).mean(axis=1))
-            sums.arrays["prior"][images] = prior
-            under_way = []
-            for strata in calls:
-                under_way.append((strata, compiled(*shared, batch, strata)))
-                if len(under_way) > MAX_IN_FLIGHT:
-                    _read(sums, images, *under_way.pop(0))
-                bar.update(len(x_0) / len(calls))
-            for one in under_way:
-                _read(sums, images, *one)
-            sums.arrays["done"] = np.asarray(images.stop)
+        # no noise of training or sampling
+        bound_key, flow_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 3))
+        shared = devices.replicate((params, schedule, bound_key), self._devices)
+        for _ in self._add_bound(sums, shared, split):
             sums.save(progress, signature)
-            _tell("bound", bar, images.stop)
+        if plan.flow is not None:
+            shared = devices.replicate((params, schedule, flow_key), self._devices)
+            for _ in self._add_flow(sums, shared, split):
+                sums.save(progress, signature)
+
+        report = about | {"seed": seed, "step": step}
+        report |= summarise(sums, plan, self._objective.levels)
+        write_csv(sums, schedule, folder / "evaluation.csv")
+        plots.bound_terms(*_curve(sums, schedule), folder / "evaluation.png")
+        temporary = folder / "evaluation.json.tmp"
+        temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+        os.replace(temporary, folder / "evaluation.json")
+        return report
+
+    def _bound_of_batch(
+        self, params: PyTree, schedule: Schedule, key: Key[Array, ""], batch: dict, strata: Strata
+    ) -> tuple[Array, Terms]:
+        x_0 = data.to_x_0(batch["image"], self._objective.levels)
+        inputs = x_0, batch["label"], batch["index"], strata
+        clip = self._plan.clip_x_0
+        return bound_terms(self._model, self._objective, clip, params, schedule, key, *inputs)
+
+    def _add_bound(self, sums: Sums, shared: tuple, split: data.Split) -> Iterator[None]:
+        """Add the bound of a batch of images, and stop after it for what is there to be saved."""
+        plan, levels, schedule = self._plan, self._objective.levels, shared[1]
+        calls = list(_calls(stratify(len(schedule), plan.num_timesteps), plan.timesteps_per_call))
+        last_row = jax.tree.map(lambda leaf: np.asarray(leaf[-1]), schedule)
+        chosen, start = spread(plan.num_examples, len(split.images)), int(sums.arrays["done"])
+        with _bar("bound", plan.num_examples, start) as bar:
+            for images, batch in _batches(
+                split, chosen, plan.batch_size, start, len(self._devices)
+            ):
+                count = images.stop - images.start
+                image = batch["image"].reshape(-1, *batch["image"].shape[2:])[:count]
+                x_0 = data.to_x_0(image, levels)
+                prior = jax.vmap(likelihood.prior_term, (None, 0))(last_row, x_0)
+                prior = likelihood.bits(prior.reshape(len(x_0), -1).mean(axis=1))
+                sums.arrays["prior"][images] = prior
+                under_way = []
+                for strata in calls:
+                    under_way.append((strata, self._bound(*shared, batch, strata)))
+                    if len(under_way) > MAX_IN_FLIGHT:
+                        _read(sums, images, *under_way.pop(0))
+                    bar.update(len(x_0) / len(calls))
+                for one in under_way:
+                    _read(sums, images, *one)
+                sums.arrays["done"] = np.asarray(images.stop)
+                yield
+                _tell("bound", bar, images.stop)
+
+    def _flow_of_batch(
+        self, params: PyTree, schedule: Schedule, key: Key[Array, ""], batch: dict
+    ) -> Float[Array, " batch"]:
+        flow, levels = self._plan.flow, self._objective.levels
+        network = generate.Network(self._model, self._objective)
+        predict = generate.create_predict(network, params, batch["label"])
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
+        bin_keys, probe_keys = jax.vmap(jax.random.split)(keys).T
+        x_0 = data.to_x_0(batch["image"], levels)
+        if levels is not None:
+            x_0 = jax.vmap(functools.partial(likelihood.dequantise, levels=levels))(bin_keys, x_0)
+        log_likelihood = likelihood.flow_log_likelihood(
+            predict, schedule, flow.num_steps, flow.solver, flow.divergence, probe_keys, x_0
+        )
+        return likelihood.bits_per_dim(log_likelihood, x_0[0].size, levels)
+
+    def _add_flow(self, sums: Sums, shared: tuple, split: data.Split) -> Iterator[None]:
+        """Add the flow's likelihood of a batch of images, as ``_add_bound`` does."""
+        plan, flow = self._plan, self._plan.flow
+        chosen = spread(plan.num_examples, len(split.images))
+        chosen = chosen[spread(flow.num_examples, plan.num_examples)]  # the bound is known of them
+        start = int(sums.arrays["flow_done"])
+        with _bar("flow", flow.num_examples, start) as bar:
+            for images, batch in _batches(
+                split, chosen, plan.batch_size, start, len(self._devices)
+            ):
+                found = np.asarray(self._flow(*shared, batch)).reshape(-1)
+                found = found[: images.stop - images.start]
+                if not np.isfinite(found).all():
+                    raise NonFiniteLossError(f"images {images}: the flow gives {found} bits/dim")
+                sums.arrays["flow"][images] = found
+                sums.arrays["flow_done"] = np.asarray(images.stop)
+                yield
+                bar.update(images.stop - images.start)
+                _tell("flow", bar, images.stop)
 
 
 def _read(sums: Sums, images: slice, strata: Strata, found: tuple[Array, Terms]) -> None:
@@ -335,51 +380,6 @@ def _bar(name: str, total: int, start: int) -> tqdm:
 def _tell(name: str, bar: tqdm, done: int) -> None:
     if bar.disable:
         LOG.info("%s of %d/%d images", name, done, bar.total)
-
-
-def _evaluate_flow(
-    model: Model,
-    objective: Objective,
-    plan: EvaluationPlan,
-    sums: Sums,
-    shared: tuple,
-    split: data.Split,
-    local: list[jax.Device],
-    progress: pathlib.Path,
-    signature: str,
-) -> None:
-    flow, levels = plan.flow, objective.levels
-
-    def of_batch(
-        params: PyTree, schedule: Schedule, key: Key[Array, ""], batch: dict
-    ) -> Float[Array, " batch"]:
-        network = generate.Network(model, objective)
-        predict = generate.create_predict(network, params, batch["label"])
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
-        bin_keys, probe_keys = jax.vmap(jax.random.split)(keys).T
-        x_0 = data.to_x_0(batch["image"], levels)
-        if levels is not None:
-            x_0 = jax.vmap(functools.partial(likelihood.dequantise, levels=levels))(bin_keys, x_0)
-        log_likelihood = likelihood.flow_log_likelihood(
-            predict, schedule, flow.num_steps, flow.solver, flow.divergence, probe_keys, x_0
-        )
-        return likelihood.bits_per_dim(log_likelihood, x_0[0].size, levels)
-
-    compiled = jax.pmap(of_batch, "device", in_axes=(None, None, None, 0), devices=local)
-    chosen = spread(plan.num_examples, len(split.images))
-    chosen = chosen[spread(flow.num_examples, plan.num_examples)]  # the bound is known of them
-    start = int(sums.arrays["flow_done"])
-    with _bar("flow", flow.num_examples, start) as bar:
-        for images, batch in _batches(split, chosen, plan.batch_size, start, len(local)):
-            found = np.asarray(compiled(*shared, batch)).reshape(-1)
-            found = found[: images.stop - images.start]
-            if not np.isfinite(found).all():
-                raise NonFiniteLossError(f"images {images}: the flow gives {found} bits/dim")
-            sums.arrays["flow"][images] = found
-            sums.arrays["flow_done"] = np.asarray(images.stop)
-            sums.save(progress, signature)
-            bar.update(images.stop - images.start)
-            _tell("flow", bar, images.stop)
 
 
 def _batches(

@@ -62,6 +62,17 @@ class Experiment(NamedTuple):
     evaluation: EvaluationPlan
 
 
+def require_batches(config: ConfigDict) -> None:
+    """Refuse batches of nothing, which the number of devices is chosen by.
+
+    Raises:
+        ConfigError: a batch size below 1.
+    """
+    for section in ("train", "sampling", "evaluate"):
+        size = config[section].batch_size
+        require(size >= 1, f"config.{section}.batch_size", size, "at least 1")
+
+
 def create_experiment(config: ConfigDict) -> Experiment:
     """Build everything that needs neither the data nor a device.
 

@@ -1,5 +1,6 @@
 """Images out of a trained model: a plan's chain, guidance and editing, over the devices."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -154,6 +155,13 @@ class Generator:
             static_broadcasted_argnums=8,
             devices=self._devices,
         )
+
+    def of_schedule(self, schedule_of: Callable[[PyTree], Schedule], seed: int) -> "Generator":
+        """The same for another schedule and seed, which are arguments of what is compiled."""
+        other = copy.copy(self)
+        other._schedule_of = schedule_of
+        other._key = jax.random.fold_in(jax.random.key(seed), 2)
+        return other
 
     def label(self, indices: Int[Array, "..."] | Int[np.ndarray, "..."]) -> Array | None:
         """The class of each image; None where the network is told none."""

@@ -1,14 +1,14 @@
 """What a training run tells while it goes on, read from the devices late so that nothing waits."""
 
 import time
-from types import TracebackType
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from diffusion_jax import gallery, generate
+from diffusion_jax import devices, gallery, generate
 from diffusion_jax.config import RunError
 from diffusion_jax.metrics import MetricsWriter, Progress
 from diffusion_jax.workdir import Workdir
@@ -43,7 +43,8 @@ class Journal:
     """Reads each call's metrics when ``max_in_flight`` later ones are under way, and reports.
 
     Every process reads (a non-finite loss stops them all), the first one writes. ``since_log``
-    has the sums over the steps since the last record; a checkpoint keeps them.
+    has the sums over the steps since the last record; a checkpoint keeps them. ``read`` brings what
+    a call returned to the host; ``name`` tells runs apart that train at once.
     """
 
     def __init__(
@@ -53,10 +54,13 @@ class Journal:
         num_steps: int,
         batch_size: int,
         log_every_steps: int,
-        max_in_flight: int,
         since_log: dict[str, np.ndarray],
+        max_in_flight: int,
+        read: Callable[[StepMetrics], StepMetrics] = devices.local_copy,
+        name: str = "",
     ) -> None:
         self.since_log = since_log
+        self._to_host = read
         self._samples = workdir.samples
         self._num_steps = num_steps
         self._batch_size = batch_size
@@ -67,7 +71,7 @@ class Journal:
         self._clock: tuple[int, float] | None = None  # starts after the call that compiles
         is_writer = jax.process_index() == 0
         self._writer = MetricsWriter(workdir.path, start) if is_writer else None
-        self._progress = Progress(num_steps, start) if is_writer else None
+        self._progress = Progress(num_steps, start, name) if is_writer else None
 
     def add(self, step: int, metrics: StepMetrics, grid: generate.Grid | None) -> None:
         """Take what the call that ends at ``step`` will report; report what is due."""
@@ -87,7 +91,7 @@ class Journal:
 
     def _read(self) -> None:
         step, on_device, grid = self._in_flight.pop(0)
-        metrics = StepMetrics(*(np.asarray(leaf.addressable_data(0)) for leaf in on_device))
+        metrics = self._to_host(on_device)
         finite = np.isfinite(metrics.loss) & np.isfinite(metrics.gradient_norm)
         if not finite.all():
             bad = int(np.argmin(finite))
@@ -126,15 +130,8 @@ class Journal:
         self._writer.write(step, **record)
         self._progress.report(step, record["loss"], record.get("images_per_second", 0.0))
 
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Finish the records; what is under way is not waited for."""
         if self._writer is not None:
             self._writer.close()
             self._progress.close()

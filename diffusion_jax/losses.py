@@ -70,7 +70,7 @@ def decode_output(objective: Objective, row: Schedule, x_t: Example, output: Exa
 
 def example_loss(
     objective: Objective,
-    num_timesteps: int,
+    num_timesteps: int | Int[Array, ""],
     row: Schedule,
     noised: NoisedExample,
     output: Example,
@@ -138,9 +138,10 @@ def batch_losses(
 ) -> BatchLosses:
     """The losses at random timesteps; mean(weights losses) estimates the mean over all of them.
 
-    ``indices`` are the examples' places in the global batch of ``batch_size``.
+    ``indices`` are the examples' places in the global batch of ``batch_size``. Of a padded schedule
+    only the rows up to its T are drawn.
     """
-    num_timesteps = len(schedule)
+    num_timesteps = schedules.num_timesteps(schedule)
     common_key, example_key = jax.random.split(key)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(example_key, indices)
     timestep_keys, noise_keys, dropout_keys = jax.vmap(lambda k: jax.random.split(k, 3))(keys).T

@@ -113,10 +113,12 @@ class Progress:
     Args:
         num_steps: the step at which the run ends.
         resume_step: the step at which it starts.
+        name: of the run, where there are several.
     """
 
-    def __init__(self, num_steps: int, resume_step: int = 0) -> None:
+    def __init__(self, num_steps: int, resume_step: int = 0, name: str = "") -> None:
         self._num_steps = num_steps
+        self._prefix = f"{name}: " if name else ""
         # disable=None: silent where the stream is not a terminal.
         self._bar = tqdm(
             total=num_steps,
@@ -124,6 +126,7 @@ class Progress:
             disable=None,
             file=sys.stderr,
             unit="step",
+            desc=name or None,
             dynamic_ncols=True,
         )
 
@@ -135,7 +138,8 @@ class Progress:
         """Show the loss and the speed of the last logging interval."""
         if self._bar.disable:
             LOG.info(
-                "step %d/%d loss %.4f %.0f images/s",
+                "%sstep %d/%d loss %.4f %.0f images/s",
+                self._prefix,
                 step,
                 self._num_steps,
                 loss,

@@ -15,7 +15,7 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from diffusion_jax.spacings import GRIDS, SPACINGS
 
@@ -92,6 +92,7 @@ def clip_posterior_variance(schedule: Schedule) -> Schedule:
     """
     variance = schedule.posterior_variance
     following = jnp.concatenate([variance[..., 1:], schedule.beta[..., -1:]], axis=-1)
+    following = jnp.where(following > 0, following, schedule.beta)  # T = 1, padded
     clipped = jnp.where(variance > 0, variance, following)
     return dataclasses.replace(schedule, posterior_variance=clipped)
 
@@ -103,6 +104,28 @@ def with_terminal_row(schedule: Schedule) -> Schedule:
         terminal_row(),
         schedule,
     )
+
+
+def pad(schedule: Schedule, length: int) -> Schedule:
+    """A schedule with ``length`` rows, of which those past T are copies of row T.
+
+    Schedules of several T so have one shape, and one compiled function serves them: the mask of
+    the rows that count is row < ``num_timesteps``.
+
+    Raises:
+        ValueError: the schedule is longer already.
+    """
+    _check_length("length", length)
+    _check(
+        "length", length, length >= len(schedule), f"at least the {len(schedule)} rows there are"
+    )
+    more = length - len(schedule)
+    return jax.tree.map(lambda column: np.pad(column, (0, more), mode="edge"), schedule)
+
+
+def num_timesteps(schedule: Schedule) -> Int[Array, ""]:
+    """T of a schedule on its native grid, padded or not: what its last row is told."""
+    return jnp.asarray(schedule.timestep[-1], jnp.int32)
 
 
 def _array_module(*values: object) -> ModuleType:

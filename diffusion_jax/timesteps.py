@@ -15,6 +15,7 @@ UNIFORM_SHARE = 1e-3  # of the draws, so that no timestep is given up (iDDPM's c
 
 Rows = Int[Array, " batch"]
 Weights = Float[Array, " batch"]
+Timesteps = int | Int[Array, ""]  # how many
 
 
 class TimestepSampler(NamedTuple):
@@ -24,6 +25,7 @@ class TimestepSampler(NamedTuple):
     draw(state, key, keys, indices, batch_size, num_timesteps) -> rows 0..T-1 and the weights that
         make the weighted mean loss an unbiased estimate of the mean over all timesteps. ``key`` is
         common to the batch, ``keys`` and ``indices`` (places in the global batch) are per example.
+        ``num_timesteps`` may be traced, save where the state has a row for each.
     update(state, rows, losses) -> state, of the *global* batch.
     """
 
@@ -38,7 +40,7 @@ def uniform(
     keys: Key[Array, " batch"],
     indices: Int[Array, " batch"],
     batch_size: int,
-    num_timesteps: int,
+    num_timesteps: Timesteps,
 ) -> tuple[Rows, Weights]:
     """Independent uniform timesteps (DDPM algorithm 1, line 3)."""
     rows = jax.vmap(lambda k: jax.random.randint(k, (), 0, num_timesteps))(keys)
@@ -62,7 +64,7 @@ def low_discrepancy(
     keys: Key[Array, " batch"],
     indices: Int[Array, " batch"],
     batch_size: int,
-    num_timesteps: int,
+    num_timesteps: Timesteps,
 ) -> tuple[Rows, Weights]:
     """Evenly spread timesteps: floor(T u_i) of the times u_i that ``spread`` draws."""
     u = spread(key, indices, batch_size)
@@ -101,12 +103,12 @@ def importance(
     keys: Key[Array, " batch"],
     indices: Int[Array, " batch"],
     batch_size: int,
-    num_timesteps: int,
+    num_timesteps: Timesteps,
 ) -> tuple[Rows, Weights]:
     """Independent timesteps from ``importance_probabilities``, weighted by 1 / (T p_t)."""
     p = importance_probabilities(state)
-    rows = jax.vmap(lambda k: jax.random.choice(k, num_timesteps, p=p))(keys)
-    return rows, 1 / (num_timesteps * p[rows])
+    rows = jax.vmap(lambda k: jax.random.choice(k, len(p), p=p))(keys)
+    return rows, 1 / (len(p) * p[rows])
 
 
 def update_history(state: LossHistory, rows: Rows, losses: Weights) -> LossHistory:

@@ -1,9 +1,10 @@
 """The training loop: one compiled step on every device, logs one step late, exact resumes."""
 
+import functools
 import itertools
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from types import FrameType
 from typing import Any, NamedTuple
@@ -16,9 +17,9 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from diffusion_jax import data, devices
+from diffusion_jax import data, devices, schedules
 from diffusion_jax.checkpoint import Checkpoints, Restored
-from diffusion_jax.generate import Generator
+from diffusion_jax.generate import Generator, Grid
 from diffusion_jax.journal import NO_STEPS, QUARTILES, Journal, StepMetrics
 from diffusion_jax.losses import BatchLosses
 from diffusion_jax.models import Model
@@ -84,11 +85,28 @@ def ema_decay(plan: TrainingPlan, step: Int[Array, ""]) -> Float[Array, ""]:
     return jnp.minimum(plan.ema_decay, warm)
 
 
+class Exchange(NamedTuple):
+    """What devices that share a batch tell each other in a step."""
+
+    mean: Callable[[PyTree], PyTree]
+    sum: Callable[[PyTree], PyTree]
+    gather: Callable[[PyTree], PyTree]
+
+
+BETWEEN_DEVICES = Exchange(
+    lambda tree: lax.pmean(tree, "device"),
+    lambda tree: lax.psum(tree, "device"),
+    lambda tree: lax.all_gather(tree, "device", tiled=True),
+)
+ALONE = Exchange(*[lambda tree: tree] * 3)  # of a device that has the whole batch
+
+
 def train_step(
     batch_losses: Callable[..., BatchLosses],
     timesteps: TimestepSampler,
     plan: TrainingPlan,
     levels: int | None,
+    exchange: Exchange,
     state: TrainState,
     schedule: Schedule,
     key: Key[Array, ""],
@@ -114,21 +132,25 @@ def train_step(
 
     gradient, found = jax.grad(mean_loss, has_aux=True)(state.params)
     weighted = found.weights * found.losses
-    gradient, loss = lax.pmean((gradient, jnp.mean(weighted)), "device")
+    gradient, loss = exchange.mean((gradient, jnp.mean(weighted)))
     updates, opt_state = plan.optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = optax.incremental_update(params, state.ema, 1 - ema_decay(plan, state.step))
-    seen = lax.all_gather((found.rows, found.losses), "device", tiled=True)
+    seen = exchange.gather((found.rows, found.losses))
     timestep_state = timesteps.update(state.timestep_state, *seen)
 
-    quartile = jax.nn.one_hot(found.rows * QUARTILES // len(schedule), QUARTILES)
-    sums = lax.psum((weighted @ quartile, found.weights @ quartile), "device")
+    quartile = found.rows * QUARTILES // schedules.num_timesteps(schedule)
+    quartile = jax.nn.one_hot(quartile, QUARTILES)
+    sums = exchange.sum((weighted @ quartile, found.weights @ quartile))
     metrics = StepMetrics(loss, optax.tree.norm(gradient), *sums)
     return TrainState(state.step + 1, params, ema, opt_state, timestep_state), metrics
 
 
-def compile_steps(step: Callable[..., Any], used: list[jax.Device]) -> Callable[..., Any]:
-    """Several steps as one call on every device: batches are [device, step, example, ...].
+Steps = Callable[..., tuple[TrainState, StepMetrics]]
+
+
+def several_steps(step: Steps) -> Steps:
+    """Consecutive steps as one call: batches and metrics are [step, ...].
 
     One step is called as it is: XLA:CPU runs convolution gradients inside a scan 20 times slower.
     """
@@ -148,8 +170,13 @@ def compile_steps(step: Callable[..., Any], used: list[jax.Device]) -> Callable[
         state, metrics = body(state, jax.tree.map(lambda leaf: leaf[0], batches))
         return state, jax.tree.map(lambda leaf: leaf[None], metrics)
 
+    return steps
+
+
+def compile_steps(step: Steps, used: list[jax.Device]) -> Steps:
+    """Steps of a run on all devices: indices and batches are [device, ...], the rest is shared."""
     return jax.pmap(
-        steps,
+        several_steps(step),
         axis_name="device",
         in_axes=(None, None, None, 0, 0),
         out_axes=None,
@@ -184,6 +211,79 @@ class Stop:
         return self.signal is not None
 
 
+class Run:
+    """A training run under way, but for its state on the devices: where it stands and its records.
+
+    It goes on from the newest intact checkpoint, if there is one: ``step`` and ``state``, on the
+    host, are those that it begins with.
+    """
+
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        fresh: TrainState,
+        seed: int,
+        dataset: data.Dataset,
+        workdir: Workdir,
+        journal: Callable[..., Journal],
+        processes: tuple[int, int] = (0, 1),
+    ) -> None:
+        self._plan = plan
+        self._checkpoints = Checkpoints(workdir.checkpoints, plan.keep_last, plan.keep_best)
+        # what the next record is made of is saved too: a resumed run reports as one never stopped
+        kept = {**fresh._asdict(), "since_log": NO_STEPS}
+        self.step, saved = self._checkpoints.restore(kept) or Restored(0, kept)
+        self.state = TrainState(*(saved[name] for name in TrainState._fields))
+        if self.step:
+            LOG.info("resuming at step %d", self.step)
+        self._journal = journal(
+            workdir,
+            self.step,
+            plan.num_steps,
+            plan.batch_size,
+            plan.log_every_steps,
+            since_log=saved["since_log"],
+        )
+        split = dataset.train, plan.batch_size, seed, self.step, plan.flip
+        self._batches = data.batches(*split, *processes)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last step has been taken."""
+        return self.step >= self._plan.num_steps
+
+    def steps_to(self, multiple: int) -> int:
+        """Steps until the step number is a multiple, or the run ends."""
+        return min(multiple - self.step % multiple, self._plan.num_steps - self.step)
+
+    def batches(self, num_steps: int) -> Batch:
+        """The batches of the next steps: [step, example, ...]."""
+        batches = itertools.islice(self._batches, num_steps)
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+    def took(self, num_steps: int, metrics: StepMetrics, grid: Grid | None = None) -> None:
+        """Report steps that were begun; a grid is that of the state after them."""
+        self.step += num_steps
+        self._journal.add(self.step, metrics, grid)
+
+    @property
+    def is_checkpoint_due(self) -> bool:
+        """Whether the plan saves the state of this step."""
+        return self.is_done or self.step % self._plan.checkpoint_every_steps == 0
+
+    def save(self, state: TrainState) -> None:
+        """Save a state, which is on the host; nothing before its losses are known to be finite."""
+        self._journal.drain()
+        loss = self._journal.loss_since_save()
+        kept = {**state._asdict(), "since_log": self._journal.since_log}
+        self._checkpoints.save(self.step, kept, loss)
+
+    def close(self) -> None:
+        """Finish what is being saved, and the records."""
+        self._checkpoints.close()
+        self._journal.close()
+
+
 def train(
     plan: TrainingPlan,
     seed: int,
@@ -204,67 +304,54 @@ def train(
         NonFiniteLossError: naming the step; the last good checkpoint stays.
     """
     local = [device for device in used if device.process_index == jax.process_index()]
-    on_cpu = local[0].platform == "cpu"
-    steps_per_call = plan.steps_per_call or (1 if on_cpu else plan.steps_per_call_of_accelerators)
-    checkpoints = Checkpoints(workdir.checkpoints, plan.keep_last, plan.keep_best)
-    state = init_state(model, plan.optimizer, timesteps, len(schedule), seed)
-    # what the next record is made of is saved too: a resumed run reports as one never stopped
-    fresh = {**state._asdict(), "since_log": NO_STEPS}
-    start, saved = checkpoints.restore(fresh) or Restored(0, fresh)
-    since_log, state = saved["since_log"], TrainState(*(saved[name] for name in state._fields))
-    if start:
-        LOG.info("resuming at step %d", start)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    processes = jax.process_index(), jax.process_count()
+    fresh = init_state(model, plan.optimizer, timesteps, len(schedule), seed)
+    steps_per_call, in_flight = pace(plan, local)
+    journal = functools.partial(Journal, max_in_flight=in_flight)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(fresh.params))
     LOG.info("%s parameters, %d step(s) per call", f"{parameters:,}", steps_per_call)
 
-    key = jax.random.fold_in(jax.random.key(seed), 1)
-    state, schedule, key = devices.replicate((state, schedule, key), used)
-    steps = compile_steps(
-        lambda *inputs: train_step(batch_losses, timesteps, plan, dataset.levels, *inputs), used
-    )
-    processes = jax.process_index(), jax.process_count()
     indices = np.split(np.arange(plan.batch_size), processes[1])[processes[0]]
     indices = indices.reshape(len(local), -1)
-    batches = data.batches(dataset.train, plan.batch_size, seed, start, plan.flip, *processes)
-
-    in_flight = MAX_IN_FLIGHT_ON_CPU if on_cpu else MAX_IN_FLIGHT
-    journal = Journal(
-        workdir,
-        start,
-        plan.num_steps,
-        plan.batch_size,
-        plan.log_every_steps,
-        in_flight,
-        since_log,
-    )
-    # the first call is a short one if the run stopped where calls of another length ended
-    ends = range(start - start % steps_per_call, plan.num_steps + 1, steps_per_call)[1:]
-    done = start
-    with closing(checkpoints), closing(Stop()) as stop, journal:
-        for step in ends:
-            batch = _share(batches, step - done, len(local))
-            done = step
-            state, metrics = steps(state, schedule, key, indices, batch)
+    choices = batch_losses, timesteps, plan, dataset.levels, BETWEEN_DEVICES
+    steps = compile_steps(functools.partial(train_step, *choices), used)
+    with (
+        closing(Run(plan, fresh, seed, dataset, workdir, journal, processes)) as run,
+        closing(Stop()) as stop,
+    ):
+        state, schedule, key = devices.replicate((run.state, schedule, noise_key(seed)), used)
+        while not run.is_done and stop.signal is None:
+            # the first call is a short one if the run stopped where calls of another length ended
+            num_steps = run.steps_to(steps_per_call)
+            batches = spread(run.batches(num_steps), len(local))
+            state, metrics = steps(state, schedule, key, indices, batches)
+            step = run.step + num_steps
             grid = None
             if plan.sample_every_steps and step % plan.sample_every_steps == 0:
                 grid = generator.grid(state.ema)
-            journal.add(step, metrics, grid)
-            stopping = stop.asked(step)
-            if stopping or step % plan.checkpoint_every_steps == 0 or step == plan.num_steps:
-                journal.drain()  # nothing is saved before its losses are known to be finite
-                on_host = devices.local_copy(state)._asdict()
-                loss = journal.loss_since_save()
-                checkpoints.save(step, {**on_host, "since_log": journal.since_log}, loss)
-            if stopping:
-                break
+            run.took(num_steps, metrics, grid)
+            if stop.asked(step) or run.is_checkpoint_due:
+                run.save(devices.local_copy(state))
     return state, stop.signal
 
 
-def _share(batches: Iterator[Batch], num_steps: int, num_devices: int) -> Batch:
-    """The next batches as one call wants them: [device, step, example, ...]."""
+def noise_key(seed: int) -> Key[Array, ""]:
+    """The key of a run's noise, timesteps and dropout; a step folds its number in."""
+    return jax.random.fold_in(jax.random.key(seed), 1)
 
-    def spread(*leaves: np.ndarray) -> np.ndarray:
-        parts = [leaf.reshape(num_devices, -1, *leaf.shape[1:]) for leaf in leaves]
-        return np.stack(parts, axis=1)
 
-    return jax.tree.map(spread, *itertools.islice(batches, num_steps))
+def pace(plan: TrainingPlan, local: list[jax.Device]) -> tuple[int, int]:
+    """How many steps a call takes, and how many calls may be under way."""
+    if local[0].platform == "cpu":
+        return plan.steps_per_call or 1, MAX_IN_FLIGHT_ON_CPU
+    return plan.steps_per_call or plan.steps_per_call_of_accelerators, MAX_IN_FLIGHT
+
+
+def spread(batches: Batch, num_devices: int) -> Batch:
+    """Batches as every device wants its share: from [step, ...] to [device, step, ...]."""
+
+    def of_leaf(leaf: np.ndarray) -> np.ndarray:
+        parts = leaf.reshape(len(leaf), num_devices, -1, *leaf.shape[2:])
+        return np.swapaxes(parts, 0, 1)
+
+    return jax.tree.map(of_leaf, batches)

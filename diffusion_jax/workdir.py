@@ -55,8 +55,10 @@ class Workdir:
                 )
         return True
 
-    def lock(self) -> None:
+    def lock(self, shared: bool = False) -> None:
         """Create the folder and hold it until this process ends, kill -9 included.
+
+        Holds that are ``shared`` bear with each other, and not with one that is not.
 
         Raises:
             ConfigError: another run holds it, or it cannot be written.
@@ -67,7 +69,8 @@ class Workdir:
         except OSError as error:
             raise ConfigError(f"--workdir={self.path}: {error.strerror}") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"--workdir={self.path}: in use by another run") from None
 

@@ -13,7 +13,7 @@ from diffusion_jax import config as configuration
 from diffusion_jax import data, devices
 from diffusion_jax.config import ConfigError
 from diffusion_jax.experiment import create_experiment
-from diffusion_jax.train import TrainState, compile_steps, init_state, train_step
+from diffusion_jax.train import BETWEEN_DEVICES, TrainState, compile_steps, init_state, train_step
 
 SMALL = DIGITS | {
     "model.dropout": 0.3,
@@ -41,7 +41,7 @@ def create_steps(experiment, used):
 
     def step(*inputs):
         losses, timesteps = experiment.batch_losses, experiment.objective.timesteps
-        return train_step(losses, timesteps, plan, 17, *inputs)
+        return train_step(losses, timesteps, plan, 17, BETWEEN_DEVICES, *inputs)
 
     state = init_state(experiment.model, plan.optimizer, experiment.objective.timesteps, 10, 0)
     inputs = devices.replicate((state, experiment.schedule, jax.random.key(1)), used)

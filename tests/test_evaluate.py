@@ -15,7 +15,7 @@ from PIL import Image
 from runs import DIGITS, TOY2D, Run, arguments, assert_same, checkpoint, run
 
 from diffusion_jax import data, evaluate, schedules
-from diffusion_jax.evaluate import EvaluationPlan, FlowPlan
+from diffusion_jax.evaluate import EvaluationPlan, Evaluator, FlowPlan
 from diffusion_jax.journal import NonFiniteLossError
 from diffusion_jax.losses import Objective
 from diffusion_jax.models import Model
@@ -200,9 +200,9 @@ def test_a_term_that_is_not_finite_is_named(tmp_path):
 
     model = Model(lambda key: {"none": jnp.zeros(1)}, certain)
     split = data.Split(np.ones((8, 2), np.float32), None)
-    inputs = 0, {"none": jnp.zeros(1)}, 1, split, jax.devices()[:1], {}, tmp_path
+    evaluator = Evaluator(model, _objective(), plan, jax.devices()[:1])
     with pytest.raises(NonFiniteLossError, match=r"image \d+ at t = \d+"):
-        evaluate.evaluate(model, _objective(), schedule, plan, *inputs)
+        evaluator.evaluate(schedule, 0, {"none": jnp.zeros(1)}, 1, split, {}, tmp_path)
     assert not (tmp_path / "evaluation.npz").exists()
 
 
@@ -268,8 +268,8 @@ def test_the_bound_of_the_exact_chain_is_the_entropy(tmp_path, num_timesteps):
     plan = EvaluationPlan(512, num_timesteps, 256, 5, False, FlowPlan(64, 50, "rk4", "exact"))
     model = of_gaussian(schedule)
     params = model.init(jax.random.key(0))
-    inputs = 0, params, 1, data.Split(points, None), jax.devices()[:2], {}, tmp_path
-    found = evaluate.evaluate(model, _objective(), schedule, plan, *inputs)
+    evaluator = Evaluator(model, _objective(), plan, jax.devices()[:2])
+    found = evaluator.evaluate(schedule, 0, params, 1, data.Split(points, None), {}, tmp_path)
     entropy = np.log2(2 * np.pi * np.e * VARIANCE) / 2
     assert found["standard_error"] < 0.06
     assert abs(found["bits_per_dim"] - entropy) < 4 * found["standard_error"]

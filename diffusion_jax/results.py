@@ -1,0 +1,298 @@
+"""What an ablation found: the figures of every arm and seed, and how sure their differences are."""
+
+import csv
+import json
+import logging
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from diffusion_jax import comparison, data, evaluate, quality
+from diffusion_jax.comparison import Interval
+from diffusion_jax.grid import Ablation
+from diffusion_jax.grid import Job as Trained
+from diffusion_jax.quality import Classifier
+from diffusion_jax.schedules import Schedule
+
+LOG = logging.getLogger("diffusion_jax")
+
+BIN = 1.0  # of log SNR
+SHOWN_IMAGES = 16
+
+
+class Job(NamedTuple):
+    """One arm trained with one seed, and what came of it."""
+
+    seed: int
+    config_hash: str
+    folder: str  # relative to the workdir
+    step: int
+    steps: Int[np.ndarray, " records"]
+    # in training, means over the steps since the last record: of other schedules another average
+    losses: Float[np.ndarray, " records"]
+    bits: Float[np.ndarray, " images"]  # bits/dim of each test image
+    terms: dict[str, float]  # of the bound: L_T, L_1 to L_{T-1}, L_0, in bits/dim
+    density: Float[np.ndarray, " bins"]  # bits/dim per unit of log SNR (Figures.edges), L_0 apart
+    eps_error: Float[np.ndarray, " bins"]  # mean squared error of eps; nan: no timestep there
+    loss: float  # the mean of eps_error over the bins that every arm has
+    quality: Interval  # over the samples
+    pictures: UInt8[np.ndarray, "n h w c"]  # the first samples: equal noise in every arm
+
+
+class Figure(NamedTuple):
+    """A figure of an arm, over its seeds, and how far it is from that of the reference arm."""
+
+    mean: Interval
+    difference: Interval | None  # to the reference arm, in pairs; None: it is the reference arm
+    mark: str  # "best", "better", "worse" or "": what the intervals of differences allow to say
+
+
+class Arm(NamedTuple):
+    """One choice of the fields that are ablated."""
+
+    name: str  # "s=0.008"
+    fields: dict[str, Any]  # {"schedule.s": 0.008}
+    title: str  # the schedule with all its arguments
+    schedule: Schedule
+    jobs: tuple[Job, ...]
+    figures: dict[str, Figure]  # of FIGURES; smaller is better for each
+
+
+class Results(NamedTuple):
+    """All that a report shows."""
+
+    dataset: str
+    levels: int
+    reference: str  # the name of an arm
+    swept: str | None  # the one field, a number, that arms differ in: "schedule.s"
+    arms: tuple[Arm, ...]
+    edges: Float[np.ndarray, " bins_and_1"]  # of the bins of log SNR
+    distance: str  # of the sample quality: "frechet", "kernel"
+    command: str
+    versions: dict[str, str]
+    facts: dict[str, str]  # what else belongs to the record: "parameters": "701,345"
+    notes: tuple[str, ...]  # sentences that qualify the figures
+
+
+# Of each arm, the heading of a report and its unit; in all of them less is better.
+FIGURES: dict[str, tuple[str, str]] = {
+    "bits_per_dim": ("bound", "bits/dim"),
+    "quality": ("sample quality", "classifier distance"),
+    # not the loss of training, which is an average over other log SNRs with every schedule
+    "loss": ("error of eps", "mean square over the log SNRs that all arms have"),
+}
+
+
+def collect(
+    ablation: Ablation,
+    folders: Sequence[pathlib.Path],
+    path: pathlib.Path,
+    dataset: data.Dataset,
+    classifier: Classifier,
+    command: str,
+    versions: dict[str, str],
+    facts: dict[str, str],
+) -> Results:
+    """Read what the jobs left in their folders, and compare the arms."""
+    experiments = [job.experiment for job in ablation.jobs]
+    edges = bin_edges([experiment.schedule for experiment in experiments])
+    real = data.to_x_0(dataset.test.images[:], dataset.levels)
+    real = quality.features(classifier, real)
+    jobs, features = [], []
+    for job, folder in zip(ablation.jobs, folders):
+        found, of_samples = _read(job, folder, path, edges, ablation.distance, classifier, real)
+        jobs.append(found)
+        features.append(of_samples)
+    common = np.isfinite([job.eps_error for job in jobs]).all(axis=0)
+    jobs = [job._replace(loss=float(job.eps_error[common].mean())) for job in jobs]
+
+    names = [job.arm.name for job in ablation.jobs]
+    by_arm = {name: [job for job, n in zip(jobs, names) if n == name] for name in names}
+    values = {
+        "bits_per_dim": {n: np.stack([job.bits for job in arm]) for n, arm in by_arm.items()},
+        "quality": {n: np.array([job.quality.value for job in arm]) for n, arm in by_arm.items()},
+        "loss": {n: np.array([job.loss for job in arm]) for n, arm in by_arm.items()},
+    }
+    figures = {name: compare(of_arms, ablation.reference) for name, of_arms in values.items()}
+    num_seeds = len(by_arm[names[0]])
+    if num_seeds == 1:  # the samples themselves are paired, and say something
+        of_one = dict(zip(names, features))
+        figures["quality"] = _compare_samples(
+            {name: arm[0].quality for name, arm in by_arm.items()},
+            of_one,
+            real,
+            ablation.reference,
+            ablation.distance,
+        )
+    trained = {job.arm.name: job for job in reversed(ablation.jobs)}
+    arms = tuple(
+        Arm(
+            name,
+            trained[name].arm.fields,
+            trained[name].experiment.schedule_title,
+            trained[name].experiment.schedule,
+            tuple(by_arm[name]),
+            {figure: of_arms[name] for figure, of_arms in figures.items()},
+        )
+        for name in by_arm
+    )
+    return Results(
+        dataset.name,
+        dataset.levels,
+        ablation.reference,
+        _swept(arms),
+        arms,
+        edges,
+        ablation.distance,
+        command,
+        versions,
+        facts,
+        _notes(ablation, num_seeds, dataset, common, edges),
+    )
+
+
+def bin_edges(all_schedules: Sequence[Schedule]) -> Float[np.ndarray, " edges"]:
+    """Bins of log SNR that hold every timestep of every schedule, ends at whole numbers."""
+    log_snr = np.concatenate([np.asarray(schedule.log_snr) for schedule in all_schedules])
+    log_snr = log_snr[np.isfinite(log_snr)]  # zero terminal SNR
+    start, stop = math.floor(log_snr.min() / BIN), math.ceil(log_snr.max() / BIN)
+    return BIN * np.arange(start, max(stop, start + 1) + 1)
+
+
+def density(
+    edges: Float[np.ndarray, " edges"],
+    log_snr: Float[np.ndarray, " timesteps"],
+    bits: Float[np.ndarray, " timesteps"],
+) -> Float[np.ndarray, " bins"]:
+    """The bits of t = 2 .. T per unit of log SNR, the term of t spread from SNR(t) to SNR(t-1).
+
+    Its integral is their sum, whatever the schedule: that of the bound in continuous time, in which
+    only the ends of a schedule count (Kingma et al. 2021, VDM, eq. 18).
+    """
+    inside = np.clip(log_snr, edges[0], edges[-1])
+    low, high = inside[1:], inside[:-1]
+    overlap = np.minimum(high[:, None], edges[1:]) - np.maximum(low[:, None], edges[:-1])
+    share = np.maximum(overlap, 0) / np.maximum(high - low, 1e-12)[:, None]
+    return bits[1:] @ share / np.diff(edges)
+
+
+def _read(
+    job: Trained,
+    folder: pathlib.Path,
+    path: pathlib.Path,
+    edges: Float[np.ndarray, " edges"],
+    distance: str,
+    classifier: Classifier,
+    real: Float[np.ndarray, "m d"],
+) -> tuple[Job, Float[np.ndarray, "n d"]]:
+    """The figures of a job, and the features of its samples."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    report = json.loads((folder / "evaluation.json").read_text())
+    with np.load(folder / "evaluation.npz") as arrays:
+        bits = arrays["prior"] + arrays["middle"] + arrays["decoder"]
+    with (folder / "evaluation.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+    schedule = job.experiment.schedule
+    log_snr = np.asarray(schedule.log_snr, np.float64)
+    timestep = columns["t"].astype(int) - 1
+    # a timestep stands for its stratum, of which each image saw one
+    strata = evaluate.stratify(len(schedule), report["num_timesteps_per_example"])
+    size = np.repeat(strata.size, strata.size)
+    bits_of = np.zeros(len(schedule))
+    drawn = columns["images"] * size[timestep] / report["num_examples"]
+    bits_of[timestep] = columns["bits_per_dim"] * drawn
+    place = np.clip(np.digitize(log_snr[timestep], edges) - 1, 0, len(edges) - 2)
+    weight = np.bincount(place, columns["images"], len(edges) - 1)
+    error = np.bincount(place, columns["images"] * columns["mse_eps"], len(edges) - 1)
+    with np.errstate(invalid="ignore"):
+        eps_error = error / weight
+    with np.load(folder / "samples" / "samples.npz") as arrays:
+        pictures = arrays["images"]
+    x_0 = data.from_uint8(pictures, classifier.levels)
+    features = quality.features(classifier, x_0)
+    found = quality.with_interval(distance, features, real, seed=0)
+    return (
+        Job(
+            job.seed,
+            job.config_hash,
+            str(folder.relative_to(path)),
+            report["step"],
+            np.array([record["step"] for record in records]),
+            np.array([record["loss"] for record in records]),
+            bits,
+            {name: term["bits_per_dim"] for name, term in report["terms"].items()},
+            density(edges, log_snr, bits_of),
+            eps_error,
+            math.nan,
+            Interval(*found),
+            pictures[:SHOWN_IMAGES],
+        ),
+        features,
+    )
+
+
+def compare(values: dict[str, np.ndarray], reference: str) -> dict[str, Figure]:
+    """A figure of every arm, and how far it is from the reference arm's."""
+    marks = comparison.marks(values, reference)
+    return {
+        name: Figure(
+            comparison.mean_interval(of_arm),
+            None if name == reference else comparison.paired_difference(of_arm, values[reference]),
+            marks[name],
+        )
+        for name, of_arm in values.items()
+    }
+
+
+def _compare_samples(
+    found: dict[str, Interval],
+    features: dict[str, np.ndarray],
+    real: Float[np.ndarray, "m d"],
+    reference: str,
+    distance: str,
+) -> dict[str, Figure]:
+    """As ``compare``, of one seed: intervals over the samples, which have the same noise."""
+    differences = {
+        name: Interval(
+            *quality.paired_difference(distance, features[name], features[reference], real, seed=0)
+        )
+        for name in found
+        if name != reference
+    }
+    return {name: Figure(interval, differences.get(name), "") for name, interval in found.items()}
+
+
+def _swept(arms: Sequence[Arm]) -> str | None:
+    """The one field in which all arms differ, if it is a number."""
+    fields = {tuple(arm.fields) for arm in arms}
+    if len(fields) != 1 or len(arms[0].fields) != 1:
+        return None
+    (name,) = arms[0].fields
+    values = [arm.fields[name] for arm in arms]
+    is_number = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    return name if is_number else None
+
+
+def _notes(
+    ablation: Ablation,
+    num_seeds: int,
+    dataset: data.Dataset,
+    common: np.ndarray,
+    edges: np.ndarray,
+) -> tuple[str, ...]:
+    """What a reader has to know of the figures."""
+    notes = [
+        f"Pixels have {dataset.levels} levels: a bin is 2/{dataset.levels - 1} of the range "
+        "[-1, 1], and sqrt(beta_1) is to be seen beside it.",
+    ]
+    if num_seeds == 1:
+        notes.append(
+            "There is one seed: the intervals are over test images or samples alone, and say "
+            "nothing of how much two trainings of the same arm differ."
+        )
+    return tuple(notes)
