@@ -29,8 +29,8 @@ def get_config() -> ConfigDict:
     config.checkpoint.keep_best = 0
     config.sampling.num_images = 300
     config.sampling.batch_size = 150
-    config.sampling.num_steps = 100
+    config.sampling.num_steps = 50
     config.sampling.num_frames = 0
-    config.evaluate.num_timesteps = 100
+    config.evaluate.num_timesteps = 50
     config.evaluate.batch_size = 100
     return config

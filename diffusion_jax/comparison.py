@@ -106,14 +106,20 @@ def marks(values: dict[str, Values], reference: str, level: float = 0.95) -> dic
     """
     require("reference", reference, lambda name: name in values, f"one of {', '.join(values)}")
     differences = _against(reference, values, level)
-    found = dict.fromkeys(values, "")
+    del differences[reference]
+    found = marks_of(differences, reference)
+    return {name: found[name] for name in values}
+
+
+def marks_of(differences: dict[str, Interval], reference: str) -> dict[str, str]:
+    """``marks`` by the differences of the other arms to the reference arm."""
+    found = dict.fromkeys([*differences, reference], "")
     for name, difference in differences.items():
         if excludes_zero(difference):
             found[name] = "worse" if difference.low > 0 else "better"
-    others = [found[name] for name in values if name != reference]
-    if others and all(mark == "worse" for mark in others):
+    if differences and all(found[name] == "worse" for name in differences):
         found[reference] = "best"
-    lowest = min(differences, key=lambda name: differences[name].value)
+    lowest = min(differences, key=lambda name: differences[name].value, default=reference)
     if found[lowest] == "better":
         found[lowest] = "best"
     return found

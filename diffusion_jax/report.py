@@ -132,10 +132,11 @@ def _page(results: Results) -> dict[str, Any]:
 
 
 def _breakable(name: str) -> "Markup":
-    """A name whose line may end after a comma, spaces or not."""
+    """A name whose line may end between its parts: "schedule.", "s=", "0.008,"."""
     from markupsafe import Markup, escape
 
-    return Markup("<wbr>").join(escape(part) for part in re.findall(r"[^,]+,?|,", name))
+    parts = re.split(r"(?<=[,=])|(?<=\.)(?=[A-Za-z])", name)
+    return Markup("<wbr>").join(escape(part) for part in parts)
 
 
 def _plain(value: object) -> str:

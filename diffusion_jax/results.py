@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, UInt8
 
 from diffusion_jax import comparison, data, evaluate, quality
 from diffusion_jax.comparison import Interval
+from diffusion_jax.config import RunError
 from diffusion_jax.grid import Ablation
 from diffusion_jax.grid import Job as Trained
 from diffusion_jax.quality import Classifier
@@ -36,7 +37,7 @@ class Job(NamedTuple):
     losses: Float[np.ndarray, " records"]
     bits: Float[np.ndarray, " images"]  # bits/dim of each test image
     terms: dict[str, float]  # of the bound: L_T, L_1 to L_{T-1}, L_0, in bits/dim
-    density: Float[np.ndarray, " bins"]  # bits/dim per unit of log SNR (Figures.edges), L_0 apart
+    density: Float[np.ndarray, " bins"]  # bits/dim per unit of log SNR (Results.edges), L_0 apart
     eps_error: Float[np.ndarray, " bins"]  # mean squared error of eps; nan: no timestep there
     loss: float  # the mean of eps_error over the bins that every arm has
     quality: Interval  # over the samples
@@ -83,7 +84,7 @@ FIGURES: dict[str, tuple[str, str]] = {
     "bits_per_dim": ("bound", "bits/dim"),
     "quality": ("sample quality", "classifier distance"),
     # not the loss of training, which is an average over other log SNRs with every schedule
-    "loss": ("error of eps", "mean square over the log SNRs that all arms have"),
+    "loss": ("error of eps", "mean over the common log SNRs"),
 }
 
 
@@ -97,7 +98,11 @@ def collect(
     versions: dict[str, str],
     facts: dict[str, str],
 ) -> Results:
-    """Read what the jobs left in their folders, and compare the arms."""
+    """Read what the jobs left in their folders, and compare the arms.
+
+    Raises:
+        RunError: no log SNR is common to all arms.
+    """
     experiments = [job.experiment for job in ablation.jobs]
     edges = bin_edges([experiment.schedule for experiment in experiments])
     real = data.to_x_0(dataset.test.images[:], dataset.levels)
@@ -108,6 +113,8 @@ def collect(
         jobs.append(found)
         features.append(of_samples)
     common = np.isfinite([job.eps_error for job in jobs]).all(axis=0)
+    if not common.any():
+        raise RunError("no log SNR is common to all arms: they cannot be compared")
     jobs = [job._replace(loss=float(job.eps_error[common].mean())) for job in jobs]
 
     names = [job.arm.name for job in ablation.jobs]
@@ -264,7 +271,8 @@ def _compare_samples(
         for name in found
         if name != reference
     }
-    return {name: Figure(interval, differences.get(name), "") for name, interval in found.items()}
+    marks = comparison.marks_of(differences, reference)
+    return {name: Figure(found[name], differences.get(name), marks[name]) for name in found}
 
 
 def _swept(arms: Sequence[Arm]) -> str | None:
