@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # while training it is a request to save, see train.Stop
+    except KeyboardInterrupt:  # while training it is a request to save, see stop.Stop
         print("interrupted", file=sys.stderr)
         return 130
 
@@ -185,6 +185,7 @@ def run_ablation(config: ConfigDict, path: pathlib.Path, command: str) -> int:
     require_batches(config)
     num_jobs = grid.count_jobs(config)
     side_by_side = config.ablate.parallel in ablate.SIDE_BY_SIDE
+    side_by_side |= config.ablate.parallel == "auto" and num_jobs >= devices.count_cores()
     devices.start(
         config.num_devices,
         config.train.batch_size,

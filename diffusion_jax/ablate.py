@@ -25,6 +25,7 @@ from jaxtyping import Int, PyTree
 
 from diffusion_jax import data, devices, evaluate, quality, results, schedules
 from diffusion_jax.checkpoint import restore_average
+from diffusion_jax.comparison import Interval
 from diffusion_jax.config import RunError, require
 from diffusion_jax.evaluate import Evaluator
 from diffusion_jax.experiment import create_job
@@ -34,13 +35,13 @@ from diffusion_jax.grid import Ablation, Job
 from diffusion_jax.journal import Journal, NonFiniteLossError
 from diffusion_jax.report import write_csv, write_report
 from diffusion_jax.results import Results
+from diffusion_jax.stop import Stop
 from diffusion_jax.train import (
     ALONE,
     BETWEEN_DEVICES,
     Batch,
     Run,
     Steps,
-    Stop,
     compile_steps,
     init_state,
     noise_key,
@@ -160,7 +161,7 @@ def create_slots(
 
 def folder_of(job: Job, path: pathlib.Path) -> Workdir:
     """Where a job lies in the folder of an ablation."""
-    return Workdir(path / "arms" / job.arm.name / f"seed_{job.seed}")
+    return Workdir(Workdir(path).arms / job.arm.name / f"seed_{job.seed}")
 
 
 def title_of(job: Job) -> str:
@@ -253,16 +254,22 @@ def describe(found: Results) -> str:
     """The table of arms, as lines that a run prints."""
     lines = []
     for name, (title, unit) in results.FIGURES.items():
-        lines.append(f"{title} ({unit}), 95 % intervals, and the paired difference")
+        lines.append(f"{title} ({unit}) with 95 % intervals, and the paired difference")
         for arm in found.arms:
             mean, difference, mark = arm.figures[name]
-            text = f"  {arm.name:24} {mean.value:9.4f} [{mean.low:.4f}, {mean.high:.4f}]"
+            text = f"  {arm.name:24} {mean.value:9.4f} {_ends(mean)}  "
             if difference is None:
-                text += "  the reference"
+                text += "the reference"
             else:
-                text += f"  {difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+                text += f"{difference.value:+.4f} {_ends(difference)}"
             lines.append(f"{text}  {mark}".rstrip())
     return "\n".join(lines)
+
+
+def _ends(interval: Interval) -> str:
+    if np.isinf(interval.low):
+        return "[no interval of one seed]"
+    return f"[{interval.low:.4f}, {interval.high:.4f}]"
 
 
 def _parallel(ablation: Ablation, used: list[jax.Device]) -> tuple[str, int]:
@@ -340,10 +347,11 @@ def train_jobs(
         for group in group_jobs(jobs):
             slots = create_slots(parallel, per_device, group, dataset.levels, used)
             with closing(_Training(group, slots, dataset, path, used)) as training:
-                while stop.signal is None and training.fill():
-                    training.advance(stop)
+                stopping = False
+                while not stopping and training.fill():
+                    stopping = training.advance(stop)
                 failed += training.failed
-            if stop.signal is not None:
+            if stopping:
                 return stop.signal
     if failed:
         raise FailedJobsError("; ".join(failed))
@@ -409,8 +417,11 @@ class _Training:
         LOG.info("training %s; %d more are waiting", title, len(self._waiting))
         return Run(plan, fresh, job.seed, self._dataset, folder, journal)
 
-    def advance(self, stop: Stop) -> None:
-        """Take steps in every slot, to the first end of a call; save and end what is due."""
+    def advance(self, stop: Stop) -> bool:
+        """Take steps in every slot, to the first end of a call; save and end what is due.
+
+        Returns whether to stop now, when everything is saved.
+        """
         num_steps = min(run.steps_to(self._steps_per_call) for _, run in self._runs.values())
         batches = {slot: run.batches(num_steps) for slot, (_, run) in self._runs.items()}
         donor = next(iter(batches))
@@ -419,10 +430,11 @@ class _Training:
         state, schedule, key = self._inputs
         state, metrics = self._slots.steps(state, schedule, key, self._slots.indices, batches)
         self._inputs = state, schedule, key
+        stopping = stop.asked(0)
         for slot, (job, run) in tuple(self._runs.items()):
             try:
                 run.took(num_steps, metrics)
-                if run.is_checkpoint_due or stop.asked(run.step):
+                if stopping or run.is_checkpoint_due:
                     run.save(self._slots.get(slot, state))
                 ended = run.is_done
             except NonFiniteLossError as error:
@@ -432,6 +444,7 @@ class _Training:
             if ended:
                 self._runs.pop(slot)
                 run.close()
+        return stopping
 
     def close(self) -> None:
         """Let go of the runs that are under way."""

@@ -44,7 +44,7 @@ def start(
     require(at_least_1, "config.num_devices", num_devices, "at least 1")
     processes = _number_of(NUM_PROCESSES) if distributed and NUM_PROCESSES in os.environ else 1
     require(processes >= 1, NUM_PROCESSES, processes, "at least 1")
-    cores = _count_cores()
+    cores = count_cores()
     on_cpu = min(num_jobs, cores) if num_jobs else _devices_for(batch_size // processes, cores)
     on_cpu = num_devices or on_cpu
     flags = os.environ.get("XLA_FLAGS", "")
@@ -76,11 +76,12 @@ def start_compilation_cache(folder: str | None) -> None:
 def log(devices: list[jax.Device]) -> None:
     """Say what the run uses."""
     platform = jax.default_backend()
-    note = f" of {_count_cores()} cores" if platform == "cpu" else ""
+    note = f" of {count_cores()} cores" if platform == "cpu" else ""
     LOG.info("%d %s devices%s, %d process(es)", len(devices), platform, note, jax.process_count())
 
 
-def _count_cores() -> int:
+def count_cores() -> int:
+    """The CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

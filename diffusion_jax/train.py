@@ -3,10 +3,8 @@
 import functools
 import itertools
 import logging
-import signal
 from collections.abc import Callable
 from contextlib import closing
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from diffusion_jax import data, devices, schedules
@@ -24,6 +21,7 @@ from diffusion_jax.journal import NO_STEPS, QUARTILES, Journal, StepMetrics
 from diffusion_jax.losses import BatchLosses
 from diffusion_jax.models import Model
 from diffusion_jax.schedules import Schedule
+from diffusion_jax.stop import Stop
 from diffusion_jax.timesteps import TimestepSampler
 from diffusion_jax.workdir import Workdir
 
@@ -185,32 +183,6 @@ def compile_steps(step: Steps, used: list[jax.Device]) -> Steps:
     )
 
 
-class Stop:
-    """SIGTERM and SIGINT as a question that the loop asks between steps.
-
-    Of several processes jax's preemption service hears the SIGTERM, if nobody else handles it.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-        self._before = {number: signal.signal(number, self._remember) for number in numbers}
-
-    def close(self) -> None:
-        """Let signals do again what they did before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-
-    def asked(self, step: int) -> bool:
-        """Whether to stop now; several processes agree on the step through jax."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.signal = signal.SIGTERM
-        return self.signal is not None
-
-
 class Run:
     """A training run under way, but for its state on the devices: where it stands and its records.
 
@@ -229,6 +201,7 @@ class Run:
         processes: tuple[int, int] = (0, 1),
     ) -> None:
         self._plan = plan
+        self._workdir = workdir  # whose lock is held while the run lives
         self._checkpoints = Checkpoints(workdir.checkpoints, plan.keep_last, plan.keep_best)
         # what the next record is made of is saved too: a resumed run reports as one never stopped
         kept = {**fresh._asdict(), "since_log": NO_STEPS}
@@ -320,7 +293,8 @@ def train(
         closing(Stop()) as stop,
     ):
         state, schedule, key = devices.replicate((run.state, schedule, noise_key(seed)), used)
-        while not run.is_done and stop.signal is None:
+        stopping = False
+        while not (run.is_done or stopping):
             # the first call is a short one if the run stopped where calls of another length ended
             num_steps = run.steps_to(steps_per_call)
             batches = spread(run.batches(num_steps), len(local))
@@ -330,7 +304,8 @@ def train(
             if plan.sample_every_steps and step % plan.sample_every_steps == 0:
                 grid = generator.grid(state.ema)
             run.took(num_steps, metrics, grid)
-            if stop.asked(step) or run.is_checkpoint_due:
+            stopping = stop.asked(step)
+            if stopping or run.is_checkpoint_due:
                 run.save(devices.local_copy(state))
     return state, stop.signal
 

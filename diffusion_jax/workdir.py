@@ -30,6 +30,7 @@ class Workdir:
         self.path = pathlib.Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
+        self.arms = self.path / "arms"  # of an ablation
         self._record = self.path / "config.json"
         self._lock = None
 
@@ -37,10 +38,15 @@ class Workdir:
         """Whether a run is there already; it must agree with ``config`` in the ``fixed`` fields.
 
         Raises:
-            ConfigError: the path is a file, or the run there has another value in a fixed field.
+            ConfigError: the path is a file, or holds an ablation, or the run there has another
+                value in a fixed field.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"--workdir={self.path}: is a file")
+        if self.arms.exists():
+            raise ConfigError(
+                f"--workdir={self.path}: holds an ablation; its runs are the folders in {self.arms}"
+            )
         if not self._record.exists():
             return False
         try:
