@@ -198,6 +198,7 @@ def run_ablation(config: ConfigDict, path: pathlib.Path, command: str) -> int:
     folder = workdir.Workdir(path)
     ablate.check(ablation, folder, used)
     dataset = data.load(config.dataset)
+    ablate.check_data(ablation, dataset)
     devices.start_compilation_cache(config.compilation_cache)
     folder.lock(shared=ablation.is_shard)
     devices.log(used)

@@ -150,7 +150,7 @@ def get_config() -> ConfigDict:
     config.ablate.seeds = (0, 1, 2)  # each arm is trained with each of them
     config.ablate.reference = placeholder(str)  # the arm others are compared to; unset: the first
     # device: an arm on each device; sequence: one after another, each over all devices; vmap:
-    # several on each device; unset: what ``ablate.choose_parallel`` says of the platform
+    # several on each device; auto: what ``ablate.choose_parallel`` says of the platform
     config.ablate.parallel = "auto"
     config.ablate.arms_per_device = placeholder(int)  # of vmap; unset: all, 8 at most
     config.ablate.shard = placeholder(str)  # "i/n": only this share of the jobs, without a report

@@ -4,7 +4,7 @@ The network of configs/mnist.py and a tenth of its steps, on one accelerator (no
 
     python main.py --config=configs/mnist_offset.py --workdir=runs/offset --mode=ablate
 
-On two CPU cores, five offsets and a smaller network (time and results: docs/RESULTS.md):
+On two CPU cores, four offsets and a smaller network (time and results: docs/RESULTS.md):
 
     python main.py --config=configs/mnist_offset.py --workdir=runs/offset_cpu --mode=ablate \
         --config.model.width=16 --config.model.channel_multipliers='(1,2,6)' \
@@ -13,7 +13,8 @@ On two CPU cores, five offsets and a smaller network (time and results: docs/RES
         --config.optimizer.learning_rate=2e-3 --config.optimizer.warmup_steps=100 \
         --config.ema.decay=0.99 --config.train.batch_size=64 --config.train.num_steps=300 \
         --config.ablate.grid=schedule.s=0,0.008,0.02,0.1 \
-        --config.sampling.num_images=300 --config.evaluate.num_examples=200
+        --config.ablate.distance=kernel \
+        --config.sampling.num_images=200 --config.evaluate.num_examples=100
 """
 
 from ml_collections import ConfigDict

@@ -6,6 +6,7 @@ the compiled step, of which the schedule, the seed and the state are arguments.
 """
 
 import functools
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -26,7 +27,7 @@ from jaxtyping import Int, PyTree
 from diffusion_jax import data, devices, evaluate, quality, results, schedules
 from diffusion_jax.checkpoint import restore_average
 from diffusion_jax.comparison import Interval
-from diffusion_jax.config import RunError, require
+from diffusion_jax.config import ConfigError, RunError, require
 from diffusion_jax.evaluate import Evaluator
 from diffusion_jax.experiment import create_job
 from diffusion_jax.gallery import write_samples
@@ -54,6 +55,14 @@ from diffusion_jax.workdir import OF_THE_TRAINING, Workdir
 
 LOG = logging.getLogger("diffusion_jax")
 
+# What the figures of a job are read from.
+SCORED_FILES = (
+    "metrics.jsonl",
+    "evaluation.json",
+    "evaluation.csv",
+    "evaluation.npz",
+    "samples/samples.npz",
+)
 SIDE_BY_SIDE = ("device", "vmap")  # every device has whole batches
 MAX_ARMS_PER_DEVICE = 8  # of vmap, where the config leaves it open
 
@@ -103,10 +112,12 @@ def side_by_side(step: Steps, batch_size: int, used: list[jax.Device], per_devic
     shape = len(used), per_device
 
     def put(trees: Sequence[PyTree]) -> PyTree:
-        stacked = jax.tree.map(
-            lambda *leaves: jnp.stack(leaves).reshape(*shape, *leaves[0].shape), *trees
-        )
-        return devices.divide(stacked, used)
+        def stack(*leaves: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+            # on the host, but for keys: there may be more than one device holds
+            module = jnp if jnp.issubdtype(leaves[0].dtype, jax.dtypes.prng_key) else np
+            return module.stack(leaves).reshape(*shape, *leaves[0].shape)
+
+        return devices.divide(jax.tree.map(stack, *trees), used)
 
     def put_batches(batches: Sequence[Batch]) -> Batch:
         return jax.tree.map(
@@ -128,7 +139,9 @@ def side_by_side(step: Steps, batch_size: int, used: list[jax.Device], per_devic
     return Slots(num, compiled, np.arange(batch_size), put, put_batches, get)
 
 
-def choose_parallel(parallel: str, arms_per_device: int | None, num_jobs: int) -> tuple[str, int]:
+def choose_parallel(
+    parallel: str, arms_per_device: int | None, num_jobs: int, num_devices: int
+) -> tuple[str, int]:
     """How jobs run, and how many on a device; "auto" is what is fastest.
 
     On a CPU an arm on each device is, save where there are fewer arms than devices, by 15 % for
@@ -137,11 +150,11 @@ def choose_parallel(parallel: str, arms_per_device: int | None, num_jobs: int) -
     """
     chosen = parallel
     if parallel == "auto":
-        on_cpu = "device" if num_jobs >= jax.local_device_count() else "sequence"
+        on_cpu = "device" if num_jobs >= num_devices else "sequence"
         chosen = on_cpu if jax.default_backend() == "cpu" else "vmap"
     if chosen != "vmap":
         return chosen, 1
-    most = -(-num_jobs // jax.local_device_count())
+    most = -(-num_jobs // num_devices)
     return chosen, min(most, arms_per_device or MAX_ARMS_PER_DEVICE)
 
 
@@ -183,13 +196,27 @@ def check(ablation: Ablation, folder: Workdir, used: list[jax.Device]) -> None:
         "a folder for an ablation: a single run is in it",
     )
     for job in ablation.jobs:
-        folder_of(job, folder.path).check(job.config, OF_THE_TRAINING)
+        folder_of(job, folder.path).check(job.config, (*OF_THE_TRAINING, "train.num_steps"))
     parallel, per_device = _parallel(ablation, used)
     size = ablation.jobs[0].experiment.training.batch_size
     if parallel == "sequence":
         allowed = f"a multiple of the {len(used)} devices"
         require(size % len(used) == 0, "config.train.batch_size", size, allowed)
     check_room(ablation.mine, folder.path, per_device)
+
+
+def check_data(ablation: Ablation, dataset: data.Dataset) -> None:
+    """Refuse what the data cannot be evaluated or compared by, before anything is trained.
+
+    Raises:
+        ConfigError: more test images than there are, no test split, or no labels in it.
+    """
+    for job in ablation.jobs:
+        evaluate.fit(job.experiment.evaluation, dataset.test)
+    try:
+        quality.check(dataset)
+    except ValueError as error:
+        raise ConfigError(f"config.dataset.name = {dataset.name!r}: {error}") from error
 
 
 def ablate(
@@ -202,52 +229,84 @@ def ablate(
     """Train and score what is missing, and report; returns the signal that stopped the training.
 
     A shard does its share and leaves the report to a call without one.
+
+    Raises:
+        FailedJobsError: naming jobs that failed, after a report without their arms.
     """
     parallel, per_device = _parallel(ablation, used)
     missing = [job for job in ablation.mine if not is_finished(job, folder.path)]
     arms = len({job.arm.name for job in ablation.jobs})
-    note = f"{len(ablation.jobs)} jobs, {len(ablation.mine) - len(missing)} finished"
+    note = f"{len(ablation.mine)} jobs, {len(ablation.mine) - len(missing)} finished"
     LOG.info("%d arms, %s; %s, %d at once on a device", arms, note, parallel, per_device)
-    stopped_by = train_jobs(missing, parallel, per_device, dataset, folder.path, used)
+    failed: dict[str, str] = {}  # by the names of jobs
+    stopped_by = train_jobs(missing, parallel, per_device, dataset, folder.path, used, failed)
     if stopped_by is not None:
         return stopped_by
-    score_jobs(missing, dataset, folder.path, used)
+    trained = [job for job in missing if title_of(job) not in failed]
+    score_jobs(trained, dataset, folder.path, used, command, failed)
     if ablation.is_shard:
         LOG.info("this share is done; when all are, the command without a shard reports")
-        return None
-    report(ablation, dataset, folder.path, command)
+    else:
+        lost = {job.arm.name for job in ablation.jobs if title_of(job) in failed}
+        kept = tuple(job for job in ablation.jobs if job.arm.name not in lost)
+        if ablation.reference not in lost:
+            report(ablation._replace(jobs=kept), dataset, folder.path, command, sorted(lost))
+    if failed:
+        raise FailedJobsError("; ".join(f"{name}: {error}" for name, error in failed.items()))
     return None
 
 
-def report(ablation: Ablation, dataset: data.Dataset, path: pathlib.Path, command: str) -> None:
-    """Compare the finished jobs: ablation.csv and report.html."""
+def report(
+    ablation: Ablation, dataset: data.Dataset, path: pathlib.Path, command: str, lost: list[str]
+) -> None:
+    """Compare the finished jobs: ablation.csv and report.html. ``lost`` are arms that failed."""
     classifier = quality.load_classifier(dataset, 0, path)
-    experiment, config = ablation.jobs[0].experiment, ablation.jobs[0].config
-    params = jax.eval_shape(experiment.model.init, jax.random.key(0))
-    evaluation = evaluate.fit(experiment.evaluation, dataset.test)
-    chain = experiment.sampling.chain
+
+    def all_of(fact: Callable[[Job], str]) -> str:
+        return "; ".join(dict.fromkeys(fact(job) for job in ablation.jobs))
+
+    def parameters(job: Job) -> str:
+        params = jax.eval_shape(job.experiment.model.init, jax.random.key(0))
+        return f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}"
+
+    def bound(job: Job) -> str:
+        plan = evaluate.fit(job.experiment.evaluation, dataset.test)
+        whole = len(job.experiment.schedule)
+        return f"{plan.num_examples} test images, each at {plan.num_timesteps} timesteps of {whole}"
+
+    def samples(job: Job) -> str:
+        plan, name = job.experiment.sampling, job.config.sampling.sampler
+        chain = f"{plan.chain.num_steps} steps, {plan.chain.spacing}"
+        return f"{plan.num_images} of each job, {name}, {chain}"
+
+    config = ablation.jobs[0].config
     facts = {
-        "parameters of the network": f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}",
+        "parameters of the network": all_of(parameters),
         "training": f"{config.train.num_steps:,} steps of {config.train.batch_size}",
-        "bound": f"{evaluation.num_examples} test images, each at {evaluation.num_timesteps}"
-        f" timesteps of {len(experiment.schedule)}",
-        "samples of each job": f"{experiment.sampling.num_images}, {config.sampling.sampler},"
-        f" {chain.num_steps} steps, {chain.spacing}",
+        "bound": all_of(bound),
+        "samples": all_of(samples),
         "classifier": f"{100 * classifier.test_accuracy:.2f} % of the test images right",
     }
-    names = ("jax", "jaxlib", "flax", "optax", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in names}
-    versions |= {
-        "diffusion_jax": importlib.metadata.version("diffusion_jax"),
-        "python": platform.python_version(),
-        "devices": f"{jax.local_device_count()} {jax.devices()[0].device_kind}",
-    }
+    notes = [f"{name} failed and is left out." for name in lost]
+    records = [json.loads(_record_of(job, path).read_text()) for job in ablation.jobs]
+    if any(record["versions"] != versions() for record in records):
+        notes.append("Some jobs were scored under other versions: see their finished.json.")
     folders = [folder_of(job, path).path for job in ablation.jobs]
-    found = results.collect(ablation, folders, path, dataset, classifier, command, versions, facts)
+    found = results.collect(
+        ablation, folders, path, dataset, classifier, command, versions(), facts, notes
+    )
     write_csv(found, path / "ablation.csv")
     write_report(found, path / "report.html")
     print(describe(found))
     LOG.info("%s", path / "report.html")
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that figures may depend on, and what they run on."""
+    names = ("diffusion_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+    found = {name: importlib.metadata.version(name) for name in names}
+    device = f"{jax.local_device_count()} {jax.devices()[0].device_kind}"
+    return found | {"python": platform.python_version(), "devices": device}
 
 
 def describe(found: Results) -> str:
@@ -273,13 +332,34 @@ def _ends(interval: Interval) -> str:
 
 
 def _parallel(ablation: Ablation, used: list[jax.Device]) -> tuple[str, int]:
-    return choose_parallel(ablation.parallel, ablation.arms_per_device, len(ablation.mine))
+    return choose_parallel(
+        ablation.parallel, ablation.arms_per_device, len(ablation.mine), len(used)
+    )
+
+
+def _record_of(job: Job, path: pathlib.Path) -> pathlib.Path:
+    return folder_of(job, path).path / "finished.json"
 
 
 def is_finished(job: Job, path: pathlib.Path) -> bool:
-    """Whether the job is trained, evaluated and sampled from, by this very config."""
-    record = folder_of(job, path).path / "finished.json"
-    return record.exists() and json.loads(record.read_text())["config_hash"] == job.config_hash
+    """Whether the job is trained, evaluated and sampled from by this very config.
+
+    Its files must be those that were scored then: a run of another mode in its folder may have
+    written others.
+    """
+    record = _record_of(job, path)
+    if not record.exists():
+        return False
+    try:
+        found = json.loads(record.read_text())
+        return found["config_hash"] == job.config_hash and found["files"] == _digests(record.parent)
+    except (ValueError, KeyError, OSError) as error:
+        LOG.warning("%s: %r; scoring anew", record, error)
+        return False
+
+
+def _digests(folder: pathlib.Path) -> dict[str, str]:
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in SCORED_FILES}
 
 
 def check_room(jobs: Sequence[Job], path: pathlib.Path, per_device: int) -> None:
@@ -306,7 +386,7 @@ def check_room(jobs: Sequence[Job], path: pathlib.Path, per_device: int) -> None
     allowed = f"at most {memory // largest}: a state has {largest:,} bytes, a device {memory:,}"
     field = "config.ablate.arms_per_device"
     require(per_device * largest <= memory, field, per_device, allowed)
-    missing = [job for job in jobs if not is_finished(job, path)]
+    missing = [job for job in jobs if not folder_of(job, path).checkpoints.exists()]
     existing = next(
         folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists()
     )
@@ -334,28 +414,26 @@ def train_jobs(
     dataset: data.Dataset,
     path: pathlib.Path,
     used: list[jax.Device],
+    failed: dict[str, str],
 ) -> int | None:
     """Train every job to its end, from its newest checkpoint if there is one.
 
-    Returns the signal that stopped it early, if one did: then every run under way is saved.
+    Jobs with other static choices have a step of their own, and run after the others. Those that
+    fail are put into ``failed``, and stop no other.
 
-    Raises:
-        FailedJobsError: naming those whose loss was not finite, when all others are trained.
+    Returns the signal that stopped it early, if one did: then every run under way is saved.
     """
-    failed: list[str] = []
     with closing(Stop()) as stop:
         for group in group_jobs(jobs):
-            slots = create_slots(parallel, per_device, group, dataset.levels, used)
-            with closing(_Training(group, slots, dataset, path, used)) as training:
+            places = min(per_device, -(-len(group) // len(used)))
+            slots = create_slots(parallel, places, group, dataset.levels, used)
+            with closing(_Training(group, slots, dataset, path, used, failed)) as training:
                 stopping = False
                 while not stopping and training.fill():
                     stopping = training.advance(stop)
-                failed += training.failed
-            if stopping:
-                return stop.signal
-    if failed:
-        raise FailedJobsError("; ".join(failed))
-    return None
+            if stop.signal is not None:
+                break
+        return stop.signal
 
 
 class _Training:
@@ -368,8 +446,9 @@ class _Training:
         dataset: data.Dataset,
         path: pathlib.Path,
         used: list[jax.Device],
+        failed: dict[str, str],
     ) -> None:
-        self.failed: list[str] = []
+        self._failed = failed
         self._waiting = deque(jobs)
         self._slots, self._dataset, self._path = slots, dataset, path
         self._length = max(len(job.experiment.schedule) for job in jobs)
@@ -384,7 +463,11 @@ class _Training:
         for slot in range(self._slots.num):
             while slot not in self._runs and self._waiting:
                 job = self._waiting.popleft()
-                run = self._open(job, slot)
+                try:
+                    run = self._open(job, slot)
+                except (RunError, ConfigError) as error:  # no intact checkpoint, or it is in use
+                    _fail(job, error, self._failed)
+                    continue
                 if run.is_done:
                     run.close()
                     continue
@@ -438,8 +521,7 @@ class _Training:
                     run.save(self._slots.get(slot, state))
                 ended = run.is_done
             except NonFiniteLossError as error:
-                LOG.error("%s: %s", title_of(job), error)
-                self.failed.append(f"{title_of(job)}: {error}")
+                _fail(job, error, self._failed)
                 ended = True
             if ended:
                 self._runs.pop(slot)
@@ -452,12 +534,23 @@ class _Training:
             run.close()
 
 
+def _fail(job: Job, error: Exception, failed: dict[str, str]) -> None:
+    LOG.error("%s: %s", title_of(job), error)
+    failed[title_of(job)] = str(error)
+
+
 def score_jobs(
-    jobs: Sequence[Job], dataset: data.Dataset, path: pathlib.Path, used: list[jax.Device]
+    jobs: Sequence[Job],
+    dataset: data.Dataset,
+    path: pathlib.Path,
+    used: list[jax.Device],
+    command: str,
+    failed: dict[str, str],
 ) -> None:
     """Evaluate and sample from every trained job, with one compilation for those of one T.
 
-    Images and noise of an evaluation, and the noise of samples, depend on the seed alone.
+    The noise of an evaluation and of samples depends on the seed alone. Jobs that fail are put
+    into ``failed``.
     """
     for group in group_jobs(jobs, lambda job: len(job.experiment.schedule)):
         first = group[0].experiment
@@ -473,26 +566,49 @@ def score_jobs(
             used,
         )
         for number, job in enumerate(group, start=1):
-            experiment, workdir = job.experiment, folder_of(job, path)
             LOG.info("scoring %s, %d of %d", title_of(job), number, len(group))
-            ema, step = restore_average(experiment.model, "--workdir", workdir.path, None)
-            schedule = experiment.schedule_of(ema)
-            fields = job.config.loss
-            about = {name: fields[name] for name in ("prediction", "weighting", "variance")}
-            about["schedule"] = experiment.schedule_title
-            evaluator.evaluate(schedule, job.seed, ema, step, dataset.test, about, workdir.path)
-            params = ema, None
-            write_samples(
-                generator.of_schedule(experiment.schedule_of, job.seed),
-                params,
-                experiment.sampling,
-                schedule,
-                dataset,
-                None,
-                create_job(job.config, params, None),
-                workdir.samples,
-            )
-            record = workdir.path / "finished.json"
-            temporary = record.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"config_hash": job.config_hash, "step": step}) + "\n")
-            os.replace(temporary, record)
+            try:
+                _score(job, dataset, path, evaluator, generator, command)
+            except (RunError, ConfigError) as error:  # not finite, or in use
+                _fail(job, error, failed)
+
+
+def _score(
+    job: Job,
+    dataset: data.Dataset,
+    path: pathlib.Path,
+    evaluator: Evaluator,
+    generator: Generator,
+    command: str,
+) -> None:
+    experiment, workdir = job.experiment, folder_of(job, path)
+    workdir.lock()
+    ema, step = restore_average(experiment.model, "--workdir", workdir.path, None)
+    if step != experiment.training.num_steps:
+        raise RunError(f"its newest checkpoint is of step {step}")
+    schedule = experiment.schedule_of(ema)
+    fields = job.config.loss
+    about = {name: fields[name] for name in ("prediction", "weighting", "variance")}
+    about["schedule"] = experiment.schedule_title
+    evaluator.evaluate(schedule, job.seed, ema, step, dataset.test, about, workdir.path)
+    params = ema, None
+    write_samples(
+        generator.of_schedule(experiment.schedule_of, job.seed),
+        params,
+        experiment.sampling,
+        schedule,
+        dataset,
+        None,
+        create_job(job.config, params, None),
+        workdir.samples,
+    )
+    record = {
+        "config_hash": job.config_hash,
+        "step": step,
+        "files": _digests(workdir.path),
+        "versions": versions(),
+        "command": command,
+    }
+    temporary = workdir.path / "finished.tmp"
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(temporary, _record_of(job, path))

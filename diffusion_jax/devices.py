@@ -4,8 +4,10 @@ XLA:CPU runs a convolution on one core, so two cores train faster as two devices
 here must be set before jax starts its backends.
 """
 
+import functools
 import logging
 import os
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -137,8 +139,13 @@ def divide(tree: object, devices: list[jax.Device]) -> object:
 
 
 def _place(tree: object, devices: list[jax.Device], spec: PartitionSpec) -> object:
+    return _compile_place(tuple(devices), spec)(tree)
+
+
+@functools.cache  # for another function compiles anew
+def _compile_place(devices: tuple[jax.Device, ...], spec: PartitionSpec) -> Callable[..., object]:
     sharding = NamedSharding(Mesh(np.array(devices), ("device",)), spec)
-    return jax.jit(lambda tree: tree, out_shardings=sharding)(tree)
+    return jax.jit(lambda tree: tree, out_shardings=sharding)
 
 
 def local_copy(tree: object) -> object:

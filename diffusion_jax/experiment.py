@@ -79,7 +79,7 @@ def create_experiment(config: ConfigDict) -> Experiment:
     Raises:
         ConfigError: the first field that is wrong, alone or with the others.
     """
-    require(config.seed >= 0, "config.seed", config.seed, "at least 0")
+    require(0 <= config.seed < 2**63, "config.seed", config.seed, "in [0, 2^63)")
     dataset = data.describe(config.dataset)
     height = dataset.shape[0] if dataset.levels else None
     recipe = create_learned_schedule(config)

@@ -18,9 +18,26 @@ FIELD = "config.ablate.grid"
 PARALLEL = ("auto", "device", "sequence", "vmap")
 # What arms may differ in: data, batches and the number of steps are the same for all of them.
 SECTIONS = ("schedule", "loss", "model", "optimizer", "ema")
-# What the figures of a run do not depend on.
-OF_THE_MACHINE = ("num_devices", "distributed", "compilation_cache", "ablate")
-PLACES = ("archives", "data_dir")  # of the data set
+# What the figures of a run do not depend on: the machine, how often something is written, batches
+# of what has one key for each image.
+WITHOUT_EFFECT = (
+    "ablate",
+    "checkpoint",
+    "compilation_cache",
+    "dataset.archives",
+    "dataset.data_dir",
+    "distributed",
+    "evaluate.batch_size",
+    "evaluate.timesteps_per_call",
+    "num_devices",
+    "sampling.batch_size",
+    "sampling.compared_steps",
+    "sampling.num_frames",
+    "train.log_every_steps",
+    "train.sample_every_steps",
+    "train.steps_per_call",
+)
+LONGEST_NAME = 200  # bytes, of a folder
 
 
 class Arm(NamedTuple):
@@ -41,26 +58,30 @@ class Job(NamedTuple):
     @property
     def config_hash(self) -> str:
         """Twelve digits that stand for every field that its figures depend on."""
-        fields = self.config.to_dict()
-        fields["dataset"] = {k: v for k, v in fields["dataset"].items() if k not in PLACES}
-        kept = {name: value for name, value in fields.items() if name not in OF_THE_MACHINE}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+        # betas may come from a file
+        parts = self.relevant_fields(), digest(flatten(self.experiment.schedule))
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def static_choices(self) -> str:
         """What a compiled training step depends on: jobs that have it in common share one.
 
         The seed is an argument of the step, and so is the schedule, T included, unless the state
-        has a part of it: losses of each timestep, or the parameters of a learned one.
+        has a loss history of each timestep.
         """
-        fields = {n: v for n, v in self.config.to_dict().items() if n not in OF_THE_MACHINE}
-        schedule = fields.pop("schedule")
-        del fields["seed"]
-        if schedule["name"] == "learned":
-            fields["schedule"] = schedule
-        elif self.config.loss.timesteps == "importance":
+        fields = self.relevant_fields()
+        del fields["schedule"], fields["seed"]
+        if self.config.loss.timesteps == "importance":
             fields["num_timesteps"] = len(self.experiment.schedule)
         return json.dumps(fields, sort_keys=True)
+
+    def relevant_fields(self) -> dict[str, Any]:
+        """The fields that its figures depend on."""
+        fields = self.config.to_dict()
+        for name in WITHOUT_EFFECT:
+            section, _, leaf = name.rpartition(".")
+            del (fields[section] if section else fields)[leaf]
+        return fields
 
 
 class Ablation(NamedTuple):
@@ -83,6 +104,8 @@ def count_jobs(config: ConfigDict) -> int:
     """
     text = config.ablate.grid
     require(text is not None, FIELD, text, "set to ablate, to schedule.s=0,0.008 for example")
+    allowed = "false: the jobs of an ablation are shared out by config.ablate.shard"
+    require(not config.distributed, "config.distributed", config.distributed, allowed)
     return len(config.ablate.seeds) * sum(len(_choices(part)) for part in text.split("|"))
 
 
@@ -107,12 +130,16 @@ def create_ablation(config: ConfigDict) -> Ablation:
         reference = fields.reference.replace(" ", "")
         choose("config.ablate.reference", reference, sorted(set(names)), "arm")
     for name, value in (
-        ("distributed", config.distributed or None),  # shards are for several machines
         ("editing.task", config.editing.task),
         ("guidance.weak_workdir", config.guidance.weak_workdir),
         ("guidance.weak_step", config.guidance.weak_step),
     ):
         require(value is None, f"config.{name}", value, "unset in an ablation")
+    num_images = config.sampling.num_images
+    require(num_images >= 2, "config.sampling.num_images", num_images, "2 at least, to be compared")
+    for job in jobs:
+        learned = job.config.schedule.name == "learned"
+        require(not learned, FIELD, job.arm.name, "of given schedules: each seed learns another")
     dataset = jobs[0].experiment.dataset
     require(
         dataset.levels is not None and dataset.num_classes is not None,
@@ -165,6 +192,9 @@ def create_jobs(config: ConfigDict) -> list[Job]:
             job = Job(_arm(of_job, choice), seed, of_job, create_experiment(of_job))
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
+        name = job.arm.name
+        fits = "/" not in name and len(name.encode()) <= LONGEST_NAME
+        require(fits, FIELD, name, f"without / and {LONGEST_NAME} bytes long, to name a folder")
         meaning = seed, job.static_choices, digest(flatten(job.experiment.schedule))
         if meaning in names:
             raise ConfigError(f"{where}: the same as the arm {names[meaning]}")

@@ -67,7 +67,7 @@ def train_classifier(dataset: data.Dataset, seed: int) -> Classifier:
     Raises:
         ValueError: points, no test split, or examples without labels.
     """
-    _check(dataset)
+    check(dataset)
     network = create_classifier(dataset.shape, dataset.num_classes)
     num_steps = max(MIN_STEPS, NUM_EPOCHS * len(dataset.train) // BATCH_SIZE)
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, num_steps))
@@ -117,7 +117,7 @@ def load_classifier(dataset: data.Dataset, seed: int, folder: pathlib.Path) -> C
         ValueError: as train_classifier.
         OSError: the folder cannot be written.
     """
-    _check(dataset)
+    check(dataset)
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^\w.-]", "_", dataset.name)  # TFDS names may have "/" and ":"
     path = folder / f"classifier-{name}-{seed}.npz"
@@ -133,7 +133,13 @@ def load_classifier(dataset: data.Dataset, seed: int, folder: pathlib.Path) -> C
     return classifier
 
 
-def _check(dataset: data.Dataset) -> None:
+def check(dataset: data.Dataset) -> None:
+    """Refuse a set that no classifier can be trained on.
+
+    Raises:
+        ValueError: points, no test split, or examples without labels.
+    """
+
     def refuse(reason: str) -> None:
         raise ValueError(f"a classifier of {dataset.name!r} cannot be trained: {reason}")
 

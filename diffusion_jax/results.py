@@ -39,7 +39,7 @@ class Job(NamedTuple):
     terms: dict[str, float]  # of the bound: L_T, L_1 to L_{T-1}, L_0, in bits/dim
     density: Float[np.ndarray, " bins"]  # bits/dim per unit of log SNR (Results.edges), L_0 apart
     eps_error: Float[np.ndarray, " bins"]  # mean squared error of eps; nan: no timestep there
-    loss: float  # the mean of eps_error over the bins that every arm has
+    loss: float  # the mean squared error of eps over the log SNRs that every arm has
     quality: Interval  # over the samples
     pictures: UInt8[np.ndarray, "n h w c"]  # the first samples: equal noise in every arm
 
@@ -97,6 +97,7 @@ def collect(
     command: str,
     versions: dict[str, str],
     facts: dict[str, str],
+    notes: Sequence[str],
 ) -> Results:
     """Read what the jobs left in their folders, and compare the arms.
 
@@ -107,15 +108,13 @@ def collect(
     edges = bin_edges([experiment.schedule for experiment in experiments])
     real = data.to_x_0(dataset.test.images[:], dataset.levels)
     real = quality.features(classifier, real)
+    common = common_range([experiment.schedule for experiment in experiments])
     jobs, features = [], []
     for job, folder in zip(ablation.jobs, folders):
-        found, of_samples = _read(job, folder, path, edges, ablation.distance, classifier, real)
+        inputs = path, edges, common, ablation.distance, classifier, real
+        found, of_samples = _read(job, folder, *inputs)
         jobs.append(found)
         features.append(of_samples)
-    common = np.isfinite([job.eps_error for job in jobs]).all(axis=0)
-    if not common.any():
-        raise RunError("no log SNR is common to all arms: they cannot be compared")
-    jobs = [job._replace(loss=float(job.eps_error[common].mean())) for job in jobs]
 
     names = [job.arm.name for job in ablation.jobs]
     by_arm = {name: [job for job, n in zip(jobs, names) if n == name] for name in names}
@@ -158,7 +157,7 @@ def collect(
         command,
         versions,
         facts,
-        _notes(ablation, num_seeds, dataset, common, edges),
+        (*notes, *_notes(num_seeds, dataset, common)),
     )
 
 
@@ -168,6 +167,32 @@ def bin_edges(all_schedules: Sequence[Schedule]) -> Float[np.ndarray, " edges"]:
     log_snr = log_snr[np.isfinite(log_snr)]  # zero terminal SNR
     start, stop = math.floor(log_snr.min() / BIN), math.ceil(log_snr.max() / BIN)
     return BIN * np.arange(start, max(stop, start + 1) + 1)
+
+
+def common_range(all_schedules: Sequence[Schedule]) -> tuple[float, float]:
+    """The log SNRs between the timesteps of every schedule.
+
+    Raises:
+        RunError: there are none.
+    """
+    ends = [(schedule.log_snr[-1], schedule.log_snr[0]) for schedule in all_schedules]
+    low, high = (float(end) for end in (max(e[0] for e in ends), min(e[1] for e in ends)))
+    if not low < high:
+        raise RunError("no log SNR is common to all arms: they cannot be compared")
+    return low, high
+
+
+def mean_over(
+    low: float,
+    high: float,
+    log_snr: Float[np.ndarray, " timesteps"],
+    values: Float[np.ndarray, " timesteps"],
+) -> float:
+    """The mean of values over log SNR from low to high, straight between falling timesteps."""
+    inside = (log_snr > low) & (log_snr < high)
+    at = np.concatenate([[low], log_snr[inside][::-1], [high]])
+    found = np.interp(at, log_snr[::-1], values[::-1])
+    return float(np.trapezoid(found, at) / (high - low))
 
 
 def density(
@@ -192,6 +217,7 @@ def _read(
     folder: pathlib.Path,
     path: pathlib.Path,
     edges: Float[np.ndarray, " edges"],
+    common: tuple[float, float],
     distance: str,
     classifier: Classifier,
     real: Float[np.ndarray, "m d"],
@@ -214,10 +240,12 @@ def _read(
     drawn = columns["images"] * size[timestep] / report["num_examples"]
     bits_of[timestep] = columns["bits_per_dim"] * drawn
     place = np.clip(np.digitize(log_snr[timestep], edges) - 1, 0, len(edges) - 2)
-    weight = np.bincount(place, columns["images"], len(edges) - 1)
-    error = np.bincount(place, columns["images"] * columns["mse_eps"], len(edges) - 1)
+    weight = np.bincount(place, drawn, len(edges) - 1)
+    error = np.bincount(place, drawn * columns["mse_eps"], len(edges) - 1)
     with np.errstate(invalid="ignore"):
         eps_error = error / weight
+    finite = np.isfinite(log_snr[timestep])  # but for zero terminal SNR
+    loss = mean_over(*common, log_snr[timestep][finite], columns["mse_eps"][finite])
     with np.load(folder / "samples" / "samples.npz") as arrays:
         pictures = arrays["images"]
     x_0 = data.from_uint8(pictures, classifier.levels)
@@ -235,7 +263,7 @@ def _read(
             {name: term["bits_per_dim"] for name, term in report["terms"].items()},
             density(edges, log_snr, bits_of),
             eps_error,
-            math.nan,
+            loss,
             Interval(*found),
             pictures[:SHOWN_IMAGES],
         ),
@@ -286,17 +314,14 @@ def _swept(arms: Sequence[Arm]) -> str | None:
     return name if is_number else None
 
 
-def _notes(
-    ablation: Ablation,
-    num_seeds: int,
-    dataset: data.Dataset,
-    common: np.ndarray,
-    edges: np.ndarray,
-) -> tuple[str, ...]:
+def _notes(num_seeds: int, dataset: data.Dataset, common: tuple[float, float]) -> tuple[str, ...]:
     """What a reader has to know of the figures."""
     notes = [
-        f"Pixels have {dataset.levels} levels: a bin is 2/{dataset.levels - 1} of the range "
-        "[-1, 1], and sqrt(beta_1) is to be seen beside it.",
+        f"Pixels have {dataset.levels} levels: a pixel bin is 2/{dataset.levels - 1} wide, in x_0 "
+        "from -1 to 1, and is what sqrt(beta_1) is to be seen beside.",
+        "Test images are the same for all arms, and so is the noise they are given at a timestep "
+        f"of one number. The error of eps is a mean over log SNR from {common[0]:.1f} to "
+        f"{common[1]:.1f}, where all of these arms have timesteps.",
     ]
     if num_seeds == 1:
         notes.append(
