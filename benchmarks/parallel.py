@@ -3,7 +3,7 @@ r"""Milliseconds of a training step of one job, by ``config.ablate.parallel``.
     python -m benchmarks.parallel --config=configs/digits_offset.py --workdir=DIR [FLAGS]
 
 On all devices, a CPU's cores being one each. The ways take turns, so that a machine that slows down
-slows all of them; prints the median and the quartiles of rounds of ten steps. vmap has two jobs on
+slows all of them; prints the median and the quartiles of rounds of five steps. vmap has two jobs on
 a device. DIR is not written.
 """
 
@@ -18,7 +18,7 @@ from diffusion_jax import config as configuration
 from diffusion_jax.train import init_state, noise_key
 
 WAYS = {"sequence": 1, "device": 1, "vmap": 2}  # jobs on a device
-ROUNDS, STEPS = 7, 10
+ROUNDS, STEPS = 5, 5
 
 
 def main(argv: list[str]) -> None:

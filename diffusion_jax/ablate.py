@@ -133,7 +133,12 @@ def side_by_side(step: Steps, batch_size: int, used: list[jax.Device], per_devic
         return jax.tree.map(of_leaf, tree)
 
     compiled = jax.pmap(
-        of_device, in_axes=(0, 0, 0, None, 0), out_axes=0, devices=used, donate_argnums=0
+        of_device,
+        axis_name="device",  # that of what ``put`` makes: by another, the second call would compile
+        in_axes=(0, 0, 0, None, 0),
+        out_axes=0,
+        devices=used,
+        donate_argnums=0,
     )
     num = len(used) * per_device
     return Slots(num, compiled, np.arange(batch_size), put, put_batches, get)

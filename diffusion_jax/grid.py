@@ -1,5 +1,6 @@
 """The arms of an ablation, and the training runs that they are: what a config's grid means."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -124,11 +125,14 @@ def create_ablation(config: ConfigDict) -> Ablation:
     allowed = "at least 1" if fields.parallel in ("vmap", "auto") else only
     fits = per_device is None or (per_device >= 1 and fields.parallel in ("vmap", "auto"))
     require(fits, "config.ablate.arms_per_device", per_device, allowed)
-    names = [job.arm.name for job in jobs]
-    reference = names[0]
+    reference = jobs[0].arm.name
     if fields.reference is not None:
-        reference = fields.reference.replace(" ", "")
-        choose("config.ablate.reference", reference, sorted(set(names)), "arm")
+        reference = fields.reference
+        with contextlib.suppress(ValueError):  # no such field, or several: no arm has that name
+            (choice,) = _choices(reference)  # however it is spelt
+            reference = _arm(configuration.override(config, choice), choice).name
+        names = sorted({job.arm.name for job in jobs})
+        choose("config.ablate.reference", reference, names, "arm")
     for name, value in (
         ("editing.task", config.editing.task),
         ("guidance.weak_workdir", config.guidance.weak_workdir),
@@ -183,24 +187,33 @@ def create_jobs(config: ConfigDict) -> list[Job]:
     seeds = config.ablate.seeds
     require(len(seeds) > 0, "config.ablate.seeds", seeds, "one seed at least")
     require(len(set(seeds)) == len(seeds), "config.ablate.seeds", seeds, "without repetitions")
-    choices = [c for product in config.ablate.grid.split("|") for c in _choices(product)]
-    jobs, names = [], {}
-    for seed, choice in itertools.product(seeds, choices):
+    fits = all(0 <= seed < 2**63 for seed in seeds)
+    require(fits, "config.ablate.seeds", seeds, "in [0, 2^63)")
+    arms: list[Job] = []
+    names = {}
+    for choice in (c for product in config.ablate.grid.split("|") for c in _choices(product)):
         where = f"{FIELD}, {', '.join('='.join(pair) for pair in choice)}"
         try:
-            of_job = configuration.override(config, (*choice, ("seed", str(seed))))
-            job = Job(_arm(of_job, choice), seed, of_job, create_experiment(of_job))
+            of_arm = configuration.override(config, choice)
+            job = Job(_arm(of_arm, choice), config.seed, of_arm, create_experiment(of_arm))
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
         name = job.arm.name
         fits = "/" not in name and len(name.encode()) <= LONGEST_NAME
         require(fits, FIELD, name, f"without / and {LONGEST_NAME} bytes long, to name a folder")
-        meaning = seed, job.static_choices, digest(flatten(job.experiment.schedule))
+        meaning = job.static_choices, digest(flatten(job.experiment.schedule))
         if meaning in names:
             raise ConfigError(f"{where}: the same as the arm {names[meaning]}")
-        names[meaning] = job.arm.name
-        jobs.append(job)
-    return jobs
+        names[meaning] = name
+        arms.append(job)
+    return [
+        job._replace(
+            seed=seed,
+            config=configuration.override(job.config, [("seed", str(seed))]),
+            experiment=job.experiment._replace(seed=seed),
+        )
+        for seed, job in itertools.product(seeds, arms)
+    ]
 
 
 def _choices(product: str) -> list[tuple[tuple[str, str], ...]]:
