@@ -200,7 +200,7 @@ def run_ablation(config: ConfigDict, path: pathlib.Path, command: str) -> int:
     dataset = data.load(config.dataset)
     ablate.check_data(ablation, dataset)
     devices.start_compilation_cache(config.compilation_cache)
-    folder.lock(shared=ablation.is_shard)
+    folder.lock(config.ablate.shard)
     devices.log(used)
     try:
         stopped_by = ablate.ablate(ablation, dataset, folder, used, command)

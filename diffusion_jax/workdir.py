@@ -32,7 +32,7 @@ class Workdir:
         self.samples = self.path / "samples"
         self.arms = self.path / "arms"  # of an ablation
         self._record = self.path / "config.json"
-        self._lock = None
+        self._locks = []
 
     def check(self, config: ConfigDict, fixed: tuple[str, ...]) -> bool:
         """Whether a run is there already; it must agree with ``config`` in the ``fixed`` fields.
@@ -61,22 +61,29 @@ class Workdir:
                 )
         return True
 
-    def lock(self, shared: bool = False) -> None:
+    def lock(self, shard: str | None = None) -> None:
         """Create the folder and hold it until this process ends, kill -9 included.
 
-        Holds that are ``shared`` bear with each other, and not with one that is not.
+        A ``shard`` of an ablation, "1/3", bears with the others, and not with itself.
 
         Raises:
             ConfigError: another run holds it, or it cannot be written.
         """
+        whole = self.path / ".lock"
+        kinds = {whole: fcntl.LOCK_EX}
+        if shard is not None:
+            kinds = {
+                whole: fcntl.LOCK_SH,
+                whole.with_suffix("." + shard.replace("/", "_")): fcntl.LOCK_EX,
+            }
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held while the run lives)
+            self._locks = [open(path, "w") for path in kinds]  # noqa: SIM115 (held while it lives)
         except OSError as error:
             raise ConfigError(f"--workdir={self.path}: {error.strerror}") from error
         try:
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
+            for file, kind in zip(self._locks, kinds.values()):
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"--workdir={self.path}: in use by another run") from None
 

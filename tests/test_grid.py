@@ -187,7 +187,7 @@ MISTAKES = {
     ),
     "no seeds": ({"seeds": ()}, "config.ablate.seeds = (): must be one seed at least"),
     "seeds": ({"seeds": (0, 1, 0)}, "config.ablate.seeds = (0, 1, 0): must be without repet"),
-    "a negative seed": ({"seeds": (0, -1)}, "seed = -1: must be"),
+    "a negative seed": ({"seeds": (0, -1)}, "seeds = (0, -1): must be in [0, 2^63)"),
     "one seed": ({"seeds": 0}, "config.ablate.seeds = 0: must be a tuple"),
     "reference": (
         {"reference": "schedule.s=0.009"},
