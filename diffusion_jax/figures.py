@@ -467,7 +467,7 @@ def differences_of_arms(results: Results, name: str) -> str:
         line(0, color=TEXT, linewidth=0.9)
         hollow = [i for i, of_arm in enumerate(differences) if not excludes_zero(of_arm)]
         _along(results, axis, differences, pairs, hollow)
-        _label_values(results, axis, f"{heading} minus that of {reference_name(results)}")
+        _label_values(results, axis, f"minus that of {reference_name(results)}")
 
     sides = {
         "below": [a.name for a, d in zip(results.arms, differences) if d.high < 0],
