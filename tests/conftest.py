@@ -21,7 +21,7 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 # The files that take longest, for the test runner's processes to begin with.
-LONGEST = ("train", "main", "devices", "evaluate", "notebook", "learned_schedule", "models")
+LONGEST = ("train", "ablate", "main", "sampling", "devices", "evaluate", "notebook", "report")
 
 install_import_hook("diffusion_jax", "beartype.beartype")
 
