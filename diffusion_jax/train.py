@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from diffusion_jax import data, devices, schedules
 from diffusion_jax.checkpoint import Checkpoints, Restored
+from diffusion_jax.config import RunError
 from diffusion_jax.generate import Generator, Grid
 from diffusion_jax.journal import NO_STEPS, QUARTILES, Journal, StepMetrics
 from diffusion_jax.losses import BatchLosses
@@ -205,7 +206,11 @@ class Run:
         self._checkpoints = Checkpoints(workdir.checkpoints, plan.keep_last, plan.keep_best)
         # what the next record is made of is saved too: a resumed run reports as one never stopped
         kept = {**fresh._asdict(), "since_log": NO_STEPS}
-        self.step, saved = self._checkpoints.restore(kept) or Restored(0, kept)
+        try:
+            self.step, saved = self._checkpoints.restore(kept) or Restored(0, kept)
+        except RunError:
+            self._checkpoints.close()
+            raise
         self.state = TrainState(*(saved[name] for name in TrainState._fields))
         if self.step:
             LOG.info("resuming at step %d", self.step)
