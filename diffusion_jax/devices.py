@@ -4,6 +4,7 @@ XLA:CPU runs a convolution on one core, so two cores train faster as two devices
 here must be set before jax starts its backends.
 """
 
+import ctypes
 import functools
 import logging
 import os
@@ -24,6 +25,9 @@ COORDINATOR, NUM_PROCESSES, PROCESS_ID = (
     "JAX_NUM_PROCESSES",
     "JAX_PROCESS_ID",
 )
+# mallopt(3): trim nothing below 2 GiB; no mapping, which is unmapped when freed; one arena, for
+# the others' heaps are too small for large arrays, which would be mapped
+MALLOC_OPTIONS = {-1: 2**31 - 1, -4: 0, -8: 1}
 MIN_EXAMPLES_PER_CORE = 8  # fewer leave a core waiting for the others
 
 
@@ -47,12 +51,19 @@ def start(
     processes = _number_of(NUM_PROCESSES) if distributed and NUM_PROCESSES in os.environ else 1
     require(processes >= 1, NUM_PROCESSES, processes, "at least 1")
     cores = count_cores()
-    on_cpu = min(num_jobs, cores) if num_jobs else _devices_for(batch_size // processes, cores)
-    on_cpu = num_devices or on_cpu
+    if num_devices:
+        on_cpu = num_devices
+    elif num_jobs:
+        on_cpu = min(num_jobs, cores)
+    elif divide:
+        on_cpu = _devices_for(batch_size // processes, cores)
+    else:
+        on_cpu = min(batch_size, cores)  # they wait for nobody
     flags = os.environ.get("XLA_FLAGS", "")
     if "multi_thread_eigen" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
     jax.config.update("jax_num_cpu_devices", on_cpu)
+    _keep_freed_memory()
     if distributed:
         _join()
     local = jax.local_device_count()
@@ -95,6 +106,21 @@ def _devices_for(batch_size: int, cores: int) -> int:
         if batch_size % n == 0 and batch_size // n >= MIN_EXAMPLES_PER_CORE
     ]
     return max(fitting, default=1)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next call instead of giving it back to the system.
+
+    XLA:CPU allocates the temporaries of a training step anew each time, and the faults of their
+    fresh pages were a fifth of the step's time. Said before jax starts its threads, and so on every
+    platform, which is not known before. Other C libraries stay as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    for option, value in MALLOC_OPTIONS.items():
+        if not mallopt(option, value):
+            LOG.warning("mallopt(%d, %d) was refused: steps may be slower", option, value)
 
 
 def _join() -> None:

@@ -21,7 +21,10 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 # The files that take longest, for the test runner's processes to begin with.
-LONGEST = ("train", "ablate", "main", "sampling", "devices", "evaluate", "notebook", "report")
+LONGEST = (
+    *("ablate", "samplers", "sampling", "evaluate", "main", "devices", "likelihood", "train"),
+    *("solvers", "schedules", "models", "report", "editing", "losses", "notebook"),
+)
 
 install_import_hook("diffusion_jax", "beartype.beartype")
 
@@ -29,6 +32,13 @@ install_import_hook("diffusion_jax", "beartype.beartype")
 @pytest.fixture(scope="session")
 def repository() -> pathlib.Path:
     return pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Where data sets are prepared, once for all files and all of the test runner's processes."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

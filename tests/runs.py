@@ -1,13 +1,16 @@
 """Runs of main.py in processes of their own, forked from one that has the imports behind it."""
 
 import atexit
+import functools
 import multiprocessing
 import os
 import pathlib
 import signal
 import sys
 import time
+from multiprocessing import forkserver
 from typing import NamedTuple
+from unittest import mock
 
 import conftest
 import numpy as np
@@ -17,11 +20,16 @@ from diffusion_jax.checkpoint import Arrays, Checkpoints
 REPOSITORY = pathlib.Path(__file__).parent.parent
 TIMEOUT = 120  # seconds, of any run here
 
-# A start costs seconds of imports; a child that is forked after them is as fresh in all else.
+# A start costs seconds of imports; a child that is forked after them is as fresh in all else. What
+# the package imports where it is used, and what this module needs, is imported there too.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    [f"diffusion_jax.{name}" for name in ("checkpoint", "experiment", "generate", "train")]
-    + ["matplotlib.figure", "matplotlib.backends.backend_agg"]
+    [
+        f"diffusion_jax.{name}"
+        for name in ("ablate", "datasets.builder", "evaluate", "experiment", "gallery", "plots")
+    ]
+    + ["grain", "matplotlib.figure", "matplotlib.backends.backend_agg", "sklearn.datasets"]
+    + ["jax.experimental.multihost_utils", "runs"]
 )
 
 TOY2D = {
@@ -57,7 +65,7 @@ def arguments(
 ) -> list[str]:
     """The command line of a small run."""
     words = [f"--config={REPOSITORY}/configs/{config}.py", f"--workdir={workdir}", f"--mode={mode}"]
-    fields = {"compilation_cache": conftest.CACHE, **fields}
+    fields = {"compilation_cache": "off", **fields}  # for theirs leaves out what compiles fast
     return words + [f"--config.{field}={value}" for field, value in fields.items()]
 
 
@@ -73,6 +81,7 @@ class Run:
     """A run of main.py under way; files of what it prints lie at ``log``.out and ``log``.err."""
 
     def __init__(self, words: list[str], log: pathlib.Path, **environment: str) -> None:
+        _start_server()
         self._files = log.with_suffix(".out"), log.with_suffix(".err")
         self._process = FORKS.Process(target=_main, args=(words, self._files, environment))
         self._process.start()
@@ -108,6 +117,13 @@ def run(words: list[str], log: pathlib.Path) -> Result:
     return Run(words, log).wait()
 
 
+@functools.cache
+def _start_server() -> None:
+    """Start what the children are forked from; by itself it would not find this module."""
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
+
+
 def _main(words: list[str], files: tuple[pathlib.Path, ...], environment: dict[str, str]) -> None:
     for stream, file in zip((1, 2), files):
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
@@ -118,6 +134,8 @@ def _main(words: list[str], files: tuple[pathlib.Path, ...], environment: dict[s
     import jax
 
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", str(conftest.CACHE))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     import main
 
     sys.exit(main.main(words))

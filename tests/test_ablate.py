@@ -145,14 +145,8 @@ TINY = DIGITS | {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the digits are prepared, and an ablation may find its classifier."""
-    return tmp_path_factory.mktemp("ablate")
-
-
-@pytest.fixture(scope="module")
-def digits(folder):
-    config = load({"dataset.data_dir": folder / "data"})
+def digits(data_dir):
+    config = load({"dataset.data_dir": data_dir})
     return data.load(config.dataset)
 
 
@@ -161,8 +155,8 @@ def load(fields):
     return configuration.load(str(REPOSITORY / "configs" / "digits.py"), overrides)
 
 
-def create_jobs(fields, folder):
-    return grid.create_jobs(load({"dataset.data_dir": folder / "data"} | fields))
+def create_jobs(fields, data_dir):
+    return grid.create_jobs(load({"dataset.data_dir": data_dir} | fields))
 
 
 def records(workdir):
@@ -178,10 +172,10 @@ def devices():
 
 
 @pytest.fixture(scope="module")
-def alone(folder, digits, devices, tmp_path_factory):
+def alone(data_dir, digits, devices, tmp_path_factory):
     """Each arm as a run of its own, trained as `--mode=train` does, on the same devices."""
     path = tmp_path_factory.mktemp("alone")
-    jobs = create_jobs({}, folder)
+    jobs = create_jobs({}, data_dir)
     for job in jobs:
         of_job, workdir = job.experiment, folder_of(job, path)
         workdir.lock()
@@ -226,11 +220,11 @@ def interrupted_save(self, state):
     ],
 )
 def test_arms_are_trained_as_by_themselves_by_one_compiled_step(
-    alone, folder, digits, devices, tmp_path, monkeypatch, parallel, per_device, rtol, atol
+    alone, data_dir, digits, devices, tmp_path, monkeypatch, parallel, per_device, rtol, atol
 ):
     """Three jobs of two lengths, which neither two slots nor four divide; seven to be compiled."""
     more = " | schedule.s=0.001,0.1 | schedule.name=linear,sigmoid" if parallel == "device" else ""
-    jobs = create_jobs({"ablate.grid": TINY["ablate.grid"] + more}, folder)
+    jobs = create_jobs({"ablate.grid": TINY["ablate.grid"] + more}, data_dir)
     traced = []
 
     def step(*arguments):
@@ -281,20 +275,20 @@ def traced(monkeypatch):
 
 
 def test_static_choices_compile_a_step_each_and_nothing_else_does(
-    traced, folder, digits, devices, tmp_path
+    traced, data_dir, digits, devices, tmp_path
 ):
     fields = {"train.num_steps": 1}
     fields["ablate.grid"] = "loss.prediction=eps,v; schedule.num_timesteps=10,14"
-    jobs = create_jobs(fields, folder)
+    jobs = create_jobs(fields, data_dir)
     assert ablate.train_jobs(jobs, "device", 1, digits, tmp_path, devices, {}) is None
     assert traced == [14, 14]
 
 
 def test_a_job_that_diverges_leaves_its_place_to_the_next(
-    traced, folder, digits, devices, tmp_path
+    traced, data_dir, digits, devices, tmp_path
 ):
     fields = {"ablate.grid": "schedule.num_timesteps=3,4,5,6", "train.num_steps": 3}
-    jobs = create_jobs(fields, folder)
+    jobs = create_jobs(fields, data_dir)
     failed = {}
     assert ablate.train_jobs(jobs, "device", 1, digits, tmp_path, devices, failed) is None
     name = "schedule.num_timesteps=3, seed 1"
@@ -306,17 +300,17 @@ def test_a_job_that_diverges_leaves_its_place_to_the_next(
 
 
 def test_a_signal_during_the_last_save_is_not_forgotten(
-    traced, folder, digits, devices, tmp_path, monkeypatch
+    traced, data_dir, digits, devices, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(train.Run, "save", interrupted_save)
-    jobs = create_jobs({"ablate.grid": "schedule.s=0", "train.num_steps": 1}, folder)
+    jobs = create_jobs({"ablate.grid": "schedule.s=0", "train.num_steps": 1}, data_dir)
     stopped = ablate.train_jobs(jobs, "device", 1, digits, tmp_path, devices, {})
     assert stopped == signal.SIGTERM
 
 
-def test_a_run_under_way_holds_its_folder(folder, digits, devices, tmp_path):
+def test_a_run_under_way_holds_its_folder(data_dir, digits, devices, tmp_path):
     """Two calls of one shard bear with each other in the ablation's folder, not in a job's."""
-    jobs = create_jobs({}, folder)
+    jobs = create_jobs({}, data_dir)
     slots = ablate.create_slots("device", 1, jobs, digits.levels, devices)
     training = ablate._Training(jobs, slots, digits, tmp_path, devices, {})
     training.fill()
@@ -378,19 +372,19 @@ SMALL = DIGITS | {
 
 
 @pytest.fixture(scope="module")
-def classifier(folder, digits):
+def classifier(digits, tmp_path_factory):
     """One that was never trained, which is 20 s: its features are as good to be compared."""
     network = create_classifier(digits.shape, digits.num_classes)
     params = network.init(jax.random.key(0))
     untrained = Classifier(jax.jit(network.apply), params, digits.levels, 1.0, 0.1)
-    path = folder / "classifier-digits-0.npz"
+    path = tmp_path_factory.mktemp("classifier") / "classifier-digits-0.npz"
     quality._save(path, untrained, quality._fingerprint(digits, 0))
     return path
 
 
 @pytest.fixture(scope="module")
-def small(folder):
-    return SMALL | {"dataset.data_dir": folder / "data"}
+def small(data_dir):
+    return SMALL | {"dataset.data_dir": data_dir}
 
 
 def words(fields, path, **changes):
@@ -470,7 +464,7 @@ def test_an_ablation_leaves_a_run_for_each_job_a_table_and_a_report(finished, sm
 
 
 @pytest.fixture(scope="module")
-def collected(finished, folder, small, digits):
+def collected(finished, small, digits):
     """The results of the finished ablation."""
     path, _ = finished
     ablation = grid.create_ablation(load(small))

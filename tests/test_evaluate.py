@@ -32,11 +32,11 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(data_dir, tmp_path_factory):
     """A model of digits with a learned variance: its fields and its folder."""
     folder = tmp_path_factory.mktemp("evaluated")
     fields = DIGITS | {
-        "dataset.data_dir": folder / "data",
+        "dataset.data_dir": data_dir,
         "loss.variance": "learned_range",
         "num_devices": 1,
     }

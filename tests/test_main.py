@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 
+import conftest
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,11 +14,12 @@ GREY_LEVELS = 17  # of the digits
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
+def digits(data_dir, tmp_path_factory):
     """A run on the digits, as a user starts it: its fields, its folder, how it ended."""
     folder = tmp_path_factory.mktemp("digits")
     fields = DIGITS | {
-        "dataset.data_dir": folder / "data",
+        "dataset.data_dir": data_dir,
+        "compilation_cache": conftest.CACHE,
         "num_devices": 2,
         "train.num_steps": 25,
         "train.sample_every_steps": 20,

@@ -6,13 +6,15 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
 from diffusion_jax.config import ConfigError
 from diffusion_jax.models import MODELS, Model, create_model
-from diffusion_jax.models.unet import Attention, GroupNorm, Upsample, dropout
+from diffusion_jax.models.norm import GroupNorm, lean_norm_silu, norm_silu
+from diffusion_jax.models.unet import Attention, Upsample, dropout
 
 UNET = {
     "name": "unet",
@@ -229,6 +231,65 @@ def test_group_norm_is_the_formula(channels, offset):
     expected = ((grouped - mean) / np.sqrt(var + 1e-5)).reshape(x.shape) * scale + bias
     # float32 at 300 resolves 3e-5: a difference of mean squares would be off by 1e-2
     np.testing.assert_allclose(norm(jnp.asarray(x)), expected, atol=2e-5 if offset == 0 else 3e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 12])
+def test_the_lean_gradient_of_norm_and_silu_is_the_plain_ones(groups):
+    """In float64, where their difference is rounding alone; the value is one expression."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, dy = jnp.asarray(3 + rng.standard_normal((2, 2, 4, 5, 12)))
+        scale, bias = jnp.asarray(rng.standard_normal((2, 12)))
+
+        def plain(x, scale, bias):
+            grouped = x.reshape(2, 20, groups, -1)
+            mean = grouped.mean((1, 3), keepdims=True)
+            deviation = jnp.sqrt(jnp.square(grouped - mean).mean((1, 3), keepdims=True) + 1e-5)
+            z = ((grouped - mean) / deviation).reshape(x.shape) * scale + bias
+            return z / (1 + jnp.exp(-z))
+
+        with jax.numpy_rank_promotion("allow"):  # as the formula is written
+            expected, gradient = jax.vjp(plain, x, scale, bias)
+            wanted = gradient(dy)
+        x, scale, bias, dy = (jnp.float32(array) for array in (x, scale, bias, dy))
+    for function in (norm_silu, lean_norm_silu):
+        found, gradient = jax.vjp(functools.partial(function, groups), x, scale, bias)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        for one, other in zip(gradient(dy), wanted):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+
+
+def test_a_gradient_in_training_is_that_without_its_lean_forms():
+    """Keys say that a network trains; without dropout they change no number."""
+    model, shape = create("unet", **ONE_LEVEL)
+    params = random_params(model)
+    x_t, timestep = inputs(shape)
+    keys = jax.random.split(jax.random.key(0), len(x_t))
+
+    def loss(params, keys):
+        return jnp.mean(jnp.square(model.apply(params, x_t, timestep, None, keys)))
+
+    gradients = [jax.jit(jax.grad(loss))(params, of_step) for of_step in (keys, None)]
+    norms = [optax.tree.norm(gradient) for gradient in gradients]
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-5)
+    for one, other in zip(*map(jax.tree.leaves, gradients)):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6 * float(norms[0]))
+
+
+def test_a_training_step_keeps_less_than_the_plain_gradient():
+    """The lean forms keep an input where the plain gradient keeps five arrays of its size."""
+    x = jax.ShapeDtypeStruct((2, 16, 16, 32), jnp.float32)
+    weights = jax.ShapeDtypeStruct((32,), jnp.float32)
+
+    def kept(function):
+        def forward(*inputs):
+            return jax.vjp(lambda *inputs: function(8, *inputs), *inputs)[1]
+
+        leaves = jax.tree.leaves(jax.eval_shape(forward, x, weights, weights))
+        return sum(leaf.size for leaf in leaves if hasattr(leaf, "size")) / x.size
+
+    assert kept(lean_norm_silu) < 1.1
+    assert kept(norm_silu) > 3
 
 
 def test_attention_is_the_formula():

@@ -26,7 +26,7 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def executed(repository, tmp_path_factory):
+def executed(repository, data_dir, tmp_path_factory):
     notebook = nbformat.read(repository / "notebooks" / "colab_tpu.ipynb", as_version=4)
     folder = tmp_path_factory.mktemp("mounted")
     (parameters,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", ()))
@@ -36,7 +36,7 @@ def executed(repository, tmp_path_factory):
             'CONFIG = "configs/digits.py"',
             "MINUTES = 5.0",
             f"FOLDER = {str(folder)!r}",
-            f"OVERRIDES = {TINY!r}",
+            f"OVERRIDES = {[*TINY, f'--config.dataset.data_dir={data_dir}']!r}",
         ]
     )
     # the kernel and main.py must be those of this environment, and nothing is installed anew

@@ -15,11 +15,11 @@ NUM_IMAGES = 6
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(data_dir, tmp_path_factory):
     """A conditional model of digits, trained with label dropout: its fields and its folder."""
     folder = tmp_path_factory.mktemp("conditional")
     fields = DIGITS | {
-        "dataset.data_dir": folder / "data",
+        "dataset.data_dir": data_dir,
         "model.class_conditional": True,
         "loss.label_dropout": 0.2,
         "train.num_steps": 20,

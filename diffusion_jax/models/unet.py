@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from diffusion_jax.config import choose, require
 from diffusion_jax.models.mlp import ZERO, Embedding, glorot, linear
+from diffusion_jax.models.norm import GroupNorm
 
 Keys = Key[Array, " B"] | None  # of dropout, one per example; None: no dropout
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -146,7 +147,7 @@ class UNet(nnx.Module):
                 h = self.upsample[level - 1](h)
             for block in blocks:
                 h = block(jnp.concatenate([h, skips.pop()], axis=-1), embedding, keys)
-        return self.out(nnx.silu(self.norm(h)).astype(jnp.float32))
+        return self.out(self.norm.silu(h.astype(jnp.float32), keys is not None))
 
 
 class Block(nnx.Module):
@@ -175,9 +176,10 @@ class Block(nnx.Module):
         self, x: Float[Array, "B H W D"], embedding: Float[Array, "B E"], keys: Keys
     ) -> Float[Array, "B H W C"]:
         """The block's output; E is the length of the embedding."""
-        h = self.conv_1(nnx.silu(self.norm_1(x)))
+        lean = keys is not None  # it trains: there is reverse mode only
+        h = self.conv_1(self.norm_1.silu(x, lean))
         h = h + self.embedding(embedding)[:, None, None]
-        h = self.conv_2(dropout(nnx.silu(self.norm_2(h)), self.rate, self.number, keys))
+        h = self.conv_2(dropout(self.norm_2.silu(h, lean), self.rate, self.number, keys))
         h = h + (x if self.skip is None else self.skip(x))
         return h if self.attention is None else self.attention(h)
 
@@ -200,35 +202,6 @@ class Attention(nnx.Module):
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
         weights = nnx.softmax(logits / math.sqrt(d)).astype(v.dtype)
         return x + self.proj(jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape))
-
-
-class GroupNorm(nnx.Module):
-    """Zero mean and unit variance over the pixels and channels of a group (Wu & He 2018).
-
-    At most 32 groups, each of 4 channels or more, as in DDPM at its width of 128: with one channel
-    per group the norm would subtract the very timestep embedding that was added before it.
-    """
-
-    def __init__(self, channels: int) -> None:
-        most = max(1, min(32, channels // 4))
-        self.groups = max(g for g in range(1, most + 1) if channels % g == 0)
-        self.scale = nnx.Param(jnp.ones(channels))
-        self.bias = nnx.Param(jnp.zeros(channels))
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Normalise each image by itself; the moments are float32."""
-        # The moments of the channels, then from them those of the groups: so the large sums run
-        # along rows of memory, and no two large numbers are subtracted.
-        groups = (x.shape[0], self.groups, x.shape[3] // self.groups)
-        x_32 = x.astype(jnp.float32)
-        mean_c = x_32.mean((1, 2))
-        var_c = jnp.square(x_32 - mean_c[:, None, None]).mean((1, 2)).reshape(groups)
-        mean = mean_c.reshape(groups).mean(2, keepdims=True)
-        var = (var_c + jnp.square(mean_c.reshape(groups) - mean)).mean(2, keepdims=True)
-        mean, var = (jnp.broadcast_to(m, groups).reshape(mean_c.shape) for m in (mean, var))
-        gain = self.scale[...][None] * jax.lax.rsqrt(var + 1e-5)
-        h = (x_32 - mean[:, None, None]) * gain[:, None, None] + self.bias[...][None, None, None]
-        return h.astype(x.dtype)
 
 
 class Upsample(nnx.Module):

@@ -1,0 +1,128 @@
+"""What is measured: the same work for us and for every peer."""
+
+from typing import Any, NamedTuple
+
+
+class Size(NamedTuple):
+    """A U-Net in the words of DDPM, and the images it is for."""
+
+    dataset: str
+    shape: tuple[int, int, int]
+    width: int
+    channel_multipliers: tuple[int, ...]
+    num_blocks: int
+    attention_resolutions: tuple[int, ...]
+    head_channels: int
+    dropout: float
+    num_parameters: int  # that every contender of the same architecture must have
+    diffusers_groups: int  # it has one number of groups for all norms
+
+
+SIZES = {
+    "mnist": Size("mnist", (28, 28, 1), 32, (1, 2, 2), 1, (7,), 32, 0.0, 1_112_801, 8),
+    "cifar10": Size("cifar10", (32, 32, 3), 128, (1, 2, 2, 2), 2, (16,), 256, 0.1, 35_746_307, 32),
+    "digits": Size("digits", (8, 8, 1), 32, (1, 2), 1, (4,), 32, 0.1, 0, 8),
+    # for trying the benchmarks themselves out
+    "tiny": Size("mnist", (28, 28, 1), 8, (1, 2), 1, (), 8, 0.0, 41_609, 2),
+}
+
+EAGER = ("diffusers", "diffusers channels_last")
+COMPILED = ("diffusers compile", "diffusers compile channels_last")
+DDPP = ("ddpp", "ddpp compile")
+
+
+class Case(NamedTuple):
+    """One row of the table: what a contender is asked to do, and in what its speed is told.
+
+    ``do`` names a function of benchmarks/ours.py and benchmarks/peers.py, which gets ``options``.
+    """
+
+    title: str
+    do: str
+    options: dict[str, Any]
+    amount: int  # of ``unit`` in one run
+    unit: str
+    per_second: bool  # told as amount / seconds, not as milliseconds of one
+    peers: tuple[str, ...]
+    target: float | None = None  # ours / best peer in seconds, on two CPU cores
+
+
+def _train_step(
+    size: str, batch_size: int, num_steps: int, peers: tuple[str, ...], target: float | None
+) -> Case:
+    """Noising, loss, gradient, clipping, Adam, EMA."""
+    options = {"size": size, "batch_size": batch_size, "num_steps": num_steps}
+    title = f"train step, {size}, batch {batch_size}"
+    return Case(title, "train_step", options, num_steps, "step", False, peers, target)
+
+
+def _sample(
+    sampler: str, batch_size: int, num_steps: int, peers: tuple[str, ...], target: float | None
+) -> Case:
+    """A chain of so many steps, from the noise to images in the host's memory."""
+    options = {"size": "mnist", "sampler": sampler}
+    options |= {"batch_size": batch_size, "num_steps": num_steps}
+    title = f"{sampler} sampling, mnist, batch {batch_size}, {num_steps} steps"
+    return Case(title, "sample", options, num_steps, "step", False, peers, target)
+
+
+def _growth(title: str, num_steps: int = 4, batch_size: int = 64, **fields: Any) -> Case:
+    """A train step of ours alone with another field, to show how its cost grows."""
+    options = {"size": "mnist", "batch_size": batch_size, "num_steps": num_steps, "fields": fields}
+    title = f"train step, mnist, {title}"
+    return Case(title, "train_step", options, num_steps, "step", False, ())
+
+
+CASES = {
+    "train-mnist": _train_step("mnist", 64, 4, EAGER + COMPILED + DDPP, 1.0),
+    "train-cifar10": _train_step("cifar10", 16, 1, EAGER + COMPILED, 1.0),
+    "sample-1": _sample("ancestral", 1, 100, EAGER[:1] + COMPILED[:1] + DDPP[:1], 0.4),
+    "sample-2": _sample("ancestral", 2, 100, EAGER[:1] + COMPILED[:1] + DDPP[:1], 0.4),
+    "sample-16": _sample("ancestral", 16, 50, EAGER + COMPILED + DDPP[:1], 0.65),
+    "sample-64": _sample("ancestral", 64, 20, EAGER + COMPILED + DDPP[:1], 0.65),
+    "sample-256": _sample("ancestral", 256, 5, EAGER + COMPILED + DDPP[:1], None),
+    "ddim-16": _sample("ddim", 16, 50, EAGER + COMPILED + DDPP[:1], None),
+    "data": Case(
+        "batches of 128 of 60,000 images 28x28x1, shuffled, from memory",
+        "read_batches",
+        {"batch_size": 128, "num_batches": 400},
+        400 * 128,
+        "images",
+        True,
+        ("DataLoader",),
+    ),
+    "evaluate": Case(
+        "terms of the variational bound, mnist, batch 64",
+        "evaluate",
+        {"size": "mnist", "num_examples": 64, "num_timesteps": 16},
+        64 * 16,
+        "images x timesteps",
+        True,
+        (),
+    ),
+    "save": Case(
+        "save a checkpoint, cifar10: weights, averages, Adam's moments (572 MB)",
+        "save",
+        {"size": "cifar10"},
+        1,
+        "save",
+        False,
+        ("torch.save",),
+    ),
+    "restore": Case(
+        "restore it (ours compares a digest)",
+        "restore",
+        {"size": "cifar10"},
+        1,
+        "restore",
+        False,
+        ("torch.save",),
+    ),
+    **{f"devices-{n}": _growth(f"batch 64, {n} devices", num_devices=n) for n in (1, 2, 4, 8)},
+    **{
+        f"timesteps-{n}": _growth(f"batch 64, T = {n:,}", **{"schedule.num_timesteps": n})
+        for n in (100, 10_000)
+    },
+    **{f"batch-{n}": _growth(f"batch {n}", batch_size=n) for n in (16, 32, 128)},
+    **{f"width-{n}": _growth(f"batch 64, width {n}", **{"model.width": n}) for n in (16, 64)},
+}

@@ -1,0 +1,208 @@
+"""What is measured as whole commands: imports, the way to the first step, an ablation."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from benchmarks.cases import COMPILED, EAGER
+from benchmarks.tables import Figures
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+ROUNDS = 5
+PEERS = EAGER[-1], COMPILED[-1]
+ARMS, ARM_STEPS, ARM_IMAGES, CHAIN_STEPS, BATCH_SIZE = 7, 150, 100, 50, 128
+
+Say = Callable[[str], None]
+Measure = Callable[[Say], dict[str, Figures]]
+
+
+class Command(NamedTuple):
+    """A row of the table whose contenders are whole processes."""
+
+    title: str
+    measure: Measure
+    target: float | None = None  # ours / best peer
+    limit: float | None = None  # of ours, in seconds
+    amount: int = 1
+    unit: str = "s"
+    per_second: bool = False
+
+
+@contextlib.contextmanager
+def fresh_caches() -> Iterator[dict[str, str]]:
+    """Environment of commands that find nothing compiled, but what those before them left."""
+    with tempfile.TemporaryDirectory() as folder:
+        hidden = pathlib.Path(folder) / "hidden"
+        hidden.mkdir()
+        # tensorboardX imports torch wherever it is, which is here for the peers alone
+        (hidden / "torch.py").write_text("raise ImportError('only the peers need it')\n")
+        yield {"XDG_CACHE_HOME": folder, "TORCHINDUCTOR_CACHE_DIR": folder, "HIDDEN": str(hidden)}
+
+
+def call(words: list[str], environment: dict[str, str], is_peer: bool = True) -> float:
+    """The wall time of a command of this Python, which must succeed."""
+    begun = time.perf_counter()
+    _start(words, environment, is_peer, check=True)
+    return time.perf_counter() - begun
+
+
+def _start(
+    words: list[str], environment: dict[str, str], is_peer: bool, check: bool
+) -> subprocess.Popen:
+    paths = [str(REPOSITORY)] if is_peer else [environment["HIDDEN"], str(REPOSITORY)]
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=REPOSITORY,
+        env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(paths)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    if check and process.wait():
+        raise RuntimeError(f"{words[:3]} ended with {process.returncode}")
+    return process
+
+
+def imports(ours: list[str], peers: dict[str, list[str]]) -> Measure:
+    """Start-up of Python included, in turn."""
+
+    def measure(say: Say) -> dict[str, Figures]:
+        found = {"ours": [], **{name: [] for name in peers}}
+        with fresh_caches() as environment:
+            for number in range(ROUNDS + 1):  # the first reads the files from the disk
+                for name, words in {"ours": ours, **peers}.items():
+                    seconds = call(words, environment, is_peer=name != "ours")
+                    if number:
+                        found[name].append(seconds)
+        return {name: Figures(seconds) for name, seconds in found.items()}
+
+    return measure
+
+
+def first_step(is_warm: bool) -> Measure:
+    """From the command to the first step; ours checks, prepares and records a run besides."""
+
+    def until_record(environment: dict[str, str], folder: pathlib.Path) -> float:
+        """Until the record of the first step is in the run's folder; then it is killed."""
+        words = ["main.py", "--config=configs/digits.py", f"--workdir={folder}"]
+        words += [f"--config.compilation_cache={environment['XDG_CACHE_HOME']}/jax"]
+        words += ["--config.train.log_every_steps=1"]
+        begun, records = time.perf_counter(), folder / "metrics.jsonl"
+        process = _start(words, environment, is_peer=False, check=False)
+        while not (records.exists() and records.stat().st_size):
+            if process.poll() is not None:
+                raise RuntimeError(f"main.py ended with {process.returncode}")
+            time.sleep(0.01)
+        seconds = time.perf_counter() - begun
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        return seconds
+
+    def once(name: str, environment: dict[str, str], folder: pathlib.Path) -> float:
+        if name == "ours":
+            return until_record(environment, folder)
+        options = {"size": "digits", "batch_size": BATCH_SIZE, "num_steps": 1}
+        return call(_worker(name, "train_step", options), environment)
+
+    def measure(say: Say) -> dict[str, Figures]:
+        found = {}
+        for name in ("ours", *PEERS):
+            say(f"  {name}")
+            seconds = []
+            with fresh_caches() as environment, tempfile.TemporaryDirectory() as folder:
+                once(name, environment, pathlib.Path(folder) / "first")  # and prepares the data
+                for number in range(3):
+                    at = pathlib.Path(folder) / str(number)
+                    if is_warm:
+                        seconds.append(once(name, environment, at))
+                        continue
+                    with fresh_caches() as cold:
+                        seconds.append(once(name, cold, at))
+            found[name] = Figures(seconds)
+        return found
+
+    return measure
+
+
+def _worker(name: str, do: str, options: dict[str, object]) -> list[str]:
+    """A worker that runs once: nobody tells it to run again."""
+    return ["-m", "benchmarks.worker", name, json.dumps({"do": do, "options": options})]
+
+
+def ablation(say: Say) -> dict[str, Figures]:
+    """Seven offsets; ours also evaluates the bound of 100 images and writes the report."""
+    words = ["main.py", "--config=configs/digits_offset.py", "--mode=ablate"]
+    fields = {
+        "ablate.seeds": "(0,)",
+        "train.num_steps": ARM_STEPS,
+        "sampling.num_images": ARM_IMAGES,
+        "sampling.batch_size": ARM_IMAGES,
+        "sampling.num_steps": CHAIN_STEPS,
+        "evaluate.num_examples": 100,
+    }
+    words += [f"--config.{name}={value}" for name, value in fields.items()]
+    found = {"ours": Figures([])}
+    options = {"size": "digits", "batch_size": BATCH_SIZE, "num_steps": ARM_STEPS}
+    options |= {"num_images": ARM_IMAGES, "num_sampling_steps": CHAIN_STEPS}
+    with fresh_caches() as environment, tempfile.TemporaryDirectory() as folder:
+        words.append(f"--config.compilation_cache={environment['XDG_CACHE_HOME']}/jax")
+        for number in range(2):  # the first compiles
+            say("  ours")
+            at = f"--workdir={folder}/{number}"
+            found["ours"].seconds.append(call([*words, at], environment, is_peer=False))
+    for name in PEERS:
+        found[name] = Figures([])
+        with fresh_caches() as environment:
+            for _ in range(2):
+                say(f"  {name}")
+                one = call(_worker(name, "train_and_sample", options), environment)
+                found[name].seconds.append(ARMS * one)
+    return found
+
+
+PYTHON = "-c"
+COMMANDS = {
+    "import": Command(
+        "import diffusion_jax; the peers' models and samplers",
+        imports(
+            [PYTHON, "import diffusion_jax"],
+            {
+                "diffusers": [PYTHON, "from diffusers import UNet2DModel, DDPMPipeline"],
+                "ddpp": [PYTHON, "import denoising_diffusion_pytorch"],
+            },
+        ),
+        limit=2.0,
+    ),
+    "import-training": Command(
+        "import all that training needs; the peers' models and samplers",
+        imports(
+            [PYTHON, "from diffusion_jax import experiment, train"],
+            {
+                "diffusers": [PYTHON, "from diffusers import UNet2DModel, DDPMPipeline"],
+                "ddpp": [PYTHON, "import denoising_diffusion_pytorch"],
+            },
+        ),
+    ),
+    "help": Command("main.py --help", imports(["main.py", "--help"], {}), limit=2.0),
+    "first-step-cold": Command(
+        "from the command to the first step, digits, nothing compiled", first_step(is_warm=False)
+    ),
+    "first-step-warm": Command(
+        "from the command to the first step, digits, compiled before",
+        first_step(is_warm=True),
+        limit=10.0,
+    ),
+    "ablation": Command(
+        "7 offsets on digits: 150 steps of 128, 100 images of 50 steps each; 7 runs of the peer",
+        ablation,
+        target=0.85,
+    ),
+}

@@ -1,0 +1,188 @@
+"""The cases by diffusion_jax, through the functions that main.py calls."""
+
+import atexit
+import contextlib
+import functools
+import itertools
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import block_until_ready
+
+from benchmarks.cases import SIZES
+from diffusion_jax import config as configuration
+from diffusion_jax import data, devices
+from diffusion_jax import evaluate as evaluation
+from diffusion_jax.checkpoint import Checkpoints
+from diffusion_jax.experiment import Experiment, create_experiment
+from diffusion_jax.generate import Generator, Network
+from diffusion_jax.train import (
+    BETWEEN_DEVICES,
+    TrainState,
+    compile_steps,
+    init_state,
+    noise_key,
+    spread,
+)
+from diffusion_jax.train import (
+    train_step as step_of_device,
+)
+
+CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "default.py"
+
+Prepared = tuple[Callable[[], object], dict[str, Any]]
+
+
+def create(size: str, fields: dict[str, Any]) -> tuple[Experiment, list[jax.Device]]:
+    """The experiment of a size with some fields, and jax's devices started as main.py does."""
+    chosen = SIZES[size]
+    model = "width", "channel_multipliers", "num_blocks", "attention_resolutions", "head_channels"
+    all_fields = {f"model.{name}": getattr(chosen, name) for name in (*model, "dropout")}
+    all_fields |= {"dataset.name": chosen.dataset, "loss.timesteps": "uniform"} | fields
+    config = configuration.load(str(CONFIG), [(n, str(v)) for n, v in all_fields.items()])
+    is_training = "train.batch_size" in fields
+    batch_size = config.train.batch_size if is_training else config.sampling.batch_size
+    devices.start(config.num_devices, batch_size, False, divide=is_training)
+    return create_experiment(config), devices.used(config.num_devices)
+
+
+def num_parameters(params: Any) -> int:
+    """How many numbers a network has."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def train_step(
+    contender: str,
+    size: str,
+    batch_size: int,
+    num_steps: int,
+    fields: dict[str, Any] | None = None,
+) -> Prepared:
+    """Steps as ``train.train`` takes them: on a CPU each waits for the loss before its own."""
+    fields = {"train.batch_size": batch_size} | (fields or {})
+    experiment, used = create(size, fields)
+    plan, timesteps = experiment.training, experiment.objective.timesteps
+    schedule = experiment.schedule
+    state = init_state(experiment.model, plan.optimizer, timesteps, len(schedule), 0)
+    about = {"num_parameters": num_parameters(state.params)}
+    indices = np.arange(batch_size).reshape(len(used), -1)
+    images = np.random.default_rng(0).integers(
+        0, 256, (1, batch_size, *experiment.dataset.shape), np.uint8
+    )
+    batches = spread({"image": images, "label": None}, len(used))
+    choices = experiment.batch_losses, timesteps, plan, experiment.dataset.levels
+    steps = compile_steps(functools.partial(step_of_device, *choices, BETWEEN_DEVICES), used)
+    state, schedule, key = devices.replicate((state, schedule, noise_key(0)), used)
+
+    def run() -> None:
+        nonlocal state
+        before = None
+        for _ in range(num_steps):
+            state, metrics = steps(state, schedule, key, indices, batches)
+            block_until_ready(before)
+            before = metrics.loss
+        block_until_ready((before, state))
+
+    return run, about
+
+
+def sample(contender: str, size: str, sampler: str, batch_size: int, num_steps: int) -> Prepared:
+    """A batch of the plan, with the averaged weights of an untrained network."""
+    fields = {
+        "sampling.sampler": sampler,
+        "sampling.num_steps": num_steps,
+        "sampling.num_images": batch_size,
+        "sampling.batch_size": batch_size,
+        "sampling.num_frames": 0,
+    }
+    experiment, used = create(size, fields)
+    params = experiment.model.init(jax.random.key(0))
+    network = Network(experiment.model, experiment.objective)
+    generator = Generator(
+        network,
+        None,
+        experiment.dataset,
+        experiment.schedule_of,
+        experiment.sampling,
+        0,
+        used,
+    )
+
+    def run() -> None:
+        for batch in generator.batches((params, None), 0, None):
+            assert np.isfinite(batch.x_0).all()
+
+    return run, {"num_parameters": num_parameters(params)}
+
+
+def read_batches(contender: str, batch_size: int, num_batches: int) -> Prepared:
+    """Shuffled batches of a split that lies in memory, by the pipeline of training."""
+    split = data.Split(*_images_and_labels(60_000, (28, 28, 1)))
+    stream = data.batches(split, batch_size, seed=0)
+
+    def run() -> None:
+        for _ in range(num_batches):
+            assert len(next(stream)["image"]) == batch_size
+
+    return run, {}
+
+
+def _images_and_labels(count: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    source = np.random.default_rng(0)
+    return source.integers(0, 256, (count, *shape), np.uint8), source.integers(0, 10, count)
+
+
+def evaluate(contender: str, size: str, num_examples: int, num_timesteps: int) -> Prepared:
+    """The evaluation of --mode=evaluate, its files too."""
+    fields = {"evaluate.num_examples": num_examples, "evaluate.num_timesteps": num_timesteps}
+    experiment, used = create(size, fields)
+    split = data.Split(*_images_and_labels(num_examples, experiment.dataset.shape))
+    plan = evaluation.fit(experiment.evaluation, split)
+    evaluator = evaluation.Evaluator(experiment.model, experiment.objective, plan, used)
+    params = experiment.model.init(jax.random.key(0))
+    folders = tempfile.TemporaryDirectory()
+
+    def run() -> None:
+        folder = pathlib.Path(tempfile.mkdtemp(dir=folders.name))  # another would go on
+        evaluator.evaluate(experiment.schedule, 0, params, 0, split, {}, folder)
+
+    return run, {"num_parameters": num_parameters(params)}
+
+
+def _state(size: str) -> tuple[TrainState, pathlib.Path]:
+    experiment, _ = create(size, {"train.batch_size": 16})
+    model, plan = experiment.model, experiment.training
+    timesteps = experiment.objective.timesteps
+    state = init_state(model, plan.optimizer, timesteps, len(experiment.schedule), 0)
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    return jax.tree.map(np.asarray, state), pathlib.Path(folder)
+
+
+def _save(folder: pathlib.Path, step: int, state: TrainState) -> None:
+    with contextlib.closing(Checkpoints(folder, 1, 0)) as checkpoints:
+        checkpoints.save(step, state._asdict(), 0.0)
+
+
+def save(contender: str, size: str) -> Prepared:
+    """Write a checkpoint and wait until it is there; training would not wait."""
+    state, folder = _state(size)
+    number = itertools.count(1)
+    return lambda: _save(folder, next(number), state), {}
+
+
+def restore(contender: str, size: str) -> Prepared:
+    """Read it, compare its digest, and put it together."""
+    state, folder = _state(size)
+    _save(folder, 1, state)
+
+    def run() -> None:
+        with contextlib.closing(Checkpoints(folder, 1, 0)) as checkpoints:
+            assert checkpoints.restore(state._asdict()).step == 1
+
+    return run, {}

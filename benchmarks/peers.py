@@ -1,0 +1,221 @@
+"""The cases by diffusers and denoising-diffusion-pytorch, each as fast as it goes.
+
+A contender is "diffusers" or "ddpp" with its options: "compile" (torch.compile in its default
+mode), "channels_last". Adam is torch's fused one and the averaged weights are one foreach call, as
+the fastest training scripts have it.
+"""
+
+import atexit
+import copy
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from benchmarks.cases import SIZES, Size
+
+Prepared = tuple[Callable[[], object], dict[str, Any]]
+
+
+def create_diffusers(size: Size) -> torch.nn.Module:
+    """UNet2DModel of the same layers."""
+    shape, channels = size.shape, [size.width * m for m in size.channel_multipliers]
+    heights = [shape[0] >> level for level in range(len(channels))]
+    kinds = ["Attn" if height in size.attention_resolutions else "" for height in heights]
+    return UNet2DModel(
+        sample_size=shape[0],
+        in_channels=shape[2],
+        out_channels=shape[2],
+        layers_per_block=size.num_blocks,
+        block_out_channels=channels,
+        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        attention_head_dim=size.head_channels,
+        norm_num_groups=size.diffusers_groups,
+        dropout=size.dropout,
+    )
+
+
+def create_ddpp(size: Size) -> torch.nn.Module:
+    """Its own U-Net, whose layers are others: linear attention at every level."""
+    from denoising_diffusion_pytorch import Unet
+
+    return Unet(
+        size.width,
+        dim_mults=size.channel_multipliers,
+        channels=size.shape[2],
+        dropout=size.dropout,
+        attn_dim_head=size.head_channels,
+    )
+
+
+def create(contender: str, size: Size) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The network, and the same as it is called."""
+    name, *options = contender.split()
+    module = {"diffusers": create_diffusers, "ddpp": create_ddpp}[name](size)
+    if "channels_last" in options:
+        module = module.to(memory_format=torch.channels_last)
+    return module, torch.compile(module) if "compile" in options else module
+
+
+def num_parameters(module: torch.nn.Module) -> int:
+    """How many numbers a network has."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def train_step(contender: str, size: str, batch_size: int, num_steps: int) -> Prepared:
+    """Noising by the library's scheduler, loss, gradient, clipping, Adam, EMA."""
+    chosen = SIZES[size]
+    module, network = create(contender, chosen)
+    parameters = list(module.parameters())
+    average = [copy.deepcopy(parameter.detach()) for parameter in parameters]
+    adam = torch.optim.Adam(parameters, 2e-4, fused=True)
+    height, width, channels = chosen.shape
+    images = np.random.default_rng(0).integers(0, 256, (batch_size, height, width, channels))
+    images = images.astype(np.uint8)
+
+    if contender.startswith("ddpp"):
+        from denoising_diffusion_pytorch import GaussianDiffusion
+
+        process = GaussianDiffusion(
+            network,
+            image_size=height,
+            timesteps=1000,
+            beta_schedule="cosine",
+            objective="pred_noise",
+        )
+
+        def mean_loss(x_0: torch.Tensor) -> torch.Tensor:
+            return process((x_0 + 1) / 2)  # it wants [0, 1]
+    else:
+        scheduler = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2")
+
+        def mean_loss(x_0: torch.Tensor) -> torch.Tensor:
+            eps = torch.randn_like(x_0)
+            timestep = torch.randint(0, 1000, (len(x_0),))
+            x_t = scheduler.add_noise(x_0, eps, timestep)
+            return torch.nn.functional.mse_loss(network(x_t, timestep).sample, eps)
+
+    def step() -> None:
+        x_0 = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        if "channels_last" not in contender:
+            x_0 = x_0.contiguous()
+        mean_loss(x_0).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        adam.step()
+        adam.zero_grad()
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1e-4)
+
+    def run() -> None:
+        for _ in range(num_steps):
+            step()
+
+    return run, {"num_parameters": num_parameters(module)}
+
+
+def sample(contender: str, size: str, sampler: str, batch_size: int, num_steps: int) -> Prepared:
+    """The library's own pipeline, without its progress bar."""
+    chosen = SIZES[size]
+    module, network = create(contender, chosen)
+    module.eval()
+    about = {"num_parameters": num_parameters(module)}
+    if contender.startswith("ddpp"):
+        from denoising_diffusion_pytorch import GaussianDiffusion
+        from denoising_diffusion_pytorch import denoising_diffusion_pytorch as library
+
+        library.tqdm = lambda steps, **_: steps
+        is_ddim = sampler == "ddim"
+        process = GaussianDiffusion(
+            network,
+            image_size=chosen.shape[0],
+            timesteps=1000 if is_ddim else num_steps,
+            sampling_timesteps=num_steps,
+            beta_schedule="cosine",
+            objective="pred_noise",
+        )
+        return lambda: process.sample(batch_size).numpy(), about
+    pipelines = {"ancestral": (DDPMPipeline, DDPMScheduler), "ddim": (DDIMPipeline, DDIMScheduler)}
+    create_pipeline, create_scheduler = pipelines[sampler]
+    pipeline = create_pipeline(network, create_scheduler(1000, beta_schedule="squaredcos_cap_v2"))
+    pipeline.set_progress_bar_config(disable=True)
+    words = {"batch_size": batch_size, "num_inference_steps": num_steps, "output_type": "np"}
+    return lambda: pipeline(**words).images, about
+
+
+def train_and_sample(
+    contender: str,
+    size: str,
+    batch_size: int,
+    num_steps: int,
+    num_images: int,
+    num_sampling_steps: int,
+) -> Prepared:
+    """What one arm of an ablation needs; the images are of another network of the same size."""
+    train, about = train_step(contender, size, batch_size, num_steps)
+    draw, _ = sample(contender, size, "ancestral", num_images, num_sampling_steps)
+
+    def run() -> None:
+        train()
+        draw()
+
+    return run, about
+
+
+def read_batches(contender: str, batch_size: int, num_batches: int) -> Prepared:
+    """Torch's DataLoader over tensors in memory, shuffled, a batch indexed at once."""
+    source = np.random.default_rng(0)
+    images = torch.from_numpy(source.integers(0, 256, (60_000, 28, 28, 1), np.uint8))
+    dataset = torch.utils.data.TensorDataset(images, torch.randint(0, 10, (60_000,)))
+    sampler = torch.utils.data.BatchSampler(
+        torch.utils.data.RandomSampler(dataset), batch_size, drop_last=True
+    )
+    loader = torch.utils.data.DataLoader(dataset, sampler=sampler, batch_size=None)
+
+    def run() -> None:
+        read = 0
+        while read < num_batches:
+            for image, _ in loader:
+                assert len(image) == batch_size
+                read += 1
+                if read == num_batches:
+                    break
+
+    return run, {}
+
+
+def _saved(size: str) -> tuple[dict[str, Any], pathlib.Path]:
+    module = create_diffusers(SIZES[size])
+    adam = torch.optim.Adam(module.parameters(), 2e-4, fused=True)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    adam.step()
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    average = copy.deepcopy(module).state_dict()
+    state = {"params": module.state_dict(), "ema": average, "optimizer": adam.state_dict()}
+    return state, pathlib.Path(folder) / "state.pt"
+
+
+def save(contender: str, size: str) -> Prepared:
+    """torch.save, to a file that is on the disk at the end."""
+    state, path = _saved(size)
+
+    def run() -> None:
+        with path.open("wb") as file:
+            torch.save(state, file)
+            os.fsync(file.fileno())
+
+    return run, {}
+
+
+def restore(contender: str, size: str) -> Prepared:
+    """torch.load, which compares nothing."""
+    state, path = _saved(size)
+    torch.save(state, path)
+    return lambda: torch.load(path), {}

@@ -1,0 +1,120 @@
+r"""Our figures and the peers' in turn on one machine, as a table.
+
+    pip install -e '.[bench]'
+    python -m benchmarks.run --into=docs/BENCHMARKS [--rounds=7] [CASE ...]
+
+Without CASE all of them. In each round every contender runs once, each in a process of its own
+that waits while the others run; a ratio is the median over the rounds of ours / the best peer's,
+which is the one of the smallest median. Each case that is done goes into the JSON file beside the
+others, from which the Markdown is written: a case can be measured again by itself. The machine
+should do nothing else.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+from benchmarks import commands, tables
+from benchmarks.cases import CASES, SIZES, Case
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+
+
+class Worker:
+    """A process of benchmarks.worker."""
+
+    def __init__(self, contender: str, case: Case) -> None:
+        asked = json.dumps({"do": case.do, "options": case.options})
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker", contender, asked],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+        )
+        self.about = self._answer()
+
+    def _answer(self) -> dict[str, float]:
+        line = self._process.stdout.readline()
+        if not line:
+            said = self._process.stderr.read().strip().splitlines()
+            raise RuntimeError(said[-1] if said else "it ended without a word")
+        return json.loads(line)
+
+    def seconds(self) -> float:
+        """Run the case once."""
+        print("go", file=self._process.stdin, flush=True)
+        return self._answer()["seconds"]
+
+    def peak_mib(self) -> float:
+        """End it; the largest memory that it ever had."""
+        self._process.stdin.close()
+        peak = self._answer()["peak_mib"]
+        self._process.wait()
+        return peak
+
+
+def measure(case: Case, rounds: int) -> dict[str, tables.Figures]:
+    """The seconds of every contender in every round, or why it was left out."""
+    workers, found = {}, {}
+    for contender in ("ours", *case.peers):
+        say(f"  starting {contender}")
+        try:
+            workers[contender] = Worker(contender, case)
+        except RuntimeError as error:
+            if contender == "ours":
+                raise
+            say(f"  left out: {error}")
+            found[contender] = tables.Figures([], left_out=str(error))
+    seconds = {contender: [] for contender in workers}
+    for _ in range(rounds):
+        for contender, worker in workers.items():
+            seconds[contender].append(worker.seconds())
+    for contender, worker in workers.items():
+        count = worker.about.get("num_parameters")
+        if count and case.peers and contender.split()[0] in ("ours", "diffusers"):
+            expected = SIZES[case.options["size"]].num_parameters
+            if count != expected:
+                raise ValueError(f"{contender} has {count} parameters, not {expected}")
+        found[contender] = tables.Figures(seconds[contender], worker.peak_mib(), count)
+    return found
+
+
+def say(text: str) -> None:
+    """Tell how far it is, beside the table."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Measure, and write both files after each case."""
+    names = [*CASES, *commands.COMMANDS]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(names)}")
+    parser.add_argument("--into", required=True, help="path of the table without its suffix")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    unknown = set(arguments.cases) - set(names)
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    into = pathlib.Path(arguments.into)
+    for name in arguments.cases or names:
+        say(name)
+        if name in CASES:
+            case = CASES[name]
+            found = measure(case, arguments.rounds)
+            fields = ("title", "do", "options", "amount", "unit", "per_second", "target")
+        else:
+            case = commands.COMMANDS[name]
+            found = case.measure(say)
+            fields = ("title", "amount", "unit", "per_second", "target", "limit")
+        tables.add(into, name, {field: getattr(case, field) for field in fields}, found)
+    print(into.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    main()

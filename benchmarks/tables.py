@@ -1,0 +1,135 @@
+"""The measurements as a JSON file, and the Markdown that is written from it."""
+
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import time
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers", "denoising-diffusion-pytorch")
+
+
+class Figures(NamedTuple):
+    """A contender's measurements in a case, or why there are none."""
+
+    seconds: list[float]  # of every round
+    peak_mib: float | None = None  # resident memory of its process
+    num_parameters: int | None = None
+    left_out: str | None = None
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions."""
+    cpu = platform.processor()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].partition(":")[2].strip()
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def summarise(found: dict[str, Figures]) -> dict[str, Any]:
+    """The best peer and the ratio to it: by round, as both were measured next to each other."""
+    peers = {name: f for name, f in found.items() if name != "ours" and f.seconds}
+    if not peers:
+        return {"best_peer": None}
+    best = min(peers, key=lambda name: np.median(peers[name].seconds))
+    ratios = np.divide(found["ours"].seconds, peers[best].seconds)
+    low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    memory = found["ours"].peak_mib, peers[best].peak_mib
+    summary = {"best_peer": best, "ratio": median, "ratio_low": low, "ratio_high": high}
+    if None not in memory:
+        least = min(peer.peak_mib for peer in peers.values())
+        summary |= {"memory_ratio": memory[0] / memory[1], "memory_ratio_least": memory[0] / least}
+    return summary
+
+
+def add(into: pathlib.Path, name: str, row: dict[str, Any], found: dict[str, Figures]) -> None:
+    """Put a case into the JSON file in the place of its older measurement; write the Markdown."""
+    path = into.with_suffix(".json")
+    rows = json.loads(path.read_text()) if path.exists() else {}
+    figures = {contender: f._asdict() for contender, f in found.items()}
+    rows[name] = row | summarise(found) | {"contenders": figures, "environment": environment()}
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+    into.with_suffix(".md").write_text(markdown(rows))
+
+
+def _speed(row: dict[str, Any], seconds: list[float]) -> str:
+    """Median [quartiles], as the row tells its speed."""
+    low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75))
+    if row["per_second"]:
+        low, median, high = (row["amount"] / s for s in (high, median, low))
+    elif row["unit"] != "s":
+        low, median, high = (1e3 * s / row["amount"] for s in (low, median, high))
+    digits = 0 if median >= 100 else 1 if median >= 10 else 2
+    return f"{median:,.{digits}f} [{low:,.{digits}f}, {high:,.{digits}f}]"
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    target, limit = row.get("target"), row.get("limit")
+    if limit is not None:
+        median = np.median(row["contenders"]["ours"]["seconds"])
+        return f"at most {limit:g} s: {'met' if median <= limit else 'not met'}"
+    if target is None or row["best_peer"] is None:
+        return ""
+    return f"at most {target:g}: {'met' if row['ratio'] <= target else 'not met'}"
+
+
+def markdown(rows: dict[str, Any]) -> str:
+    """A summary row for each case, then every contender of each."""
+    lines = [
+        "| case | unit | ours | best peer | ratio ours / peer | target |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows.values():
+        unit = f"{row['unit']}/s" if row["per_second"] else row["unit"]
+        unit = f"ms per {unit}" if unit not in ("s", f"{row['unit']}/s") else unit
+        cells = [row["title"], unit, _speed(row, row["contenders"]["ours"]["seconds"])]
+        best = row["best_peer"]
+        if best is None:
+            cells += ["", ""]
+        else:
+            cells.append(f"{_speed(row, row['contenders'][best]['seconds'])}, {best}")
+            cells.append(f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]")
+        lines.append(f"| {' | '.join([*cells, _verdict(row)])} |")
+    lines += ["", "Every contender, with the peak resident memory of its process:", ""]
+    lines += ["| case | contender | speed | memory, MiB | parameters |", "|---|---|---|---|---|"]
+    for row in rows.values():
+        for contender, figures in row["contenders"].items():
+            if figures["left_out"]:
+                cells = [f"left out: {figures['left_out']}", "", ""]
+            else:
+                memory, count = figures["peak_mib"], figures["num_parameters"]
+                cells = [_speed(row, figures["seconds"])]
+                cells += ["" if memory is None else f"{memory:,.0f}", f"{count:,}" if count else ""]
+            lines.append(f"| {' | '.join([row['title'], contender, *cells])} |")
+    machines = {json.dumps(row["environment"], sort_keys=True): None for row in rows.values()}
+    lines += ["", "Measured on:", ""]
+    for machine in map(json.loads, machines):
+        versions = [f"{name} {version}" for name, version in machine["versions"].items()]
+        lines.append(
+            f"- {machine['cores']} cores of {machine['cpu']}, Python {machine['python']}, "
+            f"{', '.join(versions)}; commit {machine['commit']}, {machine['date']}"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,117 @@
+"""What a compiled training step may cost, in operations and in bytes: counted, never timed.
+
+That it compiles once and moves nothing between host and devices is in test_devices.py, that a
+chain is one scan in test_samplers.py.
+"""
+
+import platform
+import subprocess
+import sys
+
+import conftest
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import DIGITS, REPOSITORY
+
+from diffusion_jax import config as configuration
+from diffusion_jax.experiment import create_experiment
+from diffusion_jax.train import ALONE, init_state, noise_key, train_step
+
+BATCH_SIZE = 16
+MODEL = {"model.width": 16, "model.channel_multipliers": (1, 2), "train.batch_size": BATCH_SIZE}
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    fields = DIGITS | MODEL
+    overrides = [(name, str(value)) for name, value in fields.items()]
+    return create_experiment(configuration.load(str(REPOSITORY / "configs/digits.py"), overrides))
+
+
+@pytest.fixture(scope="module")
+def step(experiment):
+    """The step of a device that has the whole batch, compiled."""
+    plan, timesteps = experiment.training, experiment.objective.timesteps
+
+    def step(state, schedule, key, indices, batch):
+        choices = experiment.batch_losses, timesteps, plan, experiment.dataset.levels, ALONE
+        return train_step(*choices, state, schedule, key, indices, batch)
+
+    schedule = experiment.schedule
+    state = init_state(experiment.model, plan.optimizer, timesteps, len(schedule), 0)
+    images = np.zeros((BATCH_SIZE, *experiment.dataset.shape), np.uint8)
+    batch = {"image": images, "label": None}
+    inputs = state, schedule, noise_key(0), np.arange(BATCH_SIZE), batch
+    return jax.jit(step, donate_argnums=0).lower(*inputs).compile(), state
+
+
+def forward_flops(experiment):
+    x_t = jax.ShapeDtypeStruct((BATCH_SIZE, *experiment.dataset.shape), jnp.float32)
+    timestep = jax.ShapeDtypeStruct((BATCH_SIZE,), jnp.float32)
+    params = jax.eval_shape(experiment.model.init, jax.random.key(0))
+
+    def forward(params, x_t, timestep):
+        return experiment.model.apply(params, x_t, timestep, None, None)
+
+    return jax.jit(forward).lower(params, x_t, timestep).compile().cost_analysis()["flops"]
+
+
+def test_a_step_has_the_operations_of_three_forward_passes(experiment, step):
+    """The network, its gradient by the weights and its gradient by the activations."""
+    assert 2.3 < step[0].cost_analysis()["flops"] / forward_flops(experiment) < 3.3
+
+
+def test_the_state_is_updated_in_place(step):
+    compiled, state = step
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    analysis = compiled.memory_analysis()
+    assert analysis.alias_size_in_bytes >= size
+    assert analysis.output_size_in_bytes - analysis.alias_size_in_bytes < 1000  # the metrics
+
+
+def test_the_lean_gradient_needs_less_memory_than_the_plain_one(experiment):
+    """Temporaries of the compiled gradient with keys, which say that the network trains."""
+    params = jax.eval_shape(experiment.model.init, jax.random.key(0))
+    x_t = jax.ShapeDtypeStruct((BATCH_SIZE, *experiment.dataset.shape), jnp.float32)
+    timestep = jax.ShapeDtypeStruct((BATCH_SIZE,), jnp.float32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), BATCH_SIZE))
+
+    def loss(params, x_t, timestep, keys):
+        return jnp.mean(jnp.square(experiment.model.apply(params, x_t, timestep, None, keys)))
+
+    def temporaries(keys):
+        compiled = jax.jit(jax.grad(loss)).lower(params, x_t, timestep, keys).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(keys) < 0.9 * temporaries(None)
+
+
+KEPT = """
+import resource
+import sys
+
+import jax
+import jax.numpy as jnp
+
+
+
+devices.start(1, 1, False, divide=False)
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+double = jax.jit(lambda x: jnp.cumsum(2 * x)[::-1])
+x = jnp.ones(2**23)  # 32 MiB
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    double(x).block_until_ready()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults * resource.getpagesize() / x.nbytes)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_that_is_freed_is_kept_for_the_next_step():
+    """Its pages do not fault again: without it, all that a call allocates does."""
+    words = [sys.executable, "-c", KEPT, str(conftest.CACHE)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert float(done.stdout) < 0.25
