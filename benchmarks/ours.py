@@ -8,7 +8,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -56,6 +56,31 @@ def num_parameters(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+class Step(NamedTuple):
+    """The compiled steps of all devices, and what they are called with."""
+
+    steps: Callable[..., Any]
+    state: TrainState
+    constants: tuple[Any, ...]  # schedule, key, indices, batches
+    about: dict[str, Any]
+
+
+def create_step(size: str, batch_size: int, fields: dict[str, Any]) -> Step:
+    """A step of ``train.train``, on random images."""
+    experiment, used = create(size, {"train.batch_size": batch_size} | fields)
+    plan, timesteps = experiment.training, experiment.objective.timesteps
+    schedule = experiment.schedule
+    state = init_state(experiment.model, plan.optimizer, timesteps, len(schedule), 0)
+    about = {"num_parameters": num_parameters(state.params)}
+    indices = np.arange(batch_size).reshape(len(used), -1)
+    images, _ = _images_and_labels(batch_size, experiment.dataset.shape)
+    batches = spread({"image": images[None], "label": None}, len(used))
+    choices = experiment.batch_losses, timesteps, plan, experiment.dataset.levels
+    steps = compile_steps(functools.partial(step_of_device, *choices, BETWEEN_DEVICES), used)
+    state, schedule, key = devices.replicate((state, schedule, noise_key(0)), used)
+    return Step(steps, state, (schedule, key, indices, batches), about)
+
+
 def train_step(
     contender: str,
     size: str,
@@ -64,26 +89,13 @@ def train_step(
     fields: dict[str, Any] | None = None,
 ) -> Prepared:
     """Steps as ``train.train`` takes them: on a CPU each waits for the loss before its own."""
-    fields = {"train.batch_size": batch_size} | (fields or {})
-    experiment, used = create(size, fields)
-    plan, timesteps = experiment.training, experiment.objective.timesteps
-    schedule = experiment.schedule
-    state = init_state(experiment.model, plan.optimizer, timesteps, len(schedule), 0)
-    about = {"num_parameters": num_parameters(state.params)}
-    indices = np.arange(batch_size).reshape(len(used), -1)
-    images = np.random.default_rng(0).integers(
-        0, 256, (1, batch_size, *experiment.dataset.shape), np.uint8
-    )
-    batches = spread({"image": images, "label": None}, len(used))
-    choices = experiment.batch_losses, timesteps, plan, experiment.dataset.levels
-    steps = compile_steps(functools.partial(step_of_device, *choices, BETWEEN_DEVICES), used)
-    state, schedule, key = devices.replicate((state, schedule, noise_key(0)), used)
+    steps, state, constants, about = create_step(size, batch_size, fields or {})
 
     def run() -> None:
         nonlocal state
         before = None
         for _ in range(num_steps):
-            state, metrics = steps(state, schedule, key, indices, batches)
+            state, metrics = steps(state, *constants)
             block_until_ready(before)
             before = metrics.loss
         block_until_ready((before, state))

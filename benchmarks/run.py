@@ -6,8 +6,8 @@ r"""Our figures and the peers' in turn on one machine, as a table.
 Without CASE all of them. In each round every contender runs once, each in a process of its own
 that waits while the others run; a ratio is the median over the rounds of ours / the best peer's,
 which is the one of the smallest median. Each case that is done goes into the JSON file beside the
-others, from which the Markdown is written: a case can be measured again by itself. The machine
-should do nothing else.
+others, from which the table of the Markdown is written: a case can be measured again by itself.
+The machine should do nothing else.
 """
 
 import argparse

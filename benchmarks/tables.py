@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+# The Markdown file has its own words around the table.
+BEGIN, END = "<!-- written by benchmarks.run -->", "<!-- end of what benchmarks.run writes -->"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers", "denoising-diffusion-pytorch")
 
 
@@ -72,7 +74,10 @@ def add(into: pathlib.Path, name: str, row: dict[str, Any], found: dict[str, Fig
     figures = {contender: f._asdict() for contender, f in found.items()}
     rows[name] = row | summarise(found) | {"contenders": figures, "environment": environment()}
     path.write_text(json.dumps(rows, indent=1) + "\n")
-    into.with_suffix(".md").write_text(markdown(rows))
+    page = into.with_suffix(".md")
+    text = page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
+    before, _, rest = text.partition(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n\n{markdown(rows)}\n{END}{rest.partition(END)[2]}")
 
 
 def _speed(row: dict[str, Any], seconds: list[float]) -> str:

@@ -1,0 +1,156 @@
+r"""Where the time of our training step goes, and the floor that the machine sets it.
+
+    python -m benchmarks.profile --size=mnist --batch-size=64
+
+The floor is the operations of all convolutions and matrix products at the rate of a large matrix
+product on every device at once. The profile is the sum over the devices of the time in each kind of
+operation of the compiled step.
+"""
+
+import argparse
+import collections
+import pathlib
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import block_until_ready
+from jax.extend.core import jaxprs_in_params
+
+from benchmarks import ours
+
+ROUNDS, STEPS = 7, 3
+GEMM, COPIED = 2048, 2**25  # side of the matrices; floats that are copied on each device
+
+
+def operations(jaxpr: Any) -> float:
+    """Multiplications and additions of a program's convolutions and matrix products."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        inputs, parameters = equation.invars, equation.params
+        if equation.primitive.name == "conv_general_dilated":
+            kernel = inputs[1].aval.shape
+            spec = parameters["dimension_numbers"].rhs_spec
+            taps = np.prod([kernel[axis] for axis in spec[1:]])
+            dilated = np.prod(parameters["lhs_dilation"])  # zeros between: nothing to multiply
+            total += 2 * np.prod(equation.outvars[0].aval.shape) * taps / dilated
+        elif equation.primitive.name == "dot_general":
+            (contracted, _), _ = parameters["dimension_numbers"]
+            summed = np.prod([inputs[0].aval.shape[axis] for axis in contracted])
+            total += 2 * np.prod(equation.outvars[0].aval.shape) * summed
+        total += sum(operations(inner) for inner in jaxprs_in_params(parameters))
+    return float(total)
+
+
+def rate(function: Callable[..., Any], shape: tuple[int, ...], amount: float) -> float:
+    """The most per second of ``amount`` on each device, all of them at once."""
+    count = jax.local_device_count()
+    compiled, x = jax.pmap(function), jnp.ones((count, *shape))
+    block_until_ready(compiled(x))
+    seconds = []
+    for _ in range(ROUNDS):
+        begun = time.perf_counter()
+        block_until_ready(compiled(x))
+        seconds.append(time.perf_counter() - begun)
+    return count * amount / min(seconds)
+
+
+def kind_of(name: str, definitions: dict[str, tuple[str, str]], bodies: dict[str, str]) -> str:
+    """What an operation of the compiled step does, in a few words."""
+    rest, source = definitions.get(name, ("", ""))
+    called = re.search(r"calls=%?([\w.\-]+)", rest)
+    body = bodies.get(called.group(1), "") if called else f" {name.split('.')[0]}("
+    gradient = "transpose(" in source
+    if " convolution(" in body:
+        return "convolutions: " + (
+            "by weights" if not source else "by inputs" if gradient else "forward"
+        )
+    if " dot(" in body:
+        return "matrix products"
+    if "all-reduce" in name:
+        return "all-reduce, with waiting for the other devices"
+    if " reduce(" in body:
+        return "sums"
+    if " transpose(" in body or " copy(" in body:
+        return "transposes, with what is fused into them"
+    if " concatenate(" in body:
+        return "concatenations"
+    if " exponential(" in body:
+        return "norm and SiLU"
+    return "other elementwise"
+
+
+def profile(text: str, run: Callable[[], None]) -> collections.Counter:
+    """Nanoseconds by kind of operation while ``run`` runs, of the compiled program ``text``."""
+    bodies = {}
+    for part in text.split("\n\n"):
+        head = re.match(r"(?:ENTRY )?%?([\w.\-]+) ", part)
+        if head:
+            bodies[head.group(1)] = part
+    definitions = {}
+    for line in text.splitlines():
+        found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line)
+        if found:
+            source = re.search(r'op_name="([^"]*)"', line)
+            definitions[found.group(1)] = found.group(2), source.group(1) if source else ""
+    total = collections.Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            for line in plane.lines:
+                for event in line.events:
+                    if "hlo_op" in dict(event.stats):
+                        total[kind_of(event.name, definitions, bodies)] += event.duration_ns
+    return total
+
+
+def main() -> None:
+    """Print the floor, the measured step and its profile."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--size", required=True)
+    parser.add_argument("--batch-size", type=int, required=True)
+    arguments = parser.parse_args()
+    steps, state, constants, _ = ours.create_step(arguments.size, arguments.batch_size, {})
+    count = jax.local_device_count()
+    needed = count * operations(jax.make_jaxpr(steps)(state, *constants).jaxpr)
+    peak = rate(lambda x: x @ x, (GEMM, GEMM), 2 * GEMM**3)
+    bandwidth = rate(lambda x: x + 1, (COPIED,), 8 * COPIED)
+    text = steps.lower(state, *constants).compile().as_text()
+
+    def run() -> None:
+        nonlocal state
+        for _ in range(STEPS):
+            state, metrics = steps(state, *constants)
+            block_until_ready(metrics)
+
+    run()
+    seconds = []
+    for _ in range(ROUNDS):
+        begun = time.perf_counter()
+        run()
+        seconds.append((time.perf_counter() - begun) / STEPS)
+    median = statistics.median(seconds)
+    print(
+        f"{count} devices: {peak / 1e9:.0f} Gflop/s in a matrix product, {bandwidth / 1e9:.0f} GB/s"
+    )
+    print(f"operations of a step: {needed / 1e9:.1f} G, floor {1e3 * needed / peak:.0f} ms")
+    print(f"measured: {1e3 * median:.0f} ms, {needed / peak / median:.0%} of the peak rate\n")
+    print("| kind | ms of a step, all devices | share |\n|---|---|---|")
+    total = profile(text, run)
+    for kind, nanoseconds in total.most_common():
+        share = nanoseconds / total.total()
+        print(f"| {kind} | {nanoseconds / 1e6 / STEPS:.0f} | {share:.0%} |")
+
+
+if __name__ == "__main__":
+    main()
