@@ -149,8 +149,8 @@ def choose_parallel(
 ) -> tuple[str, int]:
     """How jobs run, and how many on a device; "auto" is what is fastest.
 
-    On a CPU an arm on each device is, save where there are fewer arms than devices, by 15 % for
-    the digits (docs/RESULTS.md). On an accelerator, which a small model does not fill, vmap should
+    On a CPU an arm on each device is, save where there are fewer arms than devices: no device waits
+    for another (docs/RESULTS.md). On an accelerator, which a small model does not fill, vmap should
     be; that is not measured yet.
     """
     chosen = parallel

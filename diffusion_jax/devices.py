@@ -28,6 +28,8 @@ COORDINATOR, NUM_PROCESSES, PROCESS_ID = (
 # mallopt(3): trim nothing below 2 GiB; no mapping, which is unmapped when freed; one arena, for
 # the others' heaps are too small for large arrays, which would be mapped
 MALLOC_OPTIONS = {-1: 2**31 - 1, -4: 0, -8: 1}
+COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event, before the first run
+LONG_COMPILATION = 1.0  # seconds
 MIN_EXAMPLES_PER_CORE = 8  # fewer leave a core waiting for the others
 
 
@@ -63,7 +65,7 @@ def start(
     if "multi_thread_eigen" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
     jax.config.update("jax_num_cpu_devices", on_cpu)
-    _keep_freed_memory()
+    _manage_memory()
     if distributed:
         _join()
     local = jax.local_device_count()
@@ -108,19 +110,27 @@ def _devices_for(batch_size: int, cores: int) -> int:
     return max(fitting, default=1)
 
 
-def _keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next call instead of giving it back to the system.
+@functools.cache  # once is enough
+def _manage_memory() -> None:
+    """Have glibc keep what a step frees for the next one, and give back what the compiler frees.
 
     XLA:CPU allocates the temporaries of a training step anew each time, and the faults of their
-    fresh pages were a fifth of the step's time. Said before jax starts its threads, and so on every
-    platform, which is not known before. Other C libraries stay as they are.
+    fresh pages were a fifth of the step's time; a compilation leaves hundreds of MB of holes. Said
+    before jax starts its threads, and so on every platform, which is not known before. Other C
+    libraries stay as they are.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
         return
     for option, value in MALLOC_OPTIONS.items():
-        if not mallopt(option, value):
+        if not libc.mallopt(option, value):
             LOG.warning("mallopt(%d, %d) was refused: steps may be slower", option, value)
+
+    def after(event: str, seconds: float, **_: object) -> None:
+        if event == COMPILED and seconds > LONG_COMPILATION:
+            libc.malloc_trim(0)
+
+    jax.monitoring.register_event_duration_secs_listener(after)
 
 
 def _join() -> None:
