@@ -84,7 +84,8 @@ def start_compilation_cache(folder: str | None) -> None:
         return
     folder = folder or os.path.expanduser("~/.cache/diffusion_jax")
     jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # the small programs too: a start compiles dozens of them, which takes two seconds
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compilation_cache.reset_cache()  # the checks may have compiled a trifle: jax looked only then
 
 
