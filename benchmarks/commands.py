@@ -169,15 +169,16 @@ def ablation(say: Say) -> dict[str, Figures]:
 
 
 PYTHON = "-c"
+IMPORTED_PEERS = {
+    "diffusers": [PYTHON, "from diffusers import UNet2DModel, DDPMPipeline"],
+    "ddpp": [PYTHON, "import denoising_diffusion_pytorch"],
+}
 COMMANDS = {
     "import": Command(
         "import diffusion_jax; the peers' models and samplers",
         imports(
             [PYTHON, "import diffusion_jax"],
-            {
-                "diffusers": [PYTHON, "from diffusers import UNet2DModel, DDPMPipeline"],
-                "ddpp": [PYTHON, "import denoising_diffusion_pytorch"],
-            },
+            IMPORTED_PEERS,
         ),
         limit=2.0,
     ),
@@ -185,10 +186,7 @@ COMMANDS = {
         "import all that training needs; the peers' models and samplers",
         imports(
             [PYTHON, "from diffusion_jax import experiment, train"],
-            {
-                "diffusers": [PYTHON, "from diffusers import UNet2DModel, DDPMPipeline"],
-                "ddpp": [PYTHON, "import denoising_diffusion_pytorch"],
-            },
+            IMPORTED_PEERS,
         ),
     ),
     "help": Command("main.py --help", imports(["main.py", "--help"], {}), limit=2.0),
