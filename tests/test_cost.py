@@ -1,7 +1,7 @@
 """What a compiled training step may cost, in operations and in bytes: counted, never timed.
 
 That it compiles once and moves nothing between host and devices is in test_devices.py, that a
-chain is one scan in test_samplers.py.
+chain of any sampler is one scan in test_samplers.py.
 """
 
 import platform
@@ -16,7 +16,9 @@ import pytest
 from runs import DIGITS, REPOSITORY
 
 from diffusion_jax import config as configuration
+from diffusion_jax import samplers, schedules
 from diffusion_jax.experiment import create_experiment
+from diffusion_jax.process import Prediction
 from diffusion_jax.train import ALONE, init_state, noise_key, train_step
 
 BATCH_SIZE = 16
@@ -86,6 +88,25 @@ def test_the_lean_gradient_needs_less_memory_than_the_plain_one(experiment):
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(keys) < 0.9 * temporaries(None)
+
+
+@pytest.mark.parametrize("num_steps", [1, 7])
+def test_a_chain_is_a_scan_of_its_length_that_traces_the_network_once(num_steps):
+    traced = []
+
+    def predict(x_t, row):
+        traced.append(())
+        return Prediction(0 * x_t, x_t)
+
+    rows = schedules.respace(schedules.cosine(100), num_steps)
+
+    def chain(key):
+        return samplers.sample(key, predict, rows, samplers.ancestral(), (2, 3))
+
+    equations = jax.make_jaxpr(chain)(jax.random.key(0)).jaxpr.eqns
+    lengths = [e.params["length"] for e in equations if e.primitive.name == "scan"]
+    assert lengths == [num_steps]
+    assert len(traced) == 1
 
 
 KEPT = """
