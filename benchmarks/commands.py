@@ -50,15 +50,14 @@ def fresh_caches() -> Iterator[dict[str, str]]:
 def call(words: list[str], environment: dict[str, str], is_peer: bool = True) -> float:
     """The wall time of a command of this Python, which must succeed."""
     begun = time.perf_counter()
-    _start(words, environment, is_peer, check=True)
+    if code := _start(words, environment, is_peer).wait():
+        raise RuntimeError(f"{words[:3]} ended with {code}")
     return time.perf_counter() - begun
 
 
-def _start(
-    words: list[str], environment: dict[str, str], is_peer: bool, check: bool
-) -> subprocess.Popen:
+def _start(words: list[str], environment: dict[str, str], is_peer: bool) -> subprocess.Popen:
     paths = [str(REPOSITORY)] if is_peer else [environment["HIDDEN"], str(REPOSITORY)]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, *words],
         cwd=REPOSITORY,
         env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(paths)},
@@ -66,9 +65,6 @@ def _start(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    if check and process.wait():
-        raise RuntimeError(f"{words[:3]} ended with {process.returncode}")
-    return process
 
 
 def imports(ours: list[str], peers: dict[str, list[str]]) -> Measure:
@@ -96,7 +92,7 @@ def first_step(is_warm: bool) -> Measure:
         words += [f"--config.compilation_cache={environment['XDG_CACHE_HOME']}/jax"]
         words += ["--config.train.log_every_steps=1"]
         begun, records = time.perf_counter(), folder / "metrics.jsonl"
-        process = _start(words, environment, is_peer=False, check=False)
+        process = _start(words, environment, is_peer=False)
         while not (records.exists() and records.stat().st_size):
             if process.poll() is not None:
                 raise RuntimeError(f"main.py ended with {process.returncode}")

@@ -125,12 +125,12 @@ def main() -> None:
     needed = count * operations(jax.make_jaxpr(steps)(state, *constants).jaxpr)
     peak = rate(lambda x: x @ x, (GEMM, GEMM), 2 * GEMM**3)
     bandwidth = rate(lambda x: x + 1, (COPIED,), 8 * COPIED)
-    text = steps.lower(state, *constants).compile().as_text()
+    compiled = steps.lower(state, *constants).compile()
 
     def run() -> None:
         nonlocal state
         for _ in range(STEPS):
-            state, metrics = steps(state, *constants)
+            state, metrics = compiled(state, *constants)
             block_until_ready(metrics)
 
     run()
@@ -146,7 +146,7 @@ def main() -> None:
     print(f"operations of a step: {needed / 1e9:.1f} G, floor {1e3 * needed / peak:.0f} ms")
     print(f"measured: {1e3 * median:.0f} ms, {needed / peak / median:.0%} of the peak rate\n")
     print("| kind | ms of a step, all devices | share |\n|---|---|---|")
-    total = profile(text, run)
+    total = profile(compiled.as_text(), run)
     for kind, nanoseconds in total.most_common():
         share = nanoseconds / total.total()
         print(f"| {kind} | {nanoseconds / 1e6 / STEPS:.0f} | {share:.0%} |")

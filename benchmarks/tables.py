@@ -61,10 +61,7 @@ def summarise(found: dict[str, Figures]) -> dict[str, Any]:
     low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))
     memory = found["ours"].peak_mib, peers[best].peak_mib
     summary = {"best_peer": best, "ratio": median, "ratio_low": low, "ratio_high": high}
-    if None not in memory:
-        least = min(peer.peak_mib for peer in peers.values())
-        summary |= {"memory_ratio": memory[0] / memory[1], "memory_ratio_least": memory[0] / least}
-    return summary
+    return summary | {"memory_ratio": None if None in memory else memory[0] / memory[1]}
 
 
 def add(into: pathlib.Path, name: str, row: dict[str, Any], found: dict[str, Figures]) -> None:
@@ -74,6 +71,11 @@ def add(into: pathlib.Path, name: str, row: dict[str, Any], found: dict[str, Fig
     figures = {contender: f._asdict() for contender, f in found.items()}
     rows[name] = row | summarise(found) | {"contenders": figures, "environment": environment()}
     path.write_text(json.dumps(rows, indent=1) + "\n")
+    write_page(into, rows)
+
+
+def write_page(into: pathlib.Path, rows: dict[str, Any]) -> None:
+    """Put the table into its place in the Markdown file."""
     page = into.with_suffix(".md")
     text = page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
     before, _, rest = text.partition(BEGIN)
@@ -104,8 +106,9 @@ def _verdict(row: dict[str, Any]) -> str:
 def markdown(rows: dict[str, Any]) -> str:
     """A summary row for each case, then every contender of each."""
     lines = [
-        "| case | unit | ours | best peer | ratio ours / peer | target |",
-        "|---|---|---|---|---|---|",
+        "| case | unit | ours | best peer | time, ours / peer | memory, ours / peer | target "
+        "| rounds, commit |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows.values():
         unit = f"{row['unit']}/s" if row["per_second"] else row["unit"]
@@ -113,11 +116,15 @@ def markdown(rows: dict[str, Any]) -> str:
         cells = [row["title"], unit, _speed(row, row["contenders"]["ours"]["seconds"])]
         best = row["best_peer"]
         if best is None:
-            cells += ["", ""]
+            cells += ["", "", ""]
         else:
             cells.append(f"{_speed(row, row['contenders'][best]['seconds'])}, {best}")
             cells.append(f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]")
-        lines.append(f"| {' | '.join([*cells, _verdict(row)])} |")
+            memory = row["memory_ratio"]
+            cells.append("" if memory is None else f"{memory:.2f}")
+        rounds = len(row["contenders"]["ours"]["seconds"])
+        cells += [_verdict(row), f"{rounds}, {row['environment']['commit']}"]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Every contender, with the peak resident memory of its process:", ""]
     lines += ["| case | contender | speed | memory, MiB | parameters |", "|---|---|---|---|---|"]
     for row in rows.values():

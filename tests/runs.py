@@ -65,7 +65,7 @@ def arguments(
 ) -> list[str]:
     """The command line of a small run."""
     words = [f"--config={REPOSITORY}/configs/{config}.py", f"--workdir={workdir}", f"--mode={mode}"]
-    fields = {"compilation_cache": "off", **fields}  # for theirs leaves out what compiles fast
+    fields = {"compilation_cache": conftest.CACHE, **fields}
     return words + [f"--config.{field}={value}" for field, value in fields.items()]
 
 
@@ -134,8 +134,6 @@ def _main(words: list[str], files: tuple[pathlib.Path, ...], environment: dict[s
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_compilation_cache_dir", str(conftest.CACHE))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     import main
 
     sys.exit(main.main(words))

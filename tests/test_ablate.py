@@ -400,15 +400,20 @@ def workdir(classifier, tmp_path):
     return tmp_path / "run"
 
 
-@pytest.fixture(scope="module")
-def finished(small, classifier, tmp_path_factory):
-    """An ablation that nothing stopped: two arms, two seeds."""
-    path = tmp_path_factory.mktemp("finished") / "run"
+def ablated(fields, classifier, folder):
+    """The folder of an ablation that nothing stopped, and how it ended."""
+    path = folder / "run"
     path.mkdir()
     shutil.copy(classifier, path)
-    done = run(words(small, path), path.parent / "log")
+    done = run(words(fields, path), folder / "log")
     assert done.code == 0, done.stderr
     return path, done
+
+
+@pytest.fixture(scope="module")
+def finished(small, classifier, tmp_path_factory):
+    """An ablation of two arms and two seeds."""
+    return ablated(small, classifier, tmp_path_factory.mktemp("finished"))
 
 
 def folders(path):
@@ -646,13 +651,9 @@ def test_a_signal_saves_all_jobs_and_the_same_command_goes_on(finished, small, w
 
 @pytest.fixture(scope="module")
 def mixed(small, classifier, tmp_path_factory):
-    """An ablation of two T that nothing stopped: its fields and its folder."""
+    """An ablation of two T: its fields and its folder."""
     fields = small | {"ablate.grid": f"schedule.s=0.02 | {ADDED}"}
-    path = tmp_path_factory.mktemp("mixed") / "run"
-    path.mkdir()
-    shutil.copy(classifier, path)
-    done = run(words(fields, path), path.parent / "log")
-    assert done.code == 0, done.stderr
+    path, _ = ablated(fields, classifier, tmp_path_factory.mktemp("mixed"))
     return fields, path
 
 

@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 
-import conftest
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,7 +18,6 @@ def digits(data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     fields = DIGITS | {
         "dataset.data_dir": data_dir,
-        "compilation_cache": conftest.CACHE,
         "num_devices": 2,
         "train.num_steps": 25,
         "train.sample_every_steps": 20,

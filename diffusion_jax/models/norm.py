@@ -1,8 +1,9 @@
 """Group normalization, and with the SiLU that follows it as one function.
 
 The gradient of ``norm_silu`` as JAX derives it keeps five arrays of the input's size until it is
-taken, which is most of a training step's memory. ``lean_norm_silu`` is the same function with its
-gradient written out: it keeps the input alone. It has no forward mode (``jax.jvp``).
+taken. ``lean_norm_silu`` is the same function with its gradient written out, which keeps the input
+alone: two fifths less temporary memory in a training step (docs/BENCHMARKS.md). It has no forward
+mode (``jax.jvp``).
 """
 
 import jax
