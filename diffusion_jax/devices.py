@@ -25,9 +25,12 @@ COORDINATOR, NUM_PROCESSES, PROCESS_ID = (
     "JAX_NUM_PROCESSES",
     "JAX_PROCESS_ID",
 )
+# a core's convolutions on that core; the widest vectors that it has
+XLA_FLAGS = "--xla_cpu_multi_thread_eigen=false", "--xla_cpu_prefer_vector_width=512"
 # mallopt(3): trim nothing below 2 GiB; no mapping, which is unmapped when freed; one arena, for
 # the others' heaps are too small for large arrays, which would be mapped
 MALLOC_OPTIONS = {-1: 2**31 - 1, -4: 0, -8: 1}
+HOLES = 2**11, 2**28  # the free chunks, in bytes, that are kept from glibc's later searches
 COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event, before the first run
 LONG_COMPILATION = 1.0  # seconds
 MIN_EXAMPLES_PER_CORE = 8  # fewer leave a core waiting for the others
@@ -61,11 +64,11 @@ def start(
         on_cpu = _devices_for(batch_size // processes, cores)
     else:
         on_cpu = min(batch_size, cores)  # they wait for nobody
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "multi_thread_eigen" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+    given = os.environ.get("XLA_FLAGS", "")
+    flags = [flag for flag in XLA_FLAGS if flag.split("=")[0] not in given]
+    os.environ["XLA_FLAGS"] = " ".join([given, *flags]).strip()
     jax.config.update("jax_num_cpu_devices", on_cpu)
-    _manage_memory()
+    _manage_memory(is_training=divide or num_jobs is not None)
     if distributed:
         _join()
     local = jax.local_device_count()
@@ -112,26 +115,43 @@ def _devices_for(batch_size: int, cores: int) -> int:
 
 
 @functools.cache  # once is enough
-def _manage_memory() -> None:
-    """Have glibc keep what a step frees for the next one, and give back what the compiler frees.
+def _manage_memory(is_training: bool) -> None:
+    """Have glibc give back what the compiler frees, and in training keep what a step frees.
 
     XLA:CPU allocates the temporaries of a training step anew each time, and the faults of their
-    fresh pages were a fifth of the step's time; a compilation leaves hundreds of MB of holes. Said
-    before jax starts its threads, and so on every platform, which is not known before. Other C
-    libraries stay as they are.
+    fresh pages take a seventh of the step's time. One arena keeps them; but in one that a
+    compilation has left full of holes each allocation of some 10 KB takes 50 microseconds, for
+    glibc looks through the holes one by one: so they are filled. Said before jax starts its
+    threads, and so on every platform, which is not known before. Other C libraries stay as they
+    are.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return
-    for option, value in MALLOC_OPTIONS.items():
+    for option, value in MALLOC_OPTIONS.items() if is_training else ():
         if not libc.mallopt(option, value):
             LOG.warning("mallopt(%d, %d) was refused: steps may be slower", option, value)
 
     def after(event: str, seconds: float, **_: object) -> None:
         if event == COMPILED and seconds > LONG_COMPILATION:
             libc.malloc_trim(0)
+            if is_training:
+                _fill_holes(libc)
 
     jax.monitoring.register_event_duration_secs_listener(after)
+
+
+def _fill_holes(libc: ctypes.CDLL) -> None:
+    """Take the free memory below the top of the heap and keep it: addresses, but no pages."""
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_size_t, (ctypes.c_size_t,)
+    libc.free.restype, libc.free.argtypes = None, (ctypes.c_size_t,)
+    smallest, size = HOLES
+    top = libc.malloc(size)
+    libc.free(top)
+    while size >= smallest:
+        if not 0 < (hole := libc.malloc(size)) < top:  # none of this size is left below
+            libc.free(hole)
+            size -= size // 8
 
 
 def _join() -> None:

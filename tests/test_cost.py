@@ -118,7 +118,7 @@ import jax.numpy as jnp
 
 from diffusion_jax import devices
 
-devices.start(1, 1, False, divide=False)
+devices.start(1, 1, False, divide=True)
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])
 double = jax.jit(lambda x: jnp.cumsum(2 * x)[::-1])
 x = jnp.ones(2**23)  # 32 MiB
@@ -155,6 +155,24 @@ kept = before - resident_mib()
 jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 2.0)
 print(kept, before - resident_mib())
 """
+FILLED = """
+import ctypes
+
+import jax
+
+from diffusion_jax import devices
+
+devices.start(1, 1, False, divide=True)
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_size_t, (ctypes.c_size_t,)
+libc.free.argtypes = (ctypes.c_size_t,)
+blocks = [libc.malloc(20_000) for _ in range(4096)]
+for hole in blocks[::2]:
+    libc.free(hole)
+reused = libc.malloc(20_000) in blocks
+jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 2.0)
+print(int(reused), sum(libc.malloc(20_000) in blocks for _ in range(1000)))
+"""
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 
 
@@ -178,3 +196,11 @@ def test_memory_that_the_compiler_has_freed_is_given_back():
     kept, given_back = printed(GIVEN_BACK)
     assert kept < 16
     assert given_back > 200
+
+
+@glibc
+def test_the_holes_that_the_compiler_leaves_are_not_searched():
+    """A step would find its small arrays among tens of thousands of them, one by one."""
+    reused, reused_after = printed(FILLED)
+    assert reused
+    assert reused_after < 10
