@@ -17,12 +17,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from diffusion_jax.config import choose, require
+from diffusion_jax.models.conv import Conv3x3
 from diffusion_jax.models.mlp import ZERO, Embedding, glorot, linear
 from diffusion_jax.models.norm import GroupNorm
 
 Keys = Key[Array, " B"] | None  # of dropout, one per example; None: no dropout
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 conv = functools.partial(nnx.Conv, kernel_size=(3, 3), kernel_init=glorot)
+conv3x3 = functools.partial(Conv3x3, kernel_size=(3, 3), kernel_init=glorot)
 
 
 class UNet(nnx.Module):
@@ -165,10 +167,10 @@ class Block(nnx.Module):
     ) -> None:
         self.rate, self.number = rate, number
         self.norm_1 = GroupNorm(c_in)
-        self.conv_1 = conv(c_in, c_out, **options)
+        self.conv_1 = conv3x3(c_in, c_out, **options)
         self.embedding = linear(c_emb, c_out, **options)
         self.norm_2 = GroupNorm(c_out)
-        self.conv_2 = conv(c_out, c_out, **options | {"kernel_init": ZERO})
+        self.conv_2 = conv3x3(c_out, c_out, **options | {"kernel_init": ZERO})
         self.skip = linear(c_in, c_out, **options) if c_in != c_out else None
         self.attention = Attention(c_out, heads, **options) if heads > 0 else None
 
@@ -176,10 +178,10 @@ class Block(nnx.Module):
         self, x: Float[Array, "B H W D"], embedding: Float[Array, "B E"], keys: Keys
     ) -> Float[Array, "B H W C"]:
         """The block's output; E is the length of the embedding."""
-        lean = keys is not None  # it trains: there is reverse mode only
-        h = self.conv_1(self.norm_1.silu(x, lean))
+        trains = keys is not None  # then there is reverse mode only
+        h = self.conv_1(self.norm_1.silu(x, trains), trains)
         h = h + self.embedding(embedding)[:, None, None]
-        h = self.conv_2(dropout(self.norm_2.silu(h, lean), self.rate, self.number, keys))
+        h = self.conv_2(dropout(self.norm_2.silu(h, trains), self.rate, self.number, keys), trains)
         h = h + (x if self.skip is None else self.skip(x))
         return h if self.attention is None else self.attention(h)
 

@@ -1,0 +1,83 @@
+"""Winograd's form of the 3x3 convolution against the sum that defines it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from diffusion_jax.models import conv
+
+WIDE = conv.MIN_CHANNELS
+SHAPES = {
+    "even": (2, 28, 28, WIDE, 64),
+    "odd": (3, 7, 5, 64, WIDE),
+    "one pixel": (1, 1, 1, WIDE, WIDE),
+    "in groups": (6, 32, 32, 128, WIDE),
+}
+
+
+def arrays(batch, height, width, c_in, c_out):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((batch, height, width, c_in))
+    return np.float32(x), np.float32(rng.standard_normal((3, 3, c_in, c_out)))
+
+
+def exact(x, kernel):
+    """The nine shifted products, in float64."""
+    height, width = x.shape[1:3]
+    around = np.pad(np.float64(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifts = [(i, j) for i in range(3) for j in range(3)]
+    return sum(around[:, i : i + height, j : j + width] @ kernel[i, j] for i, j in shifts)
+
+
+@pytest.mark.parametrize("form", [conv.plain, conv.winograd])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_convolution_is_its_sum_to_float32_rounding(form, shape):
+    x, kernel = arrays(*shape)
+    expected = exact(x, kernel)
+    error = np.abs(form(jnp.asarray(x), jnp.asarray(kernel)) - expected).max()
+    # a sum of n products of size one is of size sqrt(n)
+    assert error < 8e-6 * np.sqrt(9 * x.shape[3])
+
+
+def test_a_batch_is_convolved_in_groups_that_fit_a_cache():
+    x, kernel = (jnp.asarray(array) for array in arrays(*SHAPES["in groups"]))
+    scans = [e for e in jax.make_jaxpr(conv.winograd)(x, kernel).eqns if e.primitive.name == "scan"]
+    assert [e.params["length"] for e in scans] == [6]  # an image alone has 2 MiB
+    x, kernel = (jnp.asarray(array) for array in arrays(*SHAPES["even"]))
+    assert "scan" not in str(jax.make_jaxpr(conv.winograd)(x, kernel))
+
+
+@pytest.mark.parametrize(("platform", "is_plain"), [("cpu", False), ("cuda", True), ("tpu", True)])
+def test_only_a_cpu_multiplies_by_winograd(platform, is_plain):
+    x, kernel = (jnp.asarray(array) for array in arrays(*SHAPES["even"]))
+    lowered = jax.jit(conv.conv3x3).trace(x, kernel).lower(lowering_platforms=(platform,))
+    assert ("convolution" in lowered.as_text()) == is_plain
+
+
+@pytest.mark.parametrize(("c_in", "dtype"), [(WIDE // 2, jnp.float32), (WIDE, jnp.bfloat16)])
+def test_few_channels_and_low_precision_are_convolved_plainly(c_in, dtype):
+    x, kernel = arrays(1, 4, 4, c_in, WIDE)
+    x, kernel = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
+    found = conv.conv3x3(x, kernel)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, conv.plain(x, kernel))
+
+
+def test_both_modes_of_differentiation_are_those_of_the_plain_form():
+    x, kernel = (jnp.asarray(array) for array in arrays(2, 5, 6, WIDE, WIDE))
+    dx, dk = jnp.flip(x, 0), jnp.flip(kernel, 0)
+    for form in (jax.jvp, lambda f, *a: jax.vjp(f, *a[0])[1](f(*a[1]))):
+        expected, found = (form(f, (x, kernel), (dx, dk)) for f in (conv.plain, conv.conv3x3))
+        for one, other in zip(expected, found):
+            np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(one).max())
+
+
+def test_a_layer_is_the_same_in_training():
+    layer = conv.Conv3x3(WIDE, 64, (3, 3), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    layer.bias[...] = jnp.arange(64.0)
+    x, _ = arrays(2, 8, 8, WIDE, 64)
+    expected = exact(x, np.asarray(layer.kernel[...])) + np.arange(64)
+    for is_training in (True, False):
+        np.testing.assert_allclose(layer(jnp.asarray(x), is_training), expected, atol=2e-5)
