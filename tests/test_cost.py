@@ -49,20 +49,28 @@ def step(experiment):
     return jax.jit(step, donate_argnums=0).lower(*inputs).compile(), state
 
 
-def forward_flops(experiment):
+def forward_flops(experiment, trains):
     x_t = jax.ShapeDtypeStruct((BATCH_SIZE, *experiment.dataset.shape), jnp.float32)
     timestep = jax.ShapeDtypeStruct((BATCH_SIZE,), jnp.float32)
     params = jax.eval_shape(experiment.model.init, jax.random.key(0))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), BATCH_SIZE))
 
-    def forward(params, x_t, timestep):
-        return experiment.model.apply(params, x_t, timestep, None, None)
+    def forward(params, x_t, timestep, keys):
+        return experiment.model.apply(params, x_t, timestep, None, keys)
 
-    return jax.jit(forward).lower(params, x_t, timestep).compile().cost_analysis()["flops"]
+    lowered = jax.jit(forward).lower(params, x_t, timestep, keys if trains else None)
+    return lowered.compile().cost_analysis()["flops"]
 
 
 def test_a_step_has_the_operations_of_three_forward_passes(experiment, step):
     """The network, its gradient by the weights and its gradient by the activations."""
-    assert 2.3 < step[0].cost_analysis()["flops"] / forward_flops(experiment) < 3.3
+    assert 2.3 < step[0].cost_analysis()["flops"] / forward_flops(experiment, trains=True) < 3.3
+
+
+def test_a_network_that_does_not_train_has_fewer_operations(experiment):
+    """Winograd's convolutions multiply less, even with their additions."""
+    ratio = forward_flops(experiment, trains=False) / forward_flops(experiment, trains=True)
+    assert 0.5 < ratio < 0.95
 
 
 def test_the_state_is_updated_in_place(step):
