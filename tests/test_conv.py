@@ -52,7 +52,7 @@ def test_a_batch_is_convolved_in_groups_that_fit_a_cache():
 @pytest.mark.parametrize(("platform", "is_plain"), [("cpu", False), ("cuda", True), ("tpu", True)])
 def test_only_a_cpu_multiplies_by_winograd(platform, is_plain):
     x, kernel = (jnp.asarray(array) for array in arrays(*SHAPES["even"]))
-    lowered = jax.jit(conv.conv3x3).trace(x, kernel).lower(lowering_platforms=(platform,))
+    lowered = jax.jit(conv.convolve).trace(x, kernel).lower(lowering_platforms=(platform,))
     assert ("convolution" in lowered.as_text()) == is_plain
 
 
@@ -60,7 +60,7 @@ def test_only_a_cpu_multiplies_by_winograd(platform, is_plain):
 def test_few_channels_and_low_precision_are_convolved_plainly(c_in, dtype):
     x, kernel = arrays(1, 4, 4, c_in, WIDE)
     x, kernel = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
-    found = conv.conv3x3(x, kernel)
+    found = conv.convolve(x, kernel)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, conv.plain(x, kernel))
 
@@ -69,7 +69,7 @@ def test_both_modes_of_differentiation_are_those_of_the_plain_form():
     x, kernel = (jnp.asarray(array) for array in arrays(2, 5, 6, WIDE, WIDE))
     dx, dk = jnp.flip(x, 0), jnp.flip(kernel, 0)
     for form in (jax.jvp, lambda f, *a: jax.vjp(f, *a[0])[1](f(*a[1]))):
-        expected, found = (form(f, (x, kernel), (dx, dk)) for f in (conv.plain, conv.conv3x3))
+        expected, found = (form(f, (x, kernel), (dx, dk)) for f in (conv.plain, conv.convolve))
         for one, other in zip(expected, found):
             np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(one).max())
 

@@ -70,7 +70,7 @@ def _to_outputs(m: list[Array]) -> list[Array]:
     return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
 
 
-def conv3x3(x: Images, kernel: Kernel) -> Outputs:
+def convolve(x: Images, kernel: Kernel) -> Outputs:
     """``plain``, in the form that is fastest where it runs."""
     if min(kernel.shape[2:]) < MIN_CHANNELS or x.dtype != jnp.float32:
         return plain(x, kernel)
@@ -82,6 +82,6 @@ class Conv3x3(nnx.Conv):
 
     def __call__(self, x: Images, is_training: bool) -> Outputs:
         """The same height and width, in the layer's dtype."""
-        function = plain if is_training else conv3x3
+        function = plain if is_training else convolve
         y = function(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
         return y + self.bias[...][None, None, None].astype(self.dtype)
