@@ -14,7 +14,6 @@ import os
 import pathlib
 import platform
 import shutil
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import NamedTuple
@@ -25,7 +24,7 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 from diffusion_jax import data, devices, evaluate, quality, results, schedules
-from diffusion_jax.checkpoint import restore_average
+from diffusion_jax.checkpoint import restore_average, saved_steps
 from diffusion_jax.comparison import Interval
 from diffusion_jax.config import ConfigError, RunError, require
 from diffusion_jax.evaluate import Evaluator
@@ -51,6 +50,7 @@ from diffusion_jax.train import (
     spread,
     train_step,
 )
+from diffusion_jax.turns import Turn, take_turns
 from diffusion_jax.workdir import OF_THE_TRAINING, Workdir
 
 LOG = logging.getLogger("diffusion_jax")
@@ -442,7 +442,7 @@ def train_jobs(
 
 
 class _Training:
-    """Jobs that share one compiled step; a slot whose run has ended takes the next."""
+    """Jobs that share one compiled step; a slot whose run has ended takes the next turn."""
 
     def __init__(
         self,
@@ -454,11 +454,20 @@ class _Training:
         failed: dict[str, str],
     ) -> None:
         self._failed = failed
-        self._waiting = deque(jobs)
         self._slots, self._dataset, self._path = slots, dataset, path
+        plans = [job.experiment.training for job in jobs]
+        self._jobs, self._waiting = (
+            jobs,
+            take_turns(
+                [max(saved_steps(folder_of(job, path).checkpoints), default=0) for job in jobs],
+                [plan.num_steps for plan in plans],
+                slots.num,
+                plans[0].checkpoint_every_steps,
+            ),
+        )
         self._length = max(len(job.experiment.schedule) for job in jobs)
         self._steps_per_call, self._in_flight = pace(jobs[0].experiment.training, used)
-        self._runs: dict[int, tuple[Job, Run]] = {}  # by slot
+        self._runs: dict[int, tuple[Turn, Run]] = {}  # by slot
         self._constants: list[PyTree] = [None] * slots.num  # a schedule and a key
         self._inputs: PyTree = None  # state, schedule and key of every slot, on the devices
 
@@ -466,8 +475,8 @@ class _Training:
         """Open waiting jobs in the slots that are free; returns whether any run is under way."""
         new = {}
         for slot in range(self._slots.num):
-            while slot not in self._runs and self._waiting:
-                job = self._waiting.popleft()
+            while slot not in self._runs and (turn := self._next_turn()) is not None:
+                job = self._jobs[turn.index]
                 try:
                     run = self._open(job, slot)
                 except (RunError, ConfigError) as error:  # no intact checkpoint, or it is in use
@@ -478,7 +487,7 @@ class _Training:
                     continue
                 schedule = schedules.pad(job.experiment.schedule, self._length)
                 self._constants[slot] = schedule, noise_key(job.seed)
-                self._runs[slot], new[slot] = (job, run), run.state
+                self._runs[slot], new[slot] = (turn, run), run.state
         if new:
             # a slot that stays free works on a copy of another, and nobody looks
             donor = next(iter(new))
@@ -491,6 +500,15 @@ class _Training:
             trees = [(state, *constant) for state, constant in zip(states, constants)]
             self._inputs = self._slots.put(trees)
         return bool(self._runs)
+
+    def _next_turn(self) -> Turn | None:
+        """The first that waits, but for those of jobs that failed or still have their turn."""
+        taken = {turn.index for turn, _ in self._runs.values()}
+        for turn in self._waiting:
+            if turn.index not in taken and title_of(self._jobs[turn.index]) not in self._failed:
+                self._waiting.remove(turn)
+                return turn
+        return None
 
     def _open(self, job: Job, slot: int) -> Run:
         experiment, folder = job.experiment, folder_of(job, self._path)
@@ -519,14 +537,14 @@ class _Training:
         state, metrics = self._slots.steps(state, schedule, key, self._slots.indices, batches)
         self._inputs = state, schedule, key
         stopping = stop.asked(0)
-        for slot, (job, run) in tuple(self._runs.items()):
+        for slot, (turn, run) in tuple(self._runs.items()):
             try:
                 run.took(num_steps, metrics)
                 if stopping or run.is_checkpoint_due:
                     run.save(self._slots.get(slot, state))
-                ended = run.is_done
+                ended = run.step >= turn.until  # saved, for turns end with a checkpoint
             except NonFiniteLossError as error:
-                _fail(job, error, self._failed)
+                _fail(self._jobs[turn.index], error, self._failed)
                 ended = True
             if ended:
                 self._runs.pop(slot)

@@ -76,6 +76,11 @@ class _LowestN:
         return [step in lowest for step in steps]
 
 
+def saved_steps(directory: pathlib.Path) -> list[int]:
+    """Every step of which a checkpoint is there, oldest first, intact or not."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+
+
 class Checkpoints:
     """The checkpoints of one run: the ``keep_last`` newest and the ``keep_best`` lowest losses."""
 
@@ -98,7 +103,7 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """Every step that is there, oldest first."""
-        return sorted(int(path.name) for path in self._directory.glob("*") if path.name.isdigit())
+        return saved_steps(self._directory)
 
     def _path(self, step: int) -> pathlib.Path:
         return self._directory / str(step)

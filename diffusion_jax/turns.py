@@ -1,0 +1,40 @@
+"""In which order runs of known length take their turns on slots, so that all slots end together."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Turn(NamedTuple):
+    """The run of number ``index``, on a slot until it has taken the step ``until``."""
+
+    index: int
+    until: int
+
+
+def take_turns(
+    done: Sequence[int], lengths: Sequence[int], num_slots: int, multiple: int
+) -> list[Turn]:
+    """The turns in the order in which slots take them as they become free.
+
+    McNaughton's rule (1959): the runs are laid end to end and cut where a slot is full, which is
+    at the mean of what slots have to do or at the longest run. What does not fit comes first on the
+    next slot, and the rest of that run is taken up last by another: no slot waits.
+
+    Args:
+        done: steps that each run has behind it.
+        lengths: steps of each run in all.
+        num_slots: runs that go on at once.
+        multiple: a run is cut at multiples of so many steps, rounded down, or not at all.
+    """
+    left = [length - step for step, length in zip(done, lengths)]
+    full = max(-(-sum(left) // num_slots), *left, 1)
+    turns: list[tuple[int, Turn]] = []  # with the times at which they are to begin
+    begin = 0
+    for index, (step, length) in enumerate(zip(done, lengths)):
+        past = begin + left[index] - full
+        cut = (step + past) // multiple * multiple
+        if past > 0 and cut > step:
+            turns.append((0, Turn(index, cut)))
+        turns.append((begin, Turn(index, length)))
+        begin = past if past >= 0 else begin + left[index]
+    return [turn for _, turn in sorted(turns, key=lambda timed: timed[0])]
