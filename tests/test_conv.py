@@ -1,4 +1,4 @@
-"""Winograd's form of the 3x3 convolution against the sum that defines it."""
+"""The fast forms of convolutions against the sums that define them."""
 
 import jax
 import jax.numpy as jnp
@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from diffusion_jax.models import conv
+from diffusion_jax.models import conv, upsample
 
-WIDE = conv.MIN_CHANNELS
+WIDE, WIDEST = conv.MIN_CHANNELS, conv.MIN_CHANNELS_IN_TRAINING
 SHAPES = {
     "even": (2, 28, 28, WIDE, 64),
     "odd": (3, 7, 5, 64, WIDE),
     "one pixel": (1, 1, 1, WIDE, WIDE),
     "in groups": (6, 32, 32, 128, WIDE),
+    "products apart": (2, 5, 6, WIDEST, 160),
 }
 
 
@@ -72,6 +73,68 @@ def test_both_modes_of_differentiation_are_those_of_the_plain_form():
         expected, found = (form(f, (x, kernel), (dx, dk)) for f in (conv.plain, conv.convolve))
         for one, other in zip(expected, found):
             np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(one).max())
+
+
+LARGE, SMALL = (3, 10, 9, WIDEST, WIDEST), (3, 7, 9, WIDEST, WIDEST)  # 75 tiles and 60
+
+
+def exact_gradients(x, kernel, dy):
+    """Those of the sum of dy * ``exact``, in float64."""
+    height, width = x.shape[1:3]
+    around = np.pad(np.float64(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    dk = np.zeros(kernel.shape)
+    for i in range(3):
+        for j in range(3):
+            seen = around[:, i : i + height, j : j + width]
+            dk[i, j] = np.tensordot(seen, np.float64(dy), ((0, 1, 2), (0, 1, 2)))
+    return exact(dy, np.flip(kernel, (0, 1)).swapaxes(2, 3)), dk
+
+
+@pytest.mark.parametrize("shape", [LARGE, SMALL, SHAPES["one pixel"], SHAPES["products apart"]])
+def test_gradients_in_training_are_their_sums_to_float32_rounding(shape):
+    x, kernel = arrays(*shape)
+    dy, _ = arrays(*shape[:3], shape[4], 1)
+    expected = exact_gradients(x, kernel, dy)
+    x, kernel, dy = jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(dy)
+    y, pull_back = jax.vjp(conv.convolve_in_training, x, kernel)
+    np.testing.assert_allclose(y, conv.plain(x, kernel), atol=2e-4)
+    for found in (pull_back(dy), conv.winograd_gradients(x, kernel, dy)):
+        for one, other in zip(found, expected):
+            np.testing.assert_allclose(one, other, atol=4e-6 * np.abs(other).max())
+
+
+@pytest.mark.parametrize(
+    ("shape", "platform", "is_plain"),
+    [(LARGE, "cpu", False), (SMALL, "cpu", True), (LARGE, "cuda", True)],
+)
+def test_only_a_cpu_trains_by_winograd_and_only_what_is_large(shape, platform, is_plain):
+    x, kernel = (jnp.asarray(array) for array in arrays(*shape))
+    gradient = jax.grad(lambda *inputs: conv.convolve_in_training(*inputs).sum(), (0, 1))
+    lowered = jax.jit(gradient).trace(x, kernel).lower(lowering_platforms=(platform,))
+    assert ("convolution" in lowered.as_text()) == is_plain
+
+
+@pytest.mark.parametrize("form", [upsample.plain, upsample.phases, upsample.nine_products])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_an_upsampled_convolution_is_its_sum_to_float32_rounding(form, shape):
+    x, kernel = arrays(*shape)
+    expected = exact(np.repeat(np.repeat(x, 2, axis=1), 2, axis=2), kernel)
+    error = np.abs(form(jnp.asarray(x), jnp.asarray(kernel)) - expected).max()
+    assert error < 8e-6 * np.sqrt(9 * x.shape[3])
+
+
+@pytest.mark.parametrize(
+    ("channels", "is_training", "platform", "is_of_phases"),
+    [
+        *((WIDE, False, "cpu", False), (WIDE, True, "cpu", True), (WIDEST, True, "cpu", False)),
+        *((WIDE // 2, False, "cpu", True), (WIDEST, False, "cuda", True)),
+    ],
+)
+def test_only_a_cpu_upsamples_by_nine_products(channels, is_training, platform, is_of_phases):
+    x, kernel = (jnp.asarray(array) for array in arrays(2, 4, 4, channels, channels))
+    traced = jax.jit(upsample.upsample, static_argnums=2).trace(x, kernel, is_training)
+    lowered = traced.lower(lowering_platforms=(platform,))
+    assert ("convolution" in lowered.as_text()) == is_of_phases
 
 
 def test_a_layer_is_the_same_in_training():

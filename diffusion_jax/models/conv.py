@@ -7,6 +7,7 @@ libraries choose an algorithm by themselves.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,16 @@ from jaxtyping import Array, Float
 Images = Float[Array, "B H W C"]
 Outputs = Float[Array, "B H W D"]
 Kernel = Float[Array, "3 3 C D"]
+Weights = Float[Array, "16 C D"]
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 # F(2, 3): two outputs of a filter g of three taps on four inputs d are A'[(G g) * (B'd)], four
 # multiplications in place of six (Lavin & Gray 2016, section 4.1).
 G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
+GG = np.kron(G, G)  # of both axes
 MIN_CHANNELS = 32  # with fewer there is too little to multiply between the transforms
+MIN_CHANNELS_IN_TRAINING = 128
+MIN_TILES_IN_TRAINING = 64  # of a batch: fewer are rows of too small a matrix
 BYTES_AT_ONCE = 2**20  # of transformed images: they should stay in a core's cache
 
 
@@ -32,32 +37,50 @@ def plain(x: Images, kernel: Kernel) -> Outputs:
 
 
 def winograd(x: Images, kernel: Kernel) -> Outputs:
-    """``plain`` by F(2x2, 3x3), a few images at a time."""
+    """``plain`` by F(2x2, 3x3); what is small a few images at a time, as one batch of products."""
     batch, height, width, channels = x.shape
     # one matrix product, which XLA takes out of the loop of a chain
-    weights = (jnp.asarray(np.kron(G, G)) @ kernel.reshape(9, -1)).reshape(16, *kernel.shape[2:])
+    weights = (jnp.asarray(GG) @ kernel.reshape(9, -1)).reshape(16, *kernel.shape[2:])
+    if min(weights.shape[1:]) >= MIN_CHANNELS_IN_TRAINING:
+        return _tiles(x, weights, _products_apart)
     fitting = max(1, BYTES_AT_ONCE // (4 * height * width * channels * x.dtype.itemsize))
     at_once = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= fitting)
     if at_once == batch:
-        return _tiles(x, weights)
+        return _tiles(x, weights, _products)
     groups = x.reshape(batch // at_once, at_once, height, width, channels)
-    y = jax.lax.map(lambda group: _tiles(group, weights), groups)
+    y = jax.lax.map(lambda group: _tiles(group, weights, _products), groups)
     return y.reshape(batch, height, width, -1)
 
 
-def _tiles(x: Images, weights: Float[Array, "16 C D"]) -> Outputs:
+def _tiles(x: Images, weights: Weights, multiply: Callable[..., list[Array]]) -> Outputs:
     """Each tile of 2x2 outputs from the 4x4 inputs around it."""
-    batch, height, width, channels = x.shape
+    batch, height, width, _ = x.shape
+    rows, columns = math.ceil(height / 2), math.ceil(width / 2)
+    products = multiply(_of_tiles(x), weights)
+    m = [product.reshape(batch, rows, columns, -1) for product in products]
+    pairs = zip(*(_to_outputs(m[i::4]) for i in range(4)))
+    tiles = jnp.stack([jnp.stack(_to_outputs(list(pair)), axis=3) for pair in pairs], axis=2)
+    return tiles.reshape(batch, 2 * rows, 2 * columns, -1)[:, :height, :width]
+
+
+def _products(inputs: list[Array], weights: Weights) -> list[Array]:
+    return list(jnp.einsum("ptc,pcd->ptd", jnp.stack(inputs), weights))
+
+
+def _products_apart(inputs: list[Array], weights: Weights) -> list[Array]:
+    """Faster where there is much to multiply: no large array is put together."""
+    return [one @ weight for one, weight in zip(inputs, weights)]
+
+
+def _of_tiles(x: Images) -> list[Float[Array, "tiles C"]]:
+    """The 16 sums of each 4x4 tile of inputs, two of which have two rows or columns in common."""
+    _, height, width, channels = x.shape
     rows, columns = math.ceil(height / 2), math.ceil(width / 2)
     x = jnp.pad(x, ((0, 0), (1, 2 * rows - height + 1), (1, 2 * columns - width + 1), (0, 0)))
     inputs = []
     for d in _of_inputs([x[:, i : i + 2 * rows : 2] for i in range(4)]):
         inputs += _of_inputs([d[:, :, j : j + 2 * columns : 2] for j in range(4)])
-    products = jnp.einsum("ptc,pcd->ptd", jnp.stack(inputs).reshape(16, -1, channels), weights)
-    products = products.reshape(4, 4, batch, rows, columns, -1)
-    pairs = [jnp.stack(_to_outputs(list(m)), axis=3) for m in _to_outputs(list(products))]
-    y = jnp.stack(pairs, axis=2).reshape(batch, 2 * rows, 2 * columns, -1)
-    return y[:, :height, :width]
+    return [one.reshape(-1, channels) for one in inputs]
 
 
 def _of_inputs(d: list[Array]) -> list[Array]:
@@ -70,6 +93,32 @@ def _to_outputs(m: list[Array]) -> list[Array]:
     return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
 
 
+def winograd_gradients(x: Images, kernel: Kernel, dy: Outputs) -> tuple[Images, Kernel]:
+    """Those of ``winograd``, by as few multiplications: the inputs' is a convolution itself.
+
+    That of the kernel is G'[(B'd B)' * (A dy A')] G, summed over the tiles.
+    """
+    dx = winograd(dy, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+    of_weights = [one.T @ other for one, other in zip(_of_tiles(x), _from_outputs(dy))]
+    dk = jnp.asarray(GG.T) @ jnp.stack(of_weights).reshape(16, -1)
+    return dx, dk.reshape(kernel.shape)
+
+
+def _from_outputs(dy: Outputs) -> list[Float[Array, "tiles D"]]:
+    """A dy A' of each 2x2 tile: what is transposed to ``_to_outputs``, there and here."""
+    _, height, width, channels = dy.shape
+    dy = jnp.pad(dy, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
+    products = []
+    for d in _to_products(dy[:, ::2], dy[:, 1::2]):
+        products += _to_products(d[:, :, ::2], d[:, :, 1::2])
+    return [one.reshape(-1, channels) for one in products]
+
+
+def _to_products(first: Array, second: Array) -> list[Array]:
+    """A y of two outputs."""
+    return [first, first + second, first - second, -second]
+
+
 def convolve(x: Images, kernel: Kernel) -> Outputs:
     """``plain``, in the form that is fastest where it runs."""
     if min(kernel.shape[2:]) < MIN_CHANNELS or x.dtype != jnp.float32:
@@ -77,11 +126,38 @@ def convolve(x: Images, kernel: Kernel) -> Outputs:
     return jax.lax.platform_dependent(x, kernel, cpu=winograd, default=plain)
 
 
+def convolve_in_training(x: Images, kernel: Kernel) -> Outputs:
+    """``plain``, with its gradient, in the form that is fastest where it runs; no forward mode."""
+    batch, height, width, _ = x.shape
+    tiles = batch * math.ceil(height / 2) * math.ceil(width / 2)
+    is_large = min(kernel.shape[2:]) >= MIN_CHANNELS_IN_TRAINING and tiles >= MIN_TILES_IN_TRAINING
+    return (_lean if is_large and x.dtype == jnp.float32 else plain)(x, kernel)
+
+
+def _forward(x: Images, kernel: Kernel) -> tuple[Outputs, tuple[Images, Kernel]]:
+    # what ``winograd`` makes of x is four times as large: made again for the gradient
+    return convolve(x, kernel), (x, kernel)
+
+
+def _backward(residuals: tuple[Images, Kernel], dy: Outputs) -> tuple[Images, Kernel]:
+    return jax.lax.platform_dependent(
+        *residuals, dy, cpu=winograd_gradients, default=_plain_gradients
+    )
+
+
+def _plain_gradients(x: Images, kernel: Kernel, dy: Outputs) -> tuple[Images, Kernel]:
+    return jax.vjp(plain, x, kernel)[1](dy)
+
+
+_lean = jax.custom_vjp(convolve)
+_lean.defvjp(_forward, _backward)
+
+
 class Conv3x3(nnx.Conv):
-    """The layer, with its bias. In training it is the plain one, which is as fast there."""
+    """The layer, with its bias."""
 
     def __call__(self, x: Images, is_training: bool) -> Outputs:
         """The same height and width, in the layer's dtype."""
-        function = plain if is_training else convolve
+        function = convolve_in_training if is_training else convolve
         y = function(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
         return y + self.bias[...][None, None, None].astype(self.dtype)

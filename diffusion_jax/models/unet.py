@@ -20,6 +20,7 @@ from diffusion_jax.config import choose, require
 from diffusion_jax.models.conv import Conv3x3
 from diffusion_jax.models.mlp import ZERO, Embedding, glorot, linear
 from diffusion_jax.models.norm import GroupNorm
+from diffusion_jax.models.upsample import upsample
 
 Keys = Key[Array, " B"] | None  # of dropout, one per example; None: no dropout
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -146,7 +147,7 @@ class UNet(nnx.Module):
             h = block(h, embedding, keys)
         for level, blocks in enumerate(self.up):
             if level > 0:
-                h = self.upsample[level - 1](h)
+                h = self.upsample[level - 1](h, keys is not None)
             for block in blocks:
                 h = block(jnp.concatenate([h, skips.pop()], axis=-1), embedding, keys)
         return self.out(self.norm.silu(h.astype(jnp.float32), keys is not None))
@@ -207,32 +208,16 @@ class Attention(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Nearest-neighbour upsampling by 2, then a 3x3 convolution, in one.
-
-    A 3x3 window on the large image sees 2x2 pixels of the small one, so that each of the four
-    phases of the output is a 2x2 convolution of the small image: 4/9 of the multiplications.
-    """
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution, in one."""
 
     def __init__(self, channels: int, **options: Any) -> None:
         self.conv = conv(channels, channels, **options)
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
+    def __call__(
+        self, x: Float[Array, "B H W C"], is_training: bool
+    ) -> Float[Array, "B 2*H 2*W C"]:
         """Twice the height and the width, the same channels."""
-        batch, height, width, c = x.shape
-        # fold[phase, small, large]: which of the three large rows lie in each of two small rows
-        fold = jnp.array([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
-        kernel = jnp.einsum("apr,bqs,rsio->abpqio", fold, fold, self.conv.kernel[...])
-        layout = ("NHWC", "HWIO", "NHWC")
-
-        # Four convolutions, not one of four times the channels: XLA:CPU takes 70 times as long for
-        # the weight gradient of that one.
-        def phase(a: int, b: int) -> Array:
-            pad = ((1 - a, a), (1 - b, b))
-            w = kernel[a, b].astype(x.dtype)
-            return jax.lax.conv_general_dilated(x, w, (1, 1), pad, dimension_numbers=layout)
-
-        rows = [jnp.stack([phase(a, 0), phase(a, 1)], axis=3) for a in (0, 1)]
-        h = jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, c)
+        h = upsample(x, self.conv.kernel[...], is_training)
         return h + self.conv.bias[...][None, None, None].astype(x.dtype)
 
 
