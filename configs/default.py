@@ -136,7 +136,7 @@ def get_config() -> ConfigDict:
     config.evaluate.num_examples = placeholder(int)  # of the test split; unset: all
     config.evaluate.num_timesteps = placeholder(int)  # unset: all; fewer: one of each stratum
     config.evaluate.batch_size = 64  # images of all devices together
-    config.evaluate.timesteps_per_call = 8  # of each image at once
+    config.evaluate.timesteps_per_call = placeholder(int)  # unset: 1 on a CPU, 8 elsewhere
     config.evaluate.clip_x_0 = True  # the predicted x_0 to [-1, 1] in the bound (images only)
     config.evaluate.flow_examples = 0  # images whose probability flow is integrated; 0: none
     config.evaluate.flow_steps = 100  # of the solver, evenly spaced in log SNR

@@ -468,6 +468,7 @@ class _Training:
         self._length = max(len(job.experiment.schedule) for job in jobs)
         self._steps_per_call, self._in_flight = pace(jobs[0].experiment.training, used)
         self._runs: dict[int, tuple[Turn, Run]] = {}  # by slot
+        self._ended: dict[int, Run] = {}  # whose last save may go on, by the number of the job
         self._constants: list[PyTree] = [None] * slots.num  # a schedule and a key
         self._inputs: PyTree = None  # state, schedule and key of every slot, on the devices
 
@@ -477,6 +478,8 @@ class _Training:
         for slot in range(self._slots.num):
             while slot not in self._runs and (turn := self._next_turn()) is not None:
                 job = self._jobs[turn.index]
+                if turn.index in self._ended:
+                    self._ended.pop(turn.index).close()
                 try:
                     run = self._open(job, slot)
                 except (RunError, ConfigError) as error:  # no intact checkpoint, or it is in use
@@ -511,12 +514,13 @@ class _Training:
         return None
 
     def _open(self, job: Job, slot: int) -> Run:
-        experiment, folder = job.experiment, folder_of(job, self._path)
+        plan, folder = job.experiment.training, folder_of(job, self._path)
         folder.lock()
         folder.record(job.config)
-        plan, timesteps = experiment.training, experiment.objective.timesteps
-        length = len(experiment.schedule)
-        fresh = init_state(experiment.model, plan.optimizer, timesteps, length, job.seed)
+        # by the functions of the first, which are the same and have been compiled
+        first, length = self._jobs[0].experiment, len(job.experiment.schedule)
+        choices = first.model, first.training.optimizer, first.objective.timesteps
+        fresh = init_state(*choices, length, job.seed)
         read = functools.partial(self._slots.get, slot)
         title = title_of(job)
         journal = functools.partial(Journal, max_in_flight=self._in_flight, read=read, name=title)
@@ -536,6 +540,7 @@ class _Training:
         state, schedule, key = self._inputs
         state, metrics = self._slots.steps(state, schedule, key, self._slots.indices, batches)
         self._inputs = state, schedule, key
+        self._close_ended()  # while the devices work
         stopping = stop.asked(0)
         for slot, (turn, run) in tuple(self._runs.items()):
             try:
@@ -547,12 +552,16 @@ class _Training:
                 _fail(self._jobs[turn.index], error, self._failed)
                 ended = True
             if ended:
-                self._runs.pop(slot)
-                run.close()
+                self._ended[turn.index] = self._runs.pop(slot)[1]
         return stopping
 
+    def _close_ended(self) -> None:
+        while self._ended:
+            self._ended.popitem()[1].close()
+
     def close(self) -> None:
-        """Let go of the runs that are under way."""
+        """Let go of the runs that are under way or have ended."""
+        self._close_ended()
         for _, run in self._runs.values():
             run.close()
 

@@ -30,6 +30,7 @@ from diffusion_jax.schedules import Schedule, clip_posterior_variance
 
 LOG = logging.getLogger("diffusion_jax")
 
+TIMESTEPS_PER_CALL = 8  # of an accelerator
 MAX_IN_FLIGHT = 16  # calls of a device that nobody has read yet
 
 
@@ -48,7 +49,7 @@ class EvaluationPlan(NamedTuple):
     num_examples: int | None  # spread evenly over the split; None: all
     num_timesteps: int  # of T, one drawn in each of as many strata
     batch_size: int  # images of all devices together
-    timesteps_per_call: int
+    timesteps_per_call: int | None  # of each image at once; None: what is fastest
     clip_x_0: bool
     flow: FlowPlan | None
 
@@ -292,7 +293,10 @@ class Evaluator:
     def _add_bound(self, sums: Sums, shared: tuple, split: data.Split) -> Iterator[None]:
         """Add the bound of a batch of images, and stop after it for what is there to be saved."""
         plan, levels, schedule = self._plan, self._objective.levels, shared[1]
-        calls = list(_calls(stratify(len(schedule), plan.num_timesteps), plan.timesteps_per_call))
+        # on a CPU the layers of one batch fill a core's caches already
+        fastest = 1 if self._devices[0].platform == "cpu" else TIMESTEPS_PER_CALL
+        at_once = min(plan.timesteps_per_call or fastest, plan.num_timesteps)
+        calls = list(_calls(stratify(len(schedule), plan.num_timesteps), at_once))
         last_row = jax.tree.map(lambda leaf: np.asarray(leaf[-1]), schedule)
         chosen, start = spread(plan.num_examples, len(split.images)), int(sums.arrays["done"])
         with _bar("bound", plan.num_examples, start) as bar:

@@ -389,7 +389,7 @@ def create_evaluation_plan(
         num_examples=fields.num_examples,
         num_timesteps=num_timesteps,
         batch_size=fields.batch_size,
-        timesteps_per_call=min(fields.timesteps_per_call, num_timesteps),
+        timesteps_per_call=fields.timesteps_per_call,
         clip_x_0=fields.clip_x_0 and dataset.levels is not None,
         flow=flow,
     )
