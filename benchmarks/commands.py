@@ -159,7 +159,9 @@ def ablation(say: Say) -> dict[str, Figures]:
             say("  ours")
             at = f"--workdir={folder}/{number}"
             found["ours"].seconds.append(call([*words, at], environment, is_peer=False))
-    for name in PEERS[:1]:  # the other needs more than half a minute of each run to compile
+    known = "492 and 817 s at a53da8d, for each of its seven runs compiles"
+    found[PEERS[1]] = Figures([], left_out=known)
+    for name in PEERS[:1]:
         found[name] = Figures([])
         with fresh_caches() as environment:
             for _ in range(ABLATION_ROUNDS):

@@ -5,6 +5,7 @@ would do with the arm's config, checkpoint for checkpoint. Jobs that share the s
 the compiled step, of which the schedule, the seed and the state are arguments.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -15,7 +16,6 @@ import pathlib
 import platform
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from typing import NamedTuple
 
 import jax
@@ -428,11 +428,12 @@ def train_jobs(
 
     Returns the signal that stopped it early, if one did: then every run under way is saved.
     """
-    with closing(Stop()) as stop:
+    with contextlib.closing(Stop()) as stop:
         for group in group_jobs(jobs):
             places = min(per_device, -(-len(group) // len(used)))
             slots = create_slots(parallel, places, group, dataset.levels, used)
-            with closing(_Training(group, slots, dataset, path, used, failed)) as training:
+            training = _Training(group, slots, dataset, path, used, failed)
+            with contextlib.closing(training):
                 stopping = False
                 while not stopping and training.fill():
                     stopping = training.advance(stop)
@@ -455,15 +456,14 @@ class _Training:
     ) -> None:
         self._failed = failed
         self._slots, self._dataset, self._path = slots, dataset, path
+        self._jobs = jobs
         plans = [job.experiment.training for job in jobs]
-        self._jobs, self._waiting = (
-            jobs,
-            take_turns(
-                [max(saved_steps(folder_of(job, path).checkpoints), default=0) for job in jobs],
-                [plan.num_steps for plan in plans],
-                slots.num,
-                plans[0].checkpoint_every_steps,
-            ),
+        saved = [saved_steps(folder_of(job, path).checkpoints) for job in jobs]
+        self._waiting = take_turns(
+            done=[max(steps, default=0) for steps in saved],
+            lengths=[plan.num_steps for plan in plans],
+            num_slots=slots.num,
+            multiple=plans[0].checkpoint_every_steps,
         )
         self._length = max(len(job.experiment.schedule) for job in jobs)
         self._steps_per_call, self._in_flight = pace(jobs[0].experiment.training, used)
@@ -505,13 +505,14 @@ class _Training:
         return bool(self._runs)
 
     def _next_turn(self) -> Turn | None:
-        """The first that waits, but for those of jobs that failed or still have their turn."""
+        """The first that waits, but for those of jobs that still have their turn."""
+        names = [title_of(job) for job in self._jobs]
+        self._waiting = [t for t in self._waiting if names[t.index] not in self._failed]
         taken = {turn.index for turn, _ in self._runs.values()}
-        for turn in self._waiting:
-            if turn.index not in taken and title_of(self._jobs[turn.index]) not in self._failed:
-                self._waiting.remove(turn)
-                return turn
-        return None
+        free = next((turn for turn in self._waiting if turn.index not in taken), None)
+        if free is not None:
+            self._waiting.remove(free)
+        return free
 
     def _open(self, job: Job, slot: int) -> Run:
         plan, folder = job.experiment.training, folder_of(job, self._path)
@@ -524,7 +525,8 @@ class _Training:
         read = functools.partial(self._slots.get, slot)
         title = title_of(job)
         journal = functools.partial(Journal, max_in_flight=self._in_flight, read=read, name=title)
-        LOG.info("training %s; %d more are waiting", title, len(self._waiting))
+        waiting = len({turn.index for turn in self._waiting})
+        LOG.info("training %s; %d more are waiting", title, waiting)
         return Run(plan, fresh, job.seed, self._dataset, folder, journal)
 
     def advance(self, stop: Stop) -> bool:
@@ -560,10 +562,10 @@ class _Training:
             self._ended.popitem()[1].close()
 
     def close(self) -> None:
-        """Let go of the runs that are under way or have ended."""
-        self._close_ended()
-        for _, run in self._runs.values():
-            run.close()
+        """Let go of the runs that are under way or have ended, of all even if one fails."""
+        with contextlib.ExitStack() as stack:
+            for run in [*self._ended.values(), *(run for _, run in self._runs.values())]:
+                stack.callback(run.close)
 
 
 def _fail(job: Job, error: Exception, failed: dict[str, str]) -> None:

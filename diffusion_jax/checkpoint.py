@@ -56,7 +56,7 @@ def digest(arrays: Arrays) -> str:
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         total.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        total.update(array.tobytes())
+        total.update(array.reshape(-1).view(np.uint8))  # which copies nothing
     return total.hexdigest()
 
 
@@ -115,13 +115,17 @@ class Checkpoints:
             self._checkpointer.reload()
         arrays = flatten(state)
         self._losses[step] = loss
-        self._checkpointer.save_async(
-            step,
-            arrays,
-            custom_metadata={"digest": digest(arrays), "loss": loss},
-            force=True,
-            overwrite=True,  # nothing is there; without it orbax reads every step's files
-        )
+        options = ocp.Context()
+        # random numbers hardly get smaller, and it takes longer than writing them
+        options.array.saving.use_compression = False
+        with options:
+            self._checkpointer.save_async(
+                step,
+                arrays,
+                custom_metadata={"digest": digest(arrays), "loss": loss},
+                force=True,
+                overwrite=True,  # nothing is there; without it orbax reads every step's files
+            )
 
     def restore(self, template: Any, step: int | None = None) -> Restored | None:
         """The newest intact state in the structure of ``template``; None if nothing was saved.

@@ -27,7 +27,9 @@ def take_turns(
         multiple: a run is cut at multiples of so many steps, rounded down, or not at all.
     """
     left = [length - step for step, length in zip(done, lengths)]
-    full = max(-(-sum(left) // num_slots), *left, 1)
+    if sum(steps > 0 for steps in left) <= num_slots:
+        return [Turn(index, length) for index, length in enumerate(lengths)]
+    full = max(-(-sum(left) // num_slots), *left)
     turns: list[tuple[int, Turn]] = []  # with the times at which they are to begin
     begin = 0
     for index, (step, length) in enumerate(zip(done, lengths)):

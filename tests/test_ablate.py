@@ -32,6 +32,7 @@ from diffusion_jax import (
 )
 from diffusion_jax import config as configuration
 from diffusion_jax.ablate import folder_of
+from diffusion_jax.checkpoint import saved_steps
 from diffusion_jax.config import ConfigError, RunError
 from diffusion_jax.generate import Generator, Network
 from diffusion_jax.journal import StepMetrics
@@ -310,6 +311,39 @@ def test_a_job_that_diverges_leaves_its_place_to_the_next(
     assert not list((folder_of(jobs[0], tmp_path).path / "checkpoints").glob("*"))
     for job in jobs[1:]:
         assert checkpoint(folder_of(job, tmp_path).path)["step"] == 3
+
+
+def test_the_rest_of_a_job_that_diverged_is_not_taken_up(
+    traced, data_dir, digits, devices, tmp_path
+):
+    """Of five jobs on two slots the third is cut, and its loss is not a number."""
+    fields = {"ablate.grid": "schedule.num_timesteps=4,5,3,6,7"}
+    jobs = create_jobs(fields, data_dir)
+    failed = {}
+    assert ablate.train_jobs(jobs, "device", 1, digits, tmp_path, devices, failed) is None
+    assert list(failed) == ["schedule.num_timesteps=3, seed 1"]
+    steps = [saved_steps(folder_of(job, tmp_path).checkpoints)[-1:] for job in jobs]
+    assert steps == [[7], [7], [], [7], [7]]
+
+
+def test_a_cut_job_whose_checkpoint_is_damaged_is_named(
+    traced, data_dir, digits, devices, tmp_path, monkeypatch, caplog
+):
+    def close_and_damage(run):
+        closed(run)
+        if run.step == 3:
+            for path in run._workdir.checkpoints.rglob("*"):
+                if path.is_file():
+                    path.write_bytes(b"")
+
+    closed = train.Run.close
+    monkeypatch.setattr(train.Run, "close", close_and_damage)
+    jobs = create_jobs({"ablate.grid": "schedule.num_timesteps=4,5,6"}, data_dir)
+    failed = {}
+    assert ablate.train_jobs(jobs, "device", 1, digits, tmp_path, devices, failed) is None
+    assert list(failed) == ["schedule.num_timesteps=5, seed 1"]
+    assert "none of the checkpoints [3] is intact" in failed["schedule.num_timesteps=5, seed 1"]
+    assert not folder_of(jobs[1], tmp_path).checkpoints.joinpath("7").exists()
 
 
 def test_a_signal_during_the_last_save_is_not_forgotten(

@@ -8,18 +8,18 @@ from flax import nnx
 
 from diffusion_jax.models import conv, upsample
 
-WIDE, WIDEST = conv.MIN_CHANNELS, conv.MIN_CHANNELS_IN_TRAINING
+NARROW, WIDE = conv.MIN_CHANNELS, conv.MIN_CHANNELS_IN_TRAINING
 SHAPES = {
-    "even": (2, 28, 28, WIDE, 64),
-    "odd": (3, 7, 5, 64, WIDE),
-    "one pixel": (1, 1, 1, WIDE, WIDE),
-    "in groups": (6, 32, 32, 128, WIDE),
-    "products apart": (2, 5, 6, WIDEST, 160),
+    "even": (2, 28, 28, NARROW, 64),
+    "odd": (3, 7, 5, 64, NARROW),
+    "one pixel": (1, 1, 1, NARROW, NARROW),
+    "in groups": (6, 32, 32, 128, NARROW),
+    "products apart": (2, 5, 6, WIDE, 160),
 }
 
 
-def arrays(batch, height, width, c_in, c_out):
-    rng = np.random.default_rng(0)
+def arrays(batch, height, width, c_in, c_out, seed=0):
+    rng = np.random.default_rng(seed)
     x = rng.standard_normal((batch, height, width, c_in))
     return np.float32(x), np.float32(rng.standard_normal((3, 3, c_in, c_out)))
 
@@ -46,6 +46,10 @@ def test_a_batch_is_convolved_in_groups_that_fit_a_cache():
     x, kernel = (jnp.asarray(array) for array in arrays(*SHAPES["in groups"]))
     scans = [e for e in jax.make_jaxpr(conv.winograd)(x, kernel).eqns if e.primitive.name == "scan"]
     assert [e.params["length"] for e in scans] == [6]  # an image alone has 2 MiB
+    wide = 5, 64, 64, 256, WIDE  # of 16 MiB each
+    x, kernel = (jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays(*wide))
+    scans = [e for e in jax.make_jaxpr(conv.winograd)(x, kernel).eqns if e.primitive.name == "scan"]
+    assert [e.params["length"] for e in scans] == [5]  # four would fit and do not divide
     x, kernel = (jnp.asarray(array) for array in arrays(*SHAPES["even"]))
     assert "scan" not in str(jax.make_jaxpr(conv.winograd)(x, kernel))
 
@@ -57,9 +61,9 @@ def test_only_a_cpu_multiplies_by_winograd(platform, is_plain):
     assert ("convolution" in lowered.as_text()) == is_plain
 
 
-@pytest.mark.parametrize(("c_in", "dtype"), [(WIDE // 2, jnp.float32), (WIDE, jnp.bfloat16)])
+@pytest.mark.parametrize(("c_in", "dtype"), [(NARROW // 2, jnp.float32), (NARROW, jnp.bfloat16)])
 def test_few_channels_and_low_precision_are_convolved_plainly(c_in, dtype):
-    x, kernel = arrays(1, 4, 4, c_in, WIDE)
+    x, kernel = arrays(1, 4, 4, c_in, NARROW)
     x, kernel = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
     found = conv.convolve(x, kernel)
     assert found.dtype == dtype
@@ -67,7 +71,7 @@ def test_few_channels_and_low_precision_are_convolved_plainly(c_in, dtype):
 
 
 def test_both_modes_of_differentiation_are_those_of_the_plain_form():
-    x, kernel = (jnp.asarray(array) for array in arrays(2, 5, 6, WIDE, WIDE))
+    x, kernel = (jnp.asarray(array) for array in arrays(2, 5, 6, NARROW, NARROW))
     dx, dk = jnp.flip(x, 0), jnp.flip(kernel, 0)
     for form in (jax.jvp, lambda f, *a: jax.vjp(f, *a[0])[1](f(*a[1]))):
         expected, found = (form(f, (x, kernel), (dx, dk)) for f in (conv.plain, conv.convolve))
@@ -75,7 +79,7 @@ def test_both_modes_of_differentiation_are_those_of_the_plain_form():
             np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(one).max())
 
 
-LARGE, SMALL = (3, 10, 9, WIDEST, WIDEST), (3, 7, 9, WIDEST, WIDEST)  # 75 tiles and 60
+LARGE, SMALL = (3, 10, 9, WIDE, 160), (3, 7, 9, WIDE, WIDE)  # 75 tiles and 60
 
 
 def exact_gradients(x, kernel, dy):
@@ -93,7 +97,7 @@ def exact_gradients(x, kernel, dy):
 @pytest.mark.parametrize("shape", [LARGE, SMALL, SHAPES["one pixel"], SHAPES["products apart"]])
 def test_gradients_in_training_are_their_sums_to_float32_rounding(shape):
     x, kernel = arrays(*shape)
-    dy, _ = arrays(*shape[:3], shape[4], 1)
+    dy, _ = arrays(*shape[:3], shape[4], 1, seed=1)
     expected = exact_gradients(x, kernel, dy)
     x, kernel, dy = jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(dy)
     y, pull_back = jax.vjp(conv.convolve_in_training, x, kernel)
@@ -126,8 +130,8 @@ def test_an_upsampled_convolution_is_its_sum_to_float32_rounding(form, shape):
 @pytest.mark.parametrize(
     ("channels", "is_training", "platform", "is_of_phases"),
     [
-        *((WIDE, False, "cpu", False), (WIDE, True, "cpu", True), (WIDEST, True, "cpu", False)),
-        *((WIDE // 2, False, "cpu", True), (WIDEST, False, "cuda", True)),
+        *((NARROW, False, "cpu", False), (NARROW, True, "cpu", True), (WIDE, True, "cpu", False)),
+        *((NARROW // 2, False, "cpu", True), (WIDE, False, "cuda", True)),
     ],
 )
 def test_only_a_cpu_upsamples_by_nine_products(channels, is_training, platform, is_of_phases):
@@ -137,10 +141,11 @@ def test_only_a_cpu_upsamples_by_nine_products(channels, is_training, platform, 
     assert ("convolution" in lowered.as_text()) == is_of_phases
 
 
-def test_a_layer_is_the_same_in_training():
-    layer = conv.Conv3x3(WIDE, 64, (3, 3), dtype=jnp.float32, rngs=nnx.Rngs(0))
-    layer.bias[...] = jnp.arange(64.0)
-    x, _ = arrays(2, 8, 8, WIDE, 64)
-    expected = exact(x, np.asarray(layer.kernel[...])) + np.arange(64)
+@pytest.mark.parametrize("c_in", [NARROW, WIDE])
+def test_a_layer_is_the_same_in_training(c_in):
+    layer = conv.Conv3x3(c_in, 160, (3, 3), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    layer.bias[...] = jnp.arange(160.0)
+    x, _ = arrays(4, 8, 8, c_in, 160)
+    expected = exact(x, np.asarray(layer.kernel[...])) + np.arange(160)
     for is_training in (True, False):
-        np.testing.assert_allclose(layer(jnp.asarray(x), is_training), expected, atol=2e-5)
+        np.testing.assert_allclose(layer(jnp.asarray(x), is_training), expected, atol=6e-5)

@@ -311,16 +311,16 @@ def test_attention_is_the_formula():
     np.testing.assert_allclose(attention(x), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize(("channels", "is_training"), [(5, True), (128, True), (32, False)])
 @pytest.mark.parametrize("shape", [(4, 4), (3, 5), (1, 1)])
-def test_upsample_is_nearest_neighbour_then_convolution(shape, is_training):
-    upsample = Upsample(5, dtype=jnp.float32, rngs=nnx.Rngs(0))
+def test_upsample_is_nearest_neighbour_then_convolution(shape, channels, is_training):
+    upsample = Upsample(channels, dtype=jnp.float32, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     for parameter in (upsample.conv.kernel, upsample.conv.bias):
         parameter[...] = jnp.float32(rng.standard_normal(parameter.shape))
-    x = jnp.float32(rng.standard_normal((2, *shape, 5)))
+    x = jnp.float32(rng.standard_normal((2, *shape, channels)))
     plain = upsample.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
-    np.testing.assert_allclose(upsample(x, is_training), plain, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(upsample(x, is_training), plain, rtol=1e-5, atol=2e-4)
 
 
 def test_any_size_that_the_strides_divide():

@@ -66,3 +66,8 @@ def test_seven_equal_runs_on_two_slots_take_three_and_a_half():
     assert turns[1] == (3, 75)
     assert turns[-1] == (3, 150)
     assert play(turns, [0] * 7, 2)[0] == 525
+
+
+def test_runs_with_a_slot_each_are_not_cut():
+    turns = take_turns([0, 30, 100, 30], [100] * 4, 3, 1)
+    assert turns == [(0, 100), (1, 100), (2, 100), (3, 100)]

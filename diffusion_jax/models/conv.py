@@ -2,8 +2,9 @@
 
 Two thirds of the time of a chain on a CPU are the multiplications of these convolutions.
 ``winograd`` is the same function with 2.25 times fewer of them, at the price of additions and
-memory, which a few images in a core's cache can afford. Accelerators get the plain form: their
-libraries choose an algorithm by themselves.
+memory. Narrow layers can afford that for a few images in a core's cache, wide ones for many, and
+for their gradients too. Accelerators get the plain form: their libraries choose an algorithm by
+themselves.
 """
 
 import math
@@ -25,10 +26,12 @@ LAYOUT = ("NHWC", "HWIO", "NHWC")
 # multiplications in place of six (Lavin & Gray 2016, section 4.1).
 G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
 GG = np.kron(G, G)  # of both axes
-MIN_CHANNELS = 32  # with fewer there is too little to multiply between the transforms
-MIN_CHANNELS_IN_TRAINING = 128
+# with fewer channels there is too little to multiply between the transforms
+MIN_CHANNELS, MIN_CHANNELS_IN_TRAINING = 32, 128
 MIN_TILES_IN_TRAINING = 64  # of a batch: fewer are rows of too small a matrix
+WIDE = 128  # channels: so many multiply faster with no large array put together before
 BYTES_AT_ONCE = 2**20  # of transformed images: they should stay in a core's cache
+BYTES_AT_ONCE_IF_WIDE = 2**26
 
 
 def plain(x: Images, kernel: Kernel) -> Outputs:
@@ -37,18 +40,19 @@ def plain(x: Images, kernel: Kernel) -> Outputs:
 
 
 def winograd(x: Images, kernel: Kernel) -> Outputs:
-    """``plain`` by F(2x2, 3x3); what is small a few images at a time, as one batch of products."""
-    batch, height, width, channels = x.shape
+    """``plain`` by F(2x2, 3x3), so many images at a time as ``BYTES_AT_ONCE`` allows."""
     # one matrix product, which XLA takes out of the loop of a chain
     weights = (jnp.asarray(GG) @ kernel.reshape(9, -1)).reshape(16, *kernel.shape[2:])
-    if min(weights.shape[1:]) >= MIN_CHANNELS_IN_TRAINING:
-        return _tiles(x, weights, _products_apart)
-    fitting = max(1, BYTES_AT_ONCE // (4 * height * width * channels * x.dtype.itemsize))
+    multiply = _products_apart if min(kernel.shape[2:]) >= WIDE else _products
+    # the most images that fit; a divisor of the batch
+    batch, height, width, channels = x.shape
+    most = BYTES_AT_ONCE_IF_WIDE if multiply is _products_apart else BYTES_AT_ONCE
+    fitting = max(1, most // (4 * height * width * channels * x.dtype.itemsize))
     at_once = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= fitting)
     if at_once == batch:
-        return _tiles(x, weights, _products)
+        return _tiles(x, weights, multiply)
     groups = x.reshape(batch // at_once, at_once, height, width, channels)
-    y = jax.lax.map(lambda group: _tiles(group, weights, _products), groups)
+    y = jax.lax.map(lambda group: _tiles(group, weights, multiply), groups)
     return y.reshape(batch, height, width, -1)
 
 
@@ -68,7 +72,7 @@ def _products(inputs: list[Array], weights: Weights) -> list[Array]:
 
 
 def _products_apart(inputs: list[Array], weights: Weights) -> list[Array]:
-    """Faster where there is much to multiply: no large array is put together."""
+    """The same without an array of all inputs."""
     return [one @ weight for one, weight in zip(inputs, weights)]
 
 
@@ -96,7 +100,8 @@ def _to_outputs(m: list[Array]) -> list[Array]:
 def winograd_gradients(x: Images, kernel: Kernel, dy: Outputs) -> tuple[Images, Kernel]:
     """Those of ``winograd``, by as few multiplications: the inputs' is a convolution itself.
 
-    That of the kernel is G'[(B'd B)' * (A dy A')] G, summed over the tiles.
+    That of each of the 16 transformed weights is inputs' products, [C, tiles] by [tiles, D], where
+    products are A dy A'; G'[...]G makes the kernel's of them.
     """
     dx = winograd(dy, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
     of_weights = [one.T @ other for one, other in zip(_of_tiles(x), _from_outputs(dy))]
@@ -105,7 +110,7 @@ def winograd_gradients(x: Images, kernel: Kernel, dy: Outputs) -> tuple[Images, 
 
 
 def _from_outputs(dy: Outputs) -> list[Float[Array, "tiles D"]]:
-    """A dy A' of each 2x2 tile: what is transposed to ``_to_outputs``, there and here."""
+    """A dy A' of each 2x2 tile: the transpose of ``_to_outputs`` along both axes."""
     _, height, width, channels = dy.shape
     dy = jnp.pad(dy, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
     products = []
