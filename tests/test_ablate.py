@@ -327,7 +327,7 @@ def test_the_rest_of_a_job_that_diverged_is_not_taken_up(
 
 
 def test_a_cut_job_whose_checkpoint_is_damaged_is_named(
-    traced, data_dir, digits, devices, tmp_path, monkeypatch, caplog
+    traced, data_dir, digits, devices, tmp_path, monkeypatch
 ):
     def close_and_damage(run):
         closed(run)
