@@ -27,6 +27,9 @@ COORDINATOR, NUM_PROCESSES, PROCESS_ID = (
 )
 # a core's convolutions on that core; the widest vectors that it has
 XLA_FLAGS = "--xla_cpu_multi_thread_eigen=false", "--xla_cpu_prefer_vector_width=512"
+# Read by XLA, the threads of its pool. For one image its operations are too small: a chain's step
+# takes a tenth longer where two threads hand them to each other.
+THREADS = "NPROC"
 # mallopt(3): trim nothing below 2 GiB; no mapping, which is unmapped when freed; one arena, for
 # the others' heaps are too small for large arrays, which would be mapped
 MALLOC_OPTIONS = {-1: 2**31 - 1, -4: 0, -8: 1}
@@ -67,6 +70,8 @@ def start(
     given = os.environ.get("XLA_FLAGS", "")
     flags = [flag for flag in XLA_FLAGS if flag.split("=")[0] not in given]
     os.environ["XLA_FLAGS"] = " ".join([given, *flags]).strip()
+    if batch_size == 1 and not (divide or num_jobs):
+        os.environ.setdefault(THREADS, "1")
     jax.config.update("jax_num_cpu_devices", on_cpu)
     _manage_memory(is_training=divide or num_jobs is not None)
     if distributed:

@@ -118,6 +118,24 @@ def test_only_a_cpu_trains_by_winograd_and_only_what_is_large(shape, platform, i
     assert ("convolution" in lowered.as_text()) == is_plain
 
 
+def test_a_wide_layer_adds_no_transforms_to_the_memory_of_a_step():
+    """They have four times the size of the layer's input: made again, none waits for its use."""
+    x = jax.ShapeDtypeStruct((8, 16, 16, WIDE), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((3, 3, WIDE, WIDE), jnp.float32)
+
+    def temporaries(num_layers):
+        def loss(x, kernels):
+            for kernel in kernels:
+                x = nnx.silu(conv.convolve_in_training(x, kernel))
+            return x.sum()
+
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, [kernel] * num_layers).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    of_a_layer = (temporaries(7) - temporaries(3)) / 4
+    assert of_a_layer < 3.5 * 4 * x.size  # its input, and what silu keeps
+
+
 @pytest.mark.parametrize("form", [upsample.plain, upsample.phases, upsample.nine_products])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_an_upsampled_convolution_is_its_sum_to_float32_rounding(form, shape):

@@ -181,6 +181,19 @@ reused = libc.malloc(20_000) in blocks
 jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 2.0)
 print(int(reused), sum(libc.malloc(20_000) in blocks for _ in range(1000)))
 """
+THREADS = """
+import os
+
+import jax
+
+from diffusion_jax import devices
+
+devices.start(None, 1, False, divide=False)
+jax.jit(lambda x: x + 1)(1.0).block_until_ready()
+threads = os.listdir("/proc/self/task")
+names = [open(f"/proc/self/task/{thread}/comm").read() for thread in threads]
+print(sum(name.startswith("tf_XLAEigen") for name in names))
+"""
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 
 
@@ -212,3 +225,9 @@ def test_the_holes_that_the_compiler_leaves_are_not_searched():
     reused, reused_after = printed(FILLED)
     assert reused
     assert reused_after < 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have their names there")
+def test_one_image_is_sampled_by_one_thread():
+    """Two would hand each other its operations, which take microseconds."""
+    assert printed(THREADS) == [1]

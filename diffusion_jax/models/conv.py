@@ -103,10 +103,21 @@ def winograd_gradients(x: Images, kernel: Kernel, dy: Outputs) -> tuple[Images, 
     That of each of the 16 transformed weights is inputs' products, [C, tiles] by [tiles, D], where
     products are A dy A'; G'[...]G makes the kernel's of them.
     """
+    x, kernel = _not_before(dy, x), _not_before(dy, kernel)
     dx = winograd(dy, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
     of_weights = [one.T @ other for one, other in zip(_of_tiles(x), _from_outputs(dy))]
     dk = jnp.asarray(GG.T) @ jnp.stack(of_weights).reshape(16, -1)
     return dx, dk.reshape(kernel.shape)
+
+
+def _not_before(dy: Outputs, array: Array) -> Array:
+    """The array, so that XLA makes nothing of it before ``dy`` is there.
+
+    It would keep all layers' transforms of the forward pass, in place of making them again, and
+    make those of the kernels at once: twice the memory of a step. On a CPU it takes optimization
+    barriers out; a product with zero stays, for it is not zero where ``dy`` is not finite.
+    """
+    return array + 0 * dy[0, 0, 0, 0]
 
 
 def _from_outputs(dy: Outputs) -> list[Float[Array, "tiles D"]]:
