@@ -26,9 +26,21 @@ SIZES = {
     "tiny": Size("mnist", (28, 28, 1), 8, (1, 2), 1, (), 8, 0.0, 41_609, 2),
 }
 
+# A case of a CPU runs there on any machine. On a GPU ours takes memory as it needs it, and not
+# three quarters at the start, which the others need.
+PLATFORMS = {  # the environment of a case's processes
+    "cpu": {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+    "gpu": {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+}
 EAGER = ("diffusers", "diffusers channels_last")
 COMPILED = ("diffusers compile", "diffusers compile channels_last")
 SAMPLING = EAGER[1], COMPILED[0], "ddpp"  # without channels_last the compiled one samples faster
+# torch.compile's other modes are made for GPUs: the first of them by CUDA graphs
+ON_GPU = (
+    COMPILED[1],
+    "diffusers reduce-overhead channels_last",
+    "diffusers max-autotune channels_last",
+)
 
 
 class Case(NamedTuple):
@@ -44,7 +56,8 @@ class Case(NamedTuple):
     unit: str
     per_second: bool  # told as amount / seconds, not as milliseconds of one
     peers: tuple[str, ...]
-    target: float | None = None  # ours / best peer in seconds, on two CPU cores
+    target: float | None = None  # ours / best peer in seconds, on two CPU cores or an H200
+    platform: str = "cpu"  # of PLATFORMS
 
 
 def _train_step(
@@ -71,6 +84,13 @@ def _growth(title: str, num_steps: int = 4, batch_size: int = 64, **fields: Any)
     options = {"size": "mnist", "batch_size": batch_size, "num_steps": num_steps, "fields": fields}
     title = f"train step, mnist, {title}"
     return Case(title, "train_step", options, num_steps, "step", False, ())
+
+
+def _on_gpu(do: str, target: float | None, num_steps: int, **options: Any) -> Case:
+    """The network of 35.7 M parameters in bfloat16."""
+    options |= {"size": "cifar10", "num_steps": num_steps, "dtype": "bfloat16"}
+    title = f"{do.replace('_', ' ')}, cifar10, bfloat16, batch {options['batch_size']}"
+    return Case(title, do, options, num_steps, "step", False, ON_GPU, target, "gpu")
 
 
 CASES = {
@@ -125,4 +145,9 @@ CASES = {
     },
     **{f"batch-{n}": _growth(f"batch {n}", batch_size=n) for n in (16, 32, 128)},
     **{f"width-{n}": _growth(f"batch 64, width {n}", **{"model.width": n}) for n in (16, 64)},
+}
+GPU_CASES = {
+    "gpu-train": _on_gpu("train_step", 0.8, 20, batch_size=128),
+    "gpu-sample-256": _on_gpu("sample", 0.7, 20, batch_size=256, sampler="ancestral"),
+    "gpu-sample-1": _on_gpu("sample", 0.3, 100, batch_size=1, sampler="ancestral"),
 }

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from benchmarks.cases import COMPILED, EAGER
+from benchmarks.cases import COMPILED, EAGER, PLATFORMS
 from benchmarks.tables import Figures
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -44,7 +44,8 @@ def fresh_caches() -> Iterator[dict[str, str]]:
         hidden.mkdir()
         # tensorboardX imports torch wherever it is, which is here for the peers alone
         (hidden / "torch.py").write_text("raise ImportError('only the peers need it')\n")
-        yield {"XDG_CACHE_HOME": folder, "TORCHINDUCTOR_CACHE_DIR": folder, "HIDDEN": str(hidden)}
+        caches = {"XDG_CACHE_HOME": folder, "TORCHINDUCTOR_CACHE_DIR": folder}
+        yield caches | {"HIDDEN": str(hidden)} | PLATFORMS["cpu"]
 
 
 def call(words: list[str], environment: dict[str, str], is_peer: bool = True) -> float:
@@ -130,7 +131,8 @@ def first_step(is_warm: bool) -> Measure:
 
 def _worker(name: str, do: str, options: dict[str, object]) -> list[str]:
     """A worker that runs once: nobody tells it to run again."""
-    return ["-m", "benchmarks.worker", name, json.dumps({"do": do, "options": options})]
+    asked = {"do": do, "options": options, "platform": "cpu"}
+    return ["-m", "benchmarks.worker", name, json.dumps(asked)]
 
 
 def ablation(say: Say) -> dict[str, Figures]:

@@ -27,6 +27,7 @@ from diffusion_jax.train import (
     compile_steps,
     init_state,
     noise_key,
+    pace,
     spread,
 )
 from diffusion_jax.train import (
@@ -56,12 +57,23 @@ def num_parameters(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def device_kind() -> str:
+    """The name of the device."""
+    return jax.devices()[0].device_kind
+
+
+def peak_of_device() -> int:
+    """The most bytes of its memory that were in use."""
+    return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+
 class Step(NamedTuple):
     """The compiled steps of all devices, and what they are called with."""
 
     steps: Callable[..., Any]
     state: TrainState
     constants: tuple[Any, ...]  # schedule, key, indices, batches
+    num_steps: int  # of a call
     about: dict[str, Any]
 
 
@@ -74,11 +86,12 @@ def create_step(size: str, batch_size: int, fields: dict[str, Any]) -> Step:
     about = {"num_parameters": num_parameters(state.params)}
     indices = np.arange(batch_size).reshape(len(used), -1)
     images, _ = _images_and_labels(batch_size, experiment.dataset.shape)
-    batches = spread({"image": images[None], "label": None}, len(used))
+    num_steps, _ = pace(plan, used)
+    batches = spread({"image": np.stack([images] * num_steps), "label": None}, len(used))
     choices = experiment.batch_losses, timesteps, plan, experiment.dataset.levels
     steps = compile_steps(functools.partial(step_of_device, *choices, BETWEEN_DEVICES), used)
     state, schedule, key = devices.replicate((state, schedule, noise_key(0)), used)
-    return Step(steps, state, (schedule, key, indices, batches), about)
+    return Step(steps, state, (schedule, key, indices, batches), num_steps, about)
 
 
 def train_step(
@@ -87,14 +100,17 @@ def train_step(
     batch_size: int,
     num_steps: int,
     fields: dict[str, Any] | None = None,
+    dtype: str = "float32",
 ) -> Prepared:
     """Steps as ``train.train`` takes them: on a CPU each waits for the loss before its own."""
-    steps, state, constants, about = create_step(size, batch_size, fields or {})
+    all_fields = {"model.dtype": dtype} | (fields or {})
+    steps, state, constants, per_call, about = create_step(size, batch_size, all_fields)
+    assert num_steps % per_call == 0
 
     def run() -> None:
         nonlocal state
         before = None
-        for _ in range(num_steps):
+        for _ in range(num_steps // per_call):
             state, metrics = steps(state, *constants)
             block_until_ready(before)
             before = metrics.loss
@@ -103,9 +119,17 @@ def train_step(
     return run, about
 
 
-def sample(contender: str, size: str, sampler: str, batch_size: int, num_steps: int) -> Prepared:
+def sample(
+    contender: str,
+    size: str,
+    sampler: str,
+    batch_size: int,
+    num_steps: int,
+    dtype: str = "float32",
+) -> Prepared:
     """A batch of the plan, with the averaged weights of an untrained network."""
     fields = {
+        "model.dtype": dtype,
         "sampling.sampler": sampler,
         "sampling.num_steps": num_steps,
         "sampling.num_images": batch_size,

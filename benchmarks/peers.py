@@ -1,8 +1,9 @@
 """The cases by diffusers and denoising-diffusion-pytorch, each as fast as it goes.
 
 A contender is "diffusers" or "ddpp" with its options: "compile" (torch.compile in its default
-mode), "channels_last". Adam is torch's fused one and the averaged weights are one foreach call, as
-the fastest training scripts have it.
+mode), "reduce-overhead", "max-autotune" (in others), "channels_last". Adam is torch's fused one and
+the averaged weights are one foreach call, as the fastest training scripts have it. In bfloat16 the
+weights stay float32 in training, and are bfloat16 in sampling. They run on a GPU that torch sees.
 """
 
 import atexit
@@ -21,6 +22,19 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from benchmarks.cases import SIZES, Size
 
 Prepared = tuple[Callable[[], object], dict[str, Any]]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MODES = {"compile": "default", "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"}
+
+
+def device_kind() -> str:
+    """The name of the GPU."""
+    return torch.cuda.get_device_name()
+
+
+def peak_of_device() -> int:
+    """The most bytes of its memory that were in use."""
+    return torch.cuda.max_memory_allocated()
 
 
 def create_diffusers(size: Size) -> torch.nn.Module:
@@ -58,10 +72,11 @@ def create_ddpp(size: Size) -> torch.nn.Module:
 def create(contender: str, size: Size) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The network, and the same as it is called."""
     name, *options = contender.split()
-    module = {"diffusers": create_diffusers, "ddpp": create_ddpp}[name](size)
+    module = {"diffusers": create_diffusers, "ddpp": create_ddpp}[name](size).to(DEVICE)
     if "channels_last" in options:
         module = module.to(memory_format=torch.channels_last)
-    return module, torch.compile(module) if "compile" in options else module
+    modes = [MODES[option] for option in options if option in MODES]
+    return module, torch.compile(module, mode=modes[0]) if modes else module
 
 
 def num_parameters(module: torch.nn.Module) -> int:
@@ -69,7 +84,9 @@ def num_parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def train_step(contender: str, size: str, batch_size: int, num_steps: int) -> Prepared:
+def train_step(
+    contender: str, size: str, batch_size: int, num_steps: int, dtype: str = "float32"
+) -> Prepared:
     """Noising by the library's scheduler, loss, gradient, clipping, Adam, EMA."""
     chosen = SIZES[size]
     module, network = create(contender, chosen)
@@ -89,7 +106,7 @@ def train_step(contender: str, size: str, batch_size: int, num_steps: int) -> Pr
             timesteps=1000,
             beta_schedule="cosine",
             objective="pred_noise",
-        )
+        ).to(DEVICE)
 
         def mean_loss(x_0: torch.Tensor) -> torch.Tensor:
             return process((x_0 + 1) / 2)  # it wants [0, 1]
@@ -98,12 +115,14 @@ def train_step(contender: str, size: str, batch_size: int, num_steps: int) -> Pr
 
         def mean_loss(x_0: torch.Tensor) -> torch.Tensor:
             eps = torch.randn_like(x_0)
-            timestep = torch.randint(0, 1000, (len(x_0),))
+            timestep = torch.randint(0, 1000, (len(x_0),), device=DEVICE)
             x_t = scheduler.add_noise(x_0, eps, timestep)
-            return torch.nn.functional.mse_loss(network(x_t, timestep).sample, eps)
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
+                output = network(x_t, timestep).sample
+            return torch.nn.functional.mse_loss(output.float(), eps)
 
     def step() -> None:
-        x_0 = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x_0 = torch.from_numpy(images).to(DEVICE).permute(0, 3, 1, 2).float() / 127.5 - 1
         if "channels_last" not in contender:
             x_0 = x_0.contiguous()
         mean_loss(x_0).backward()
@@ -115,15 +134,29 @@ def train_step(contender: str, size: str, batch_size: int, num_steps: int) -> Pr
     def run() -> None:
         for _ in range(num_steps):
             step()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
 
     return run, {"num_parameters": num_parameters(module)}
 
 
-def sample(contender: str, size: str, sampler: str, batch_size: int, num_steps: int) -> Prepared:
-    """The library's own pipeline, without its progress bar."""
+def sample(
+    contender: str,
+    size: str,
+    sampler: str,
+    batch_size: int,
+    num_steps: int,
+    dtype: str = "float32",
+) -> Prepared:
+    """The library's own pipeline, without its progress bar; to the host's memory."""
     chosen = SIZES[size]
     module, network = create(contender, chosen)
     module.eval()
+    if dtype == "bfloat16":
+        # the weights once, and images that stay float32: the pipeline cannot return others
+        module.to(torch.bfloat16)
+        module.register_forward_pre_hook(lambda _, given: (given[0].bfloat16(), *given[1:]))
+        module.register_forward_hook(lambda _, given, made: type(made)(made.sample.float()))
     about = {"num_parameters": num_parameters(module)}
     if contender.startswith("ddpp"):
         from denoising_diffusion_pytorch import GaussianDiffusion
@@ -139,7 +172,8 @@ def sample(contender: str, size: str, sampler: str, batch_size: int, num_steps: 
             beta_schedule="cosine",
             objective="pred_noise",
         )
-        return lambda: process.sample(batch_size).numpy(), about
+        process.to(DEVICE)
+        return lambda: process.sample(batch_size).cpu().numpy(), about
     pipelines = {"ancestral": (DDPMPipeline, DDPMScheduler), "ddim": (DDIMPipeline, DDIMScheduler)}
     create_pipeline, create_scheduler = pipelines[sampler]
     pipeline = create_pipeline(network, create_scheduler(1000, beta_schedule="squaredcos_cap_v2"))

@@ -1,10 +1,10 @@
 r"""Where the time of our training step goes, and the floor that the machine sets it.
 
-    python -m benchmarks.profile --size=mnist --batch-size=64
+    python -m benchmarks.profile --size=mnist --batch-size=64 [--dtype=bfloat16]
 
-The floor is the operations of all convolutions and matrix products at the rate of a large matrix
-product on every device at once. The profile is the sum over the devices of the time in each kind of
-operation of the compiled step.
+The floor is the operations of all convolutions and matrix products, in their plain form, at the
+rate of a large matrix product on every device at once. The profile is the sum over the devices of
+the time in each kind of operation of the compiled step.
 """
 
 import argparse
@@ -18,15 +18,24 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import block_until_ready
 from jax.extend.core import jaxprs_in_params
 
 from benchmarks import ours
 
-ROUNDS, STEPS = 7, 3
-GEMM, COPIED = 2048, 2**25  # side of the matrices; floats that are copied on each device
+ROUNDS, CALLS = 7, 3
+GEMM = {"cpu": 2048, "gpu": 8192}  # side of the matrices
+COPIED = {"cpu": 2**25, "gpu": 2**28}  # floats that are copied on each device
+# how the compiler calls the libraries' convolutions and products on a GPU
+LIBRARY_CALLS = {
+    "convForward": "convolutions: forward",
+    "convBiasActivationForward": "convolutions: forward",
+    "convBackwardInput": "convolutions: by inputs",
+    "convBackwardFilter": "convolutions: by weights",
+    "cublas": "matrix products",
+    "fmha": "attention",
+}
 
 
 def operations(jaxpr: Any) -> float:
@@ -44,14 +53,20 @@ def operations(jaxpr: Any) -> float:
             (contracted, _), _ = parameters["dimension_numbers"]
             summed = np.prod([inputs[0].aval.shape[axis] for axis in contracted])
             total += 2 * np.prod(equation.outvars[0].aval.shape) * summed
-        total += sum(operations(inner) for inner in jaxprs_in_params(parameters))
+        inner = [operations(program) for program in jaxprs_in_params(parameters)]
+        if equation.primitive.name == "cond":  # by platform: the plain form has the most
+            total += max(inner)
+        else:
+            total += sum(inner) * parameters.get("length", 1)  # of a scan
     return float(total)
 
 
-def rate(function: Callable[..., Any], shape: tuple[int, ...], amount: float) -> float:
+def rate(function: Callable[..., Any], shape: tuple[int, ...], dtype: str, amount: float) -> float:
     """The most per second of ``amount`` on each device, all of them at once."""
     count = jax.local_device_count()
-    compiled, x = jax.pmap(function), jnp.ones((count, *shape))
+    # at random: of equal numbers a GPU multiplies more, for it gets less hot
+    x = jax.random.normal(jax.random.key(0), (count, *shape), dtype)
+    compiled = jax.pmap(function)
     block_until_ready(compiled(x))
     seconds = []
     for _ in range(ROUNDS):
@@ -64,6 +79,10 @@ def rate(function: Callable[..., Any], shape: tuple[int, ...], amount: float) ->
 def kind_of(name: str, definitions: dict[str, tuple[str, str]], bodies: dict[str, str]) -> str:
     """What an operation of the compiled step does, in a few words."""
     rest, source = definitions.get(name, ("", ""))
+    target = re.search(r'custom_call_target="([^"]*)"', rest)
+    for part, kind in LIBRARY_CALLS.items():
+        if target and part in target.group(1):
+            return kind
     called = re.search(r"calls=%?([\w.\-]+)", rest)
     body = bodies.get(called.group(1), "") if called else f" {name.split('.')[0]}("
     gradient = "transpose(" in source
@@ -107,8 +126,9 @@ def profile(text: str, run: Callable[[], None]) -> collections.Counter:
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
             for line in plane.lines:
                 for event in line.events:
-                    if "hlo_op" in dict(event.stats):
-                        total[kind_of(event.name, definitions, bodies)] += event.duration_ns
+                    # on a GPU the event has the name of the kernel
+                    if name := dict(event.stats).get("hlo_op"):
+                        total[kind_of(name, definitions, bodies)] += event.duration_ns
     return total
 
 
@@ -119,17 +139,22 @@ def main() -> None:
     )
     parser.add_argument("--size", required=True)
     parser.add_argument("--batch-size", type=int, required=True)
+    parser.add_argument("--dtype", default="float32", help="of the model and of the products")
     arguments = parser.parse_args()
-    steps, state, constants, _ = ours.create_step(arguments.size, arguments.batch_size, {})
-    count = jax.local_device_count()
-    needed = count * operations(jax.make_jaxpr(steps)(state, *constants).jaxpr)
-    peak = rate(lambda x: x @ x, (GEMM, GEMM), 2 * GEMM**3)
-    bandwidth = rate(lambda x: x + 1, (COPIED,), 8 * COPIED)
+    dtype = arguments.dtype
+    steps, state, constants, per_call, _ = ours.create_step(
+        arguments.size, arguments.batch_size, {"model.dtype": dtype}
+    )
+    count, platform = jax.local_device_count(), jax.default_backend()
+    needed = count * operations(jax.make_jaxpr(steps)(state, *constants).jaxpr) / per_call
+    side, copied = GEMM[platform], COPIED[platform]
+    peak = rate(lambda x: x @ x, (side, side), dtype, 2 * side**3)
+    bandwidth = rate(lambda x: x + 1, (copied,), "float32", 8 * copied)
     compiled = steps.lower(state, *constants).compile()
 
     def run() -> None:
         nonlocal state
-        for _ in range(STEPS):
+        for _ in range(CALLS):
             state, metrics = compiled(state, *constants)
             block_until_ready(metrics)
 
@@ -138,18 +163,19 @@ def main() -> None:
     for _ in range(ROUNDS):
         begun = time.perf_counter()
         run()
-        seconds.append((time.perf_counter() - begun) / STEPS)
+        seconds.append((time.perf_counter() - begun) / CALLS / per_call)
     median = statistics.median(seconds)
     print(
-        f"{count} devices: {peak / 1e9:.0f} Gflop/s in a matrix product, {bandwidth / 1e9:.0f} GB/s"
+        f"{count} {jax.devices()[0].device_kind} devices: {peak / 1e9:.0f} Gflop/s in a {dtype} "
+        f"matrix product, {bandwidth / 1e9:.0f} GB/s"
     )
-    print(f"operations of a step: {needed / 1e9:.1f} G, floor {1e3 * needed / peak:.0f} ms")
-    print(f"measured: {1e3 * median:.0f} ms, {needed / peak / median:.0%} of the peak rate\n")
+    print(f"operations of a step: {needed / 1e9:.1f} G, floor {1e3 * needed / peak:.2f} ms")
+    print(f"measured: {1e3 * median:.2f} ms, {needed / peak / median:.0%} of the peak rate\n")
     print("| kind | ms of a step, all devices | share |\n|---|---|---|")
     total = profile(compiled.as_text(), run)
     for kind, nanoseconds in total.most_common():
         share = nanoseconds / total.total()
-        print(f"| {kind} | {nanoseconds / 1e6 / STEPS:.0f} | {share:.0%} |")
+        print(f"| {kind} | {nanoseconds / 1e6 / CALLS / per_call:.2f} | {share:.0%} |")
 
 
 if __name__ == "__main__":

@@ -3,21 +3,22 @@ r"""Our figures and the peers' in turn on one machine, as a table.
     pip install -e '.[bench]'
     python -m benchmarks.run --into=docs/BENCHMARKS [--rounds=7] [CASE ...]
 
-Without CASE all of them. In each round every contender runs once, each in a process of its own
-that waits while the others run; a ratio is the median over the rounds of ours / the best peer's,
-which is the one of the smallest median. Each case that is done goes into the JSON file beside the
-others, from which the table of the Markdown is written: a case can be measured again by itself.
-The machine should do nothing else.
+Without CASE all of a CPU; those of a GPU are benchmarks.gpu's. In each round every contender runs
+once, each in a process of its own that waits while the others run; a ratio is the median over the
+rounds of ours / the best peer's, which is the one of the smallest median. Each case that is done
+goes into the JSON file beside the others, from which the table of the Markdown is written: a case
+can be measured again by itself. The machine should do nothing else.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
 from benchmarks import commands, tables
-from benchmarks.cases import CASES, SIZES, Case
+from benchmarks.cases import CASES, GPU_CASES, PLATFORMS, SIZES, Case
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 
@@ -26,14 +27,15 @@ class Worker:
     """A process of benchmarks.worker."""
 
     def __init__(self, contender: str, case: Case) -> None:
-        asked = json.dumps({"do": case.do, "options": case.options})
+        asked = {"do": case.do, "options": case.options, "platform": case.platform}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", contender, asked],
+            [sys.executable, "-m", "benchmarks.worker", contender, json.dumps(asked)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=REPOSITORY,
+            env=os.environ | PLATFORMS[case.platform],
         )
         self.about = self._answer()
 
@@ -57,8 +59,8 @@ class Worker:
         return peak
 
 
-def measure(case: Case, rounds: int) -> dict[str, tables.Figures]:
-    """The seconds of every contender in every round, or why it was left out."""
+def measure(case: Case, rounds: int) -> tuple[dict[str, tables.Figures], str | None]:
+    """The seconds of every contender in every round, or why it was left out; the GPU, if any."""
     workers, found = {}, {}
     for contender in ("ours", *case.peers):
         say(f"  starting {contender}")
@@ -80,7 +82,7 @@ def measure(case: Case, rounds: int) -> dict[str, tables.Figures]:
             if count != expected:
                 raise ValueError(f"{contender} has {count} parameters, not {expected}")
         found[contender] = tables.Figures(seconds[contender], worker.peak_mib(), count)
-    return found
+    return found, workers["ours"].about.get("device")
 
 
 def say(text: str) -> None:
@@ -90,7 +92,8 @@ def say(text: str) -> None:
 
 def main() -> None:
     """Measure, and write both files after each case."""
-    names = [*CASES, *commands.COMMANDS]
+    cases = CASES | GPU_CASES
+    names = [*cases, *commands.COMMANDS]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -102,17 +105,19 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     into = pathlib.Path(arguments.into)
-    for name in arguments.cases or names:
+    for name in arguments.cases or [*CASES, *commands.COMMANDS]:
         say(name)
-        if name in CASES:
-            case = CASES[name]
-            found = measure(case, arguments.rounds)
+        gpu = None
+        if name in cases:
+            case = cases[name]
+            found, gpu = measure(case, arguments.rounds)
             fields = ("title", "do", "options", "amount", "unit", "per_second", "target")
         else:
             case = commands.COMMANDS[name]
             found = case.measure(say)
             fields = ("title", "amount", "unit", "per_second", "target", "limit")
-        tables.add(into, name, {field: getattr(case, field) for field in fields}, found)
+        row = {field: getattr(case, field) for field in fields}
+        tables.add(into, name, row, found, gpu)
     print(into.with_suffix(".md").read_text())
 
 

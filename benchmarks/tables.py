@@ -30,7 +30,7 @@ def _git(*words: str) -> str:
     return done.stdout.strip()
 
 
-def environment() -> dict[str, Any]:
+def environment(gpu: str | None) -> dict[str, Any]:
     """The machine and the versions."""
     cpu = platform.processor()
     info = pathlib.Path("/proc/cpuinfo")
@@ -49,6 +49,7 @@ def environment() -> dict[str, Any]:
     return {
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
+        "gpu": gpu,
         "python": platform.python_version(),
         "versions": versions,
         "commit": commit,
@@ -69,12 +70,18 @@ def summarise(found: dict[str, Figures]) -> dict[str, Any]:
     return summary | {"memory_ratio": None if None in memory else memory[0] / memory[1]}
 
 
-def add(into: pathlib.Path, name: str, row: dict[str, Any], found: dict[str, Figures]) -> None:
+def add(
+    into: pathlib.Path,
+    name: str,
+    row: dict[str, Any],
+    found: dict[str, Figures],
+    gpu: str | None,
+) -> None:
     """Put a case into the JSON file in the place of its older measurement; write the Markdown."""
     path = into.with_suffix(".json")
     rows = json.loads(path.read_text()) if path.exists() else {}
     figures = {contender: f._asdict() for contender, f in found.items()}
-    rows[name] = row | summarise(found) | {"contenders": figures, "environment": environment()}
+    rows[name] = row | summarise(found) | {"contenders": figures, "environment": environment(gpu)}
     path.write_text(json.dumps(rows, indent=1) + "\n")
     write_page(into, rows)
 
@@ -130,7 +137,11 @@ def markdown(rows: dict[str, Any]) -> str:
         rounds = len(row["contenders"]["ours"]["seconds"])
         cells += [_verdict(row), f"{rounds}, {row['environment']['commit']}"]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Every contender, with the peak resident memory of its process:", ""]
+    lines += [
+        "",
+        "Every contender, with the peak memory of its process (of the GPU, where it is on one):",
+        "",
+    ]
     lines += ["| case | contender | speed | memory, MiB | parameters |", "|---|---|---|---|---|"]
     for row in rows.values():
         for contender, figures in row["contenders"].items():
@@ -145,8 +156,9 @@ def markdown(rows: dict[str, Any]) -> str:
     lines += ["", "Measured on:", ""]
     for machine in map(json.loads, machines):
         versions = [f"{name} {version}" for name, version in machine["versions"].items()]
+        gpu = f"{machine['gpu']}, " if machine.get("gpu") else ""
         lines.append(
-            f"- {machine['cores']} cores of {machine['cpu']}, Python {machine['python']}, "
+            f"- {gpu}{machine['cores']} cores of {machine['cpu']}, Python {machine['python']}, "
             f"{', '.join(versions)}; commit {machine['commit']}, {machine['date']}"
         )
     return "\n".join(lines) + "\n"

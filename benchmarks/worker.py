@@ -2,9 +2,10 @@
 
     python -m benchmarks.worker CONTENDER CASE
 
-CASE is JSON: "do" and "options". Every contender has a process of its own, so that the peak memory
-is its own and nobody's threads or caches serve another. It answers when it has run once, then for
-each line that it reads runs again and answers the seconds, and at the end its peak memory.
+CASE is JSON: "do", "options" and "platform". Every contender has a process of its own, so that the
+peak memory is its own and nobody's threads or caches serve another. It answers when it has run
+once, then for each line that it reads runs again and answers the seconds, and at the end its peak
+memory.
 """
 
 import importlib
@@ -31,13 +32,18 @@ def main(contender: str, case: str) -> None:
     module = importlib.import_module(name)
     run, about = getattr(module, asked["do"])(contender, **asked["options"])
     run()  # compiles
+    on_gpu = asked["platform"] == "gpu"
+    if on_gpu:
+        about["device"] = module.device_kind()
     answer(**about)
     for _ in sys.stdin:
         begun = time.perf_counter()
         run()
         answer(seconds=time.perf_counter() - begun)
-    # of Linux, in KiB
-    answer(peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    if on_gpu:
+        answer(peak_mib=module.peak_of_device() / 2**20)
+    else:  # of Linux, in KiB
+        answer(peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 if __name__ == "__main__":

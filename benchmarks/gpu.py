@@ -1,0 +1,65 @@
+r"""Every measurement on a GPU, one after another.
+
+    pip install -e '.[bench,cuda]'
+    python -m benchmarks.gpu --into=docs/BENCHMARKS [--rounds=5] [CASE ...]
+
+First whether the project trains and samples there at all, by main.py. Then the cases of a GPU next
+to the peers, all or those named, into the table. Last the floor and the profile of the training
+step in bfloat16: its share of the measured rate of a matrix product.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+from benchmarks.cases import GPU_CASES, PLATFORMS
+from benchmarks.run import REPOSITORY, say
+
+# by a process of its own, for one that has found a GPU keeps memory of it
+FIND_GPU = "import jax; jax.devices('gpu')"
+TRAINED_STEPS, SAMPLED_IMAGES = 200, 64
+
+
+def call(*words: str) -> None:
+    """Run this Python on the GPU; its output is shown, and it must succeed."""
+    say(f"+ python {' '.join(words)}")
+    begun = time.perf_counter()
+    environment = os.environ | PLATFORMS["gpu"]
+    subprocess.run([sys.executable, *words], cwd=REPOSITORY, env=environment, check=True)
+    say(f"  {time.perf_counter() - begun:.0f} s")
+
+
+def main() -> None:
+    """Say what is run and how long it took."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(GPU_CASES)}")
+    parser.add_argument("--into", required=True, help="path of the table without its suffix")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    unknown = set(arguments.cases) - set(GPU_CASES)
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(GPU_CASES)}")
+    found = subprocess.run([sys.executable, "-c", FIND_GPU], capture_output=True, text=True)
+    if found.returncode:
+        sys.exit(found.stderr.strip().splitlines()[-1])
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = "main.py", "--config=configs/digits.py", f"--workdir={folder}/run"
+        run = *run, f"--config.train.num_steps={TRAINED_STEPS}"
+        call(*run)
+        call(*run, "--mode=sample", f"--config.sampling.num_images={SAMPLED_IMAGES}")
+    cases = arguments.cases or list(GPU_CASES)
+    into = f"--into={arguments.into}", f"--rounds={arguments.rounds}"
+    call("-m", "benchmarks.run", *into, *cases)
+    training = GPU_CASES["gpu-train"].options
+    network = f"--size={training['size']}", f"--batch-size={training['batch_size']}"
+    call("-m", "benchmarks.profile", *network, f"--dtype={training['dtype']}")
+
+
+if __name__ == "__main__":
+    main()
