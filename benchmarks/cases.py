@@ -26,16 +26,20 @@ SIZES = {
     "tiny": Size("mnist", (28, 28, 1), 8, (1, 2), 1, (), 8, 0.0, 41_609, 2),
 }
 
-# A case of a CPU runs there on any machine. On a GPU ours takes memory as it needs it, and not
-# three quarters at the start, which the others need.
+# A case of a CPU runs there on any machine, one of a GPU on the first one. There ours takes memory
+# as it needs it, and not three quarters at the start, which the others need.
 PLATFORMS = {  # the environment of a case's processes
     "cpu": {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
-    "gpu": {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+    "gpu": {
+        "JAX_PLATFORMS": "cuda",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    },
 }
 EAGER = ("diffusers", "diffusers channels_last")
 COMPILED = ("diffusers compile", "diffusers compile channels_last")
 SAMPLING = EAGER[1], COMPILED[0], "ddpp"  # without channels_last the compiled one samples faster
-# torch.compile's other modes are made for GPUs: the first of them by CUDA graphs
+# torch.compile's other modes are made for GPUs: both by CUDA graphs, the second times kernels too
 ON_GPU = (
     COMPILED[1],
     "diffusers reduce-overhead channels_last",

@@ -1,11 +1,11 @@
 r"""Every measurement on a GPU, one after another.
 
-    pip install -e '.[bench,cuda]'
+    pip install -e '.[bench]' 'jax[cuda13]'        # CUDA 13, as torch has it
     python -m benchmarks.gpu --into=docs/BENCHMARKS [--rounds=5] [CASE ...]
 
-First whether the project trains and samples there at all, by main.py. Then the cases of a GPU next
-to the peers, all or those named, into the table. Last the floor and the profile of the training
-step in bfloat16: its share of the measured rate of a matrix product.
+First whether the project trains and then samples there at all, by main.py. Then the cases of a GPU
+next to the peers, all or those named, into the table. Last the floor and the profile of the
+training step in bfloat16: its share of the measured rate of a matrix product.
 """
 
 import argparse
@@ -16,11 +16,11 @@ import tempfile
 import time
 
 from benchmarks.cases import GPU_CASES, PLATFORMS
-from benchmarks.run import REPOSITORY, say
+from benchmarks.run import REPOSITORY, check_names, say
 
 # by a process of its own, for one that has found a GPU keeps memory of it
-FIND_GPU = "import jax; jax.devices('gpu')"
-TRAINED_STEPS, SAMPLED_IMAGES = 200, 64
+FIND_GPU = "import jax; jax.devices('cuda')"
+TRAINED_STEPS = 200
 
 
 def call(*words: str) -> None:
@@ -41,18 +41,16 @@ def main() -> None:
     parser.add_argument("--into", required=True, help="path of the table without its suffix")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    unknown = set(arguments.cases) - set(GPU_CASES)
-    if unknown:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(GPU_CASES)}")
-    found = subprocess.run([sys.executable, "-c", FIND_GPU], capture_output=True, text=True)
+    check_names(parser, arguments.cases, GPU_CASES)
+    environment = os.environ | PLATFORMS["gpu"] | {"JAX_PLATFORMS": ""}  # or jax says nothing
+    words = [sys.executable, "-c", FIND_GPU]
+    found = subprocess.run(words, env=environment, capture_output=True, text=True)
     if found.returncode:
-        sys.exit(found.stderr.strip().splitlines()[-1])
+        sys.exit((found.stderr.strip() or f"jax ended with {found.returncode}").splitlines()[-1])
 
     with tempfile.TemporaryDirectory() as folder:
-        run = "main.py", "--config=configs/digits.py", f"--workdir={folder}/run"
-        run = *run, f"--config.train.num_steps={TRAINED_STEPS}"
-        call(*run)
-        call(*run, "--mode=sample", f"--config.sampling.num_images={SAMPLED_IMAGES}")
+        words = "main.py", "--config=configs/digits.py", f"--workdir={folder}/run"
+        call(*words, f"--config.train.num_steps={TRAINED_STEPS}")
     cases = arguments.cases or list(GPU_CASES)
     into = f"--into={arguments.into}", f"--rounds={arguments.rounds}"
     call("-m", "benchmarks.run", *into, *cases)

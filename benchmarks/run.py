@@ -16,6 +16,8 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterable
 
 from benchmarks import commands, tables
 from benchmarks.cases import CASES, GPU_CASES, PLATFORMS, SIZES, Case
@@ -27,12 +29,14 @@ class Worker:
     """A process of benchmarks.worker."""
 
     def __init__(self, contender: str, case: Case) -> None:
+        # no pipe: nobody would read what a compiler has to say, and a full one stops it
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process
         asked = {"do": case.do, "options": case.options, "platform": case.platform}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", contender, json.dumps(asked)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
             cwd=REPOSITORY,
             env=os.environ | PLATFORMS[case.platform],
@@ -42,8 +46,10 @@ class Worker:
     def _answer(self) -> dict[str, float]:
         line = self._process.stdout.readline()
         if not line:
-            said = self._process.stderr.read().strip().splitlines()
-            raise RuntimeError(said[-1] if said else "it ended without a word")
+            code = self._process.wait()
+            self._errors.seek(0)
+            said = [text for text in self._errors.read().splitlines() if "Error" in text]
+            raise RuntimeError(said[-1] if said else f"it ended with {code}")
         return json.loads(line)
 
     def seconds(self) -> float:
@@ -61,20 +67,28 @@ class Worker:
 
 def measure(case: Case, rounds: int) -> tuple[dict[str, tables.Figures], str | None]:
     """The seconds of every contender in every round, or why it was left out; the GPU, if any."""
-    workers, found = {}, {}
+    workers, found, seconds = {}, {}, {}
+
+    def leave_out(contender: str, error: RuntimeError) -> None:
+        if contender == "ours":
+            raise error
+        say(f"  left out: {contender}: {error}")
+        found[contender] = tables.Figures([], left_out=str(error))
+        workers.pop(contender, None)
+
     for contender in ("ours", *case.peers):
         say(f"  starting {contender}")
         try:
             workers[contender] = Worker(contender, case)
+            seconds[contender] = []
         except RuntimeError as error:
-            if contender == "ours":
-                raise
-            say(f"  left out: {error}")
-            found[contender] = tables.Figures([], left_out=str(error))
-    seconds = {contender: [] for contender in workers}
+            leave_out(contender, error)
     for _ in range(rounds):
-        for contender, worker in workers.items():
-            seconds[contender].append(worker.seconds())
+        for contender, worker in list(workers.items()):
+            try:
+                seconds[contender].append(worker.seconds())
+            except RuntimeError as error:
+                leave_out(contender, error)
     for contender, worker in workers.items():
         count = worker.about.get("num_parameters")
         if count and case.peers and contender.split()[0] in ("ours", "diffusers"):
@@ -90,6 +104,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def check_names(parser: argparse.ArgumentParser, given: list[str], names: Iterable[str]) -> None:
+    """End with one line where a case is not among those that there are."""
+    unknown = set(given) - set(names)
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+
+
 def main() -> None:
     """Measure, and write both files after each case."""
     cases = CASES | GPU_CASES
@@ -101,9 +122,7 @@ def main() -> None:
     parser.add_argument("--into", required=True, help="path of the table without its suffix")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    unknown = set(arguments.cases) - set(names)
-    if unknown:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    check_names(parser, arguments.cases, names)
     into = pathlib.Path(arguments.into)
     for name in arguments.cases or [*CASES, *commands.COMMANDS]:
         say(name)

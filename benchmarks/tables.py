@@ -20,7 +20,7 @@ class Figures(NamedTuple):
     """A contender's measurements in a case, or why there are none."""
 
     seconds: list[float]  # of every round
-    peak_mib: float | None = None  # resident memory of its process
+    peak_mib: float | None = None  # resident memory of its process, or the GPU's in use
     num_parameters: int | None = None
     left_out: str | None = None
 

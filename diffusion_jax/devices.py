@@ -27,8 +27,8 @@ COORDINATOR, NUM_PROCESSES, PROCESS_ID = (
 )
 # a core's convolutions on that core; the widest vectors that it has
 XLA_FLAGS = "--xla_cpu_multi_thread_eigen=false", "--xla_cpu_prefer_vector_width=512"
-# Read by XLA, the threads of its pool. For one image its operations are too small: a chain's step
-# takes a tenth longer where two threads hand them to each other.
+# Read by XLA, the threads of its pool. One image's operations are too small for several: on two
+# cores a chain's step takes a tenth longer where two threads hand them to each other.
 THREADS = "NPROC"
 # mallopt(3): trim nothing below 2 GiB; no mapping, which is unmapped when freed; one arena, for
 # the others' heaps are too small for large arrays, which would be mapped
@@ -48,8 +48,9 @@ def start(
 ) -> None:
     """Start jax: join the other processes, make cores devices, and check that batches divide.
 
-    They must where ``divide``, in training; elsewhere what is uneven is filled up. Devices that
-    have jobs of their own, ``num_jobs`` in all, share no batches.
+    They must where ``divide``, in training; elsewhere what is uneven is filled up, and one image is
+    the work of one thread. Devices that have jobs of their own, ``num_jobs`` in all, share no
+    batches.
 
     Raises:
         ConfigError: a batch that the devices cannot share evenly, or more devices than there are.
