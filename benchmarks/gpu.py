@@ -1,14 +1,13 @@
 r"""Every measurement on a GPU, one after another.
 
     pip install -e '.[bench]' 'jax[cuda13]'        # CUDA 13, as torch has it
-    python -m benchmarks.gpu --into=docs/BENCHMARKS [--rounds=5] [CASE ...]
+    python -m benchmarks.gpu --into=docs/BENCHMARKS [--rounds=7] [CASE ...]
 
 First whether the project trains and then samples there at all, by main.py. Then the cases of a GPU
 next to the peers, all or those named, into the table. Last the floor and the profile of the
 training step in bfloat16: its share of the measured rate of a matrix product.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import tempfile
 import time
 
 from benchmarks.cases import GPU_CASES, PLATFORMS
-from benchmarks.run import REPOSITORY, check_names, say
+from benchmarks.run import REPOSITORY, parse_arguments, say
 
 # by a process of its own, for one that has found a GPU keeps memory of it
 FIND_GPU = "import jax; jax.devices('cuda')"
@@ -34,14 +33,7 @@ def call(*words: str) -> None:
 
 def main() -> None:
     """Say what is run and how long it took."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(GPU_CASES)}")
-    parser.add_argument("--into", required=True, help="path of the table without its suffix")
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    check_names(parser, arguments.cases, GPU_CASES)
+    arguments = parse_arguments(__doc__, list(GPU_CASES))
     environment = os.environ | PLATFORMS["gpu"] | {"JAX_PLATFORMS": ""}  # or jax says nothing
     words = [sys.executable, "-c", FIND_GPU]
     found = subprocess.run(words, env=environment, capture_output=True, text=True)

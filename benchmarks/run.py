@@ -17,7 +17,6 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 
 from benchmarks import commands, tables
 from benchmarks.cases import CASES, GPU_CASES, PLATFORMS, SIZES, Case
@@ -104,25 +103,25 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def check_names(parser: argparse.ArgumentParser, given: list[str], names: Iterable[str]) -> None:
-    """End with one line where a case is not among those that there are."""
-    unknown = set(given) - set(names)
-    if unknown:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-
-
-def main() -> None:
-    """Measure, and write both files after each case."""
-    cases = CASES | GPU_CASES
-    names = [*cases, *commands.COMMANDS]
+def parse_arguments(description: str, names: list[str]) -> argparse.Namespace:
+    """The cases, of those that there are, the table that they go into, and how many rounds."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=description, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(names)}")
     parser.add_argument("--into", required=True, help="path of the table without its suffix")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    check_names(parser, arguments.cases, names)
+    unknown = set(arguments.cases) - set(names)
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    return arguments
+
+
+def main() -> None:
+    """Measure, and write both files after each case."""
+    cases = CASES | GPU_CASES
+    arguments = parse_arguments(__doc__, [*cases, *commands.COMMANDS])
     into = pathlib.Path(arguments.into)
     for name in arguments.cases or [*CASES, *commands.COMMANDS]:
         say(name)
