@@ -9,7 +9,7 @@ several accelerators:
 
 from ml_collections import ConfigDict
 
-from configs import default
+from diffusion_jax.config import default
 
 
 def get_config() -> ConfigDict:

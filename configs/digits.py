@@ -11,7 +11,7 @@ held-out digits 0.52 (0.5 is perfect; docs/RESULTS.md).
 
 from ml_collections import ConfigDict
 
-from configs import default
+from diffusion_jax.config import default
 
 
 def get_config() -> ConfigDict:

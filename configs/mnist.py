@@ -22,7 +22,7 @@ It needs the network once, or --config.dataset.archives=DIR with the four origin
 
 from ml_collections import ConfigDict
 
-from configs import default
+from diffusion_jax.config import default
 
 
 def get_config() -> ConfigDict:

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import default
+from diffusion_jax.config import default
 
 
 def get_config() -> ConfigDict:

@@ -1,70 +1,61 @@
-"""Networks as pairs of pure functions: the only place that knows Flax."""
+"""Networks as pairs of pure functions: the only place that knows Flax.
+
+A new network is a Flax module in a file here and its line in MODELS.
+"""
 
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from collections.abc import Mapping
+from typing import Any, get_args
 
 from flax import nnx
-from ml_collections import ConfigDict
 
-from diffusion_jax.config import ConfigError, choose, require
+from diffusion_jax.diffusion.network import Model
+from diffusion_jax.errors import ConfigError, choose, require
 from diffusion_jax.models.mlp import MLP
 from diffusion_jax.models.pure import pure
 from diffusion_jax.models.unet import UNet
 
 
-class Model(NamedTuple):
-    """A network as two pure functions of its parameters, nested dicts of float32 arrays.
-
-    init(key) -> params
-    apply(params, x_t, timestep, label, keys) -> float32 output of the shape of x_t, its last axis
-        doubled where the variance is learned. timestep: float, 1..T or between; label: a class
-        0..num_classes - 1, or num_classes for "no class" (classifier-free guidance), None unless
-        the model is class-conditional; keys: one per example for dropout, None for none.
-    """
-
-    init: Callable[..., Any]
-    apply: Callable[..., Any]
-
-
 def create_model(
-    config: ConfigDict,
+    fields: Mapping[str, Any],
     shape: tuple[int, ...],
     num_classes: int | None,
+    *,
     learned_variance: bool = False,
 ) -> Model:
-    """The network that config.model describes, for data of one shape; allocates nothing.
+    """The network that the fields of config.model describe, for data of one shape.
 
-    The fields of config.model are its name and the keyword arguments of that network.
+    The fields are its name in MODELS and its keyword arguments. Nothing is allocated.
 
     Raises:
         ConfigError: a field is unknown, missing, of a wrong type, or has a value that no network
             of this shape can be built from.
     """
-    network = choose("config.model.name", config.name, MODELS, "model")
-    fields = _check_fields(network, config)
-    if fields["class_conditional"]:
+    network = choose("config.model.name", fields["name"], MODELS, "model")
+    arguments = _check_fields(network, fields)
+    if arguments["class_conditional"]:
         named = "config.model.class_conditional", True
         require(num_classes is not None, *named, "False for a data set without classes")
 
-    def create() -> nnx.Module:
-        return network(shape, num_classes, learned_variance, **fields, rngs=nnx.Rngs(0))
+    def create(rngs: nnx.Rngs) -> nnx.Module:
+        return network(shape, num_classes, learned_variance, **arguments, rngs=rngs)
 
     return Model(*pure(create))
 
 
-def _check_fields(network: type[nnx.Module], config: ConfigDict) -> dict[str, Any]:
+def _check_fields(network: type[nnx.Module], fields: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments of a network, of the types that it declares."""
     parameters = inspect.signature(network.__init__).parameters.values()
     types = {
         p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "rngs"
     }
-    fields = {name: value for name, value in config.items() if name != "name"}
+    model = fields["name"]
+    fields = {name: value for name, value in fields.items() if name != "name"}
     for name in fields:
-        choose("config.model", name, types, f"field of the {config.name}")
+        choose("config.model", name, types, f"field of the {model}")
     for name, expected in types.items():
         if name not in fields:
-            raise ConfigError(f"config.model.{name} is missing: the {config.name} needs it")
+            raise ConfigError(f"config.model.{name} is missing: the {model} needs it")
         value = fields[name]
         if get_args(expected):  # tuple[int, ...]
             fits = isinstance(value, tuple) and all(type(element) is int for element in value)

@@ -14,7 +14,7 @@ CHANNELS = (16, 32, 64)
 NUM_FEATURES = 64
 
 
-class Network(NamedTuple):
+class ClassifierNetwork(NamedTuple):
     """A classifier as two pure functions of its parameters, a nested dict of float32 arrays.
 
     init(key) -> params
@@ -25,13 +25,13 @@ class Network(NamedTuple):
     apply: Callable[..., Any]
 
 
-def create_classifier(shape: tuple[int, ...], num_classes: int) -> Network:
+def create_classifier(shape: tuple[int, ...], num_classes: int) -> ClassifierNetwork:
     """The classifier of images of one shape, (height, width, channels); allocates nothing."""
 
-    def create() -> nnx.Module:
-        return ConvNet(shape, num_classes, rngs=nnx.Rngs(0))
+    def create(rngs: nnx.Rngs) -> nnx.Module:
+        return ConvNet(shape, num_classes, rngs=rngs)
 
-    return Network(*pure(create))
+    return ClassifierNetwork(*pure(create))
 
 
 class ConvNet(nnx.Module):

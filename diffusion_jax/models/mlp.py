@@ -8,11 +8,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from diffusion_jax.config import require
+from diffusion_jax.errors import require
+from diffusion_jax.models.pure import uniform
 
 
+@uniform
 def glorot(key: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """The half-width of Glorot's uniform distribution, from which create_model's init draws."""
+    """The half-width of Glorot's uniform distribution: sqrt(6 / (fan in + fan out))."""
     del key
     receptive, c_in, c_out = math.prod(shape[:-2]), *shape[-2:]
     return jnp.full(shape, math.sqrt(6 / (receptive * (c_in + c_out))), dtype)
@@ -98,7 +100,9 @@ class Embedding(nnx.Module):
         self.width = width
         self.linear_1 = linear(width, 4 * width, rngs=rngs)
         self.linear_2 = linear(4 * width, 4 * width, rngs=rngs)
-        unit = nnx.initializers.constant(math.sqrt(3))  # of unit variance, as in iDDPM's code
+        unit = uniform(
+            nnx.initializers.constant(math.sqrt(3))
+        )  # of unit variance, as in iDDPM's code
         embed = functools.partial(nnx.Embed, embedding_init=unit, rngs=rngs)
         self.label = None if num_classes is None else embed(num_classes + 1, 4 * width)
 

@@ -6,24 +6,44 @@ from typing import Any
 import jax
 from flax import nnx
 from jax.flatten_util import ravel_pytree
+from jax.nn.initializers import Initializer
 from jaxtyping import Array, Key
 
+DRAWN_AT_ONCE = "drawn_at_once"  # metadata of a parameter that was built by ``uniform``
 
-def pure(create: Callable[[], nnx.Module]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+
+def uniform(half_width: Initializer) -> Initializer:
+    """An initialiser of U(-w, w), where ``half_width`` (key, shape, dtype) returns w.
+
+    The parameter is built holding w, and ``pure`` multiplies all such parameters by one draw: a
+    draw for each layer takes the compiler ten times as long. Other initialisers work as they say,
+    and cost that time.
+    """
+    return nnx.with_metadata(half_width, **{DRAWN_AT_ONCE: True})
+
+
+def pure(
+    create: Callable[[nnx.Rngs], nnx.Module],
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """init(key) -> params, nested dicts of arrays, and apply(params, *inputs); allocates nothing.
 
-    Kernels must be built holding the half-width of their uniform distribution (``mlp.glorot``):
-    all are drawn at once, for a draw for each layer would take the compiler ten times as long.
+    Every parameter is what its initialiser says; see ``uniform`` for the fast ones.
     """
-    graphdef = nnx.graphdef(nnx.eval_shape(create))
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
 
     @jax.jit
     def init(key: Key[Array, ""]) -> dict[str, Any]:
-        built = nnx.to_pure_dict(nnx.state(create(), nnx.Param))
-        built = _rename(built, str)  # checkpoints would make strings of a list's integers
-        flat, unravel = ravel_pytree(built)
+        state = nnx.state(create(nnx.Rngs(key)), nnx.Param)
+        scale = jax.tree.map(
+            lambda leaf: leaf.get_metadata().get(DRAWN_AT_ONCE, False),
+            state,
+            is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+        )
+        # checkpoints would make strings of a list's integers
+        params, scale = (_rename(nnx.to_pure_dict(tree), str) for tree in (state, scale))
+        flat, unravel = ravel_pytree(params)
         draws = unravel(jax.random.uniform(key, flat.shape, minval=-1, maxval=1))
-        return jax.tree.map(lambda leaf, u: leaf * u if leaf.ndim > 1 else leaf, built, draws)
+        return jax.tree.map(lambda w, u, drawn: w * u if drawn else w, params, draws, scale)
 
     def apply(params: Mapping[str, Any], *inputs: Any) -> Any:
         return nnx.merge(graphdef, _rename(params, _number))(*inputs)

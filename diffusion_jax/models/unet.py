@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from diffusion_jax.config import choose, require
-from diffusion_jax.models.conv import Conv3x3
+from diffusion_jax.errors import choose, require
+from diffusion_jax.models.layers.conv import Conv3x3
+from diffusion_jax.models.layers.norm import GroupNorm
+from diffusion_jax.models.layers.upsample import upsample
 from diffusion_jax.models.mlp import ZERO, Embedding, glorot, linear
-from diffusion_jax.models.norm import GroupNorm
-from diffusion_jax.models.upsample import upsample
 
 Keys = Key[Array, " B"] | None  # of dropout, one per example; None: no dropout
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

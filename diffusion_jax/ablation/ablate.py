@@ -1,0 +1,212 @@
+"""The jobs of an ablation: trained by one compiled step, scored by one compiled evaluation.
+
+A job is a training run like any other, in a folder of its own, arms/ARM/seed_N: what `--mode=train`
+would do with the arm's config, checkpoint for checkpoint. Jobs that share the static choices share
+the compiled step, of which the schedule, the seed and the state are arguments.
+"""
+
+import json
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from diffusion_jax.ablation import results
+from diffusion_jax.ablation.jobs import (
+    Ablation,
+    FailedJobsError,
+    Job,
+    Site,
+    folder_of,
+    group_jobs,
+    is_finished,
+    record_of,
+    title_of,
+    versions,
+)
+from diffusion_jax.ablation.report.page import write_csv, write_report
+from diffusion_jax.ablation.results import Results
+from diffusion_jax.ablation.scoring import score_jobs
+from diffusion_jax.ablation.slots import choose_parallel
+from diffusion_jax.ablation.training import train_jobs
+from diffusion_jax.config.config import OF_THE_TRAINING, require_same
+from diffusion_jax.data.dataset import Dataset
+from diffusion_jax.errors import ConfigError, WorkdirError, require
+from diffusion_jax.evaluation.classifier import load_classifier, require_labelled_images
+from diffusion_jax.evaluation.interval import Interval
+from diffusion_jax.experiment.evaluation import fit
+from diffusion_jax.runtime.workdir import Workdir
+from diffusion_jax.training.step import init_state
+
+LOG = logging.getLogger("diffusion_jax")
+
+
+def check(ablation: Ablation, folder: Workdir, devices: list[jax.Device]) -> None:
+    """Refuse what cannot be run, before anything is written.
+
+    Raises:
+        ConfigError: the folder is of a single run, a job was begun with another config, a batch
+            that does not divide, or more arms than fit.
+    """
+    if folder.checkpoints.exists():
+        raise WorkdirError(folder.path, "must be a folder for an ablation: a single run is in it")
+    for job in ablation.jobs:
+        of_job = folder_of(job, folder.path)
+        recorded = of_job.read_record()
+        if recorded is not None:
+            fixed = (*OF_THE_TRAINING, "train.num_steps")
+            require_same(job.config, recorded, fixed, of_job.path)
+    parallel = choose_parallel(ablation, len(devices))
+    size = ablation.jobs[0].experiment.training.batch_size
+    if parallel.way == "sequence":
+        allowed = f"a multiple of the {len(devices)} devices"
+        require(size % len(devices) == 0, "config.train.batch_size", size, allowed)
+    check_room(ablation.mine, folder.path, parallel.per_device)
+
+
+def check_data(ablation: Ablation, dataset: Dataset) -> None:
+    """Refuse what the data cannot be evaluated or compared by, before anything is trained.
+
+    Raises:
+        ConfigError: more test images than there are, no test split, or no labels in it.
+    """
+    for job in ablation.jobs:
+        fit(job.experiment.evaluation, dataset.test)
+    try:
+        require_labelled_images(dataset)
+    except ValueError as error:
+        raise ConfigError(f"config.dataset.name = {dataset.name!r}: {error}") from error
+
+
+def ablate(ablation: Ablation, site: Site, command: str) -> int | None:
+    """Train and score what is missing, and report; returns the signal that stopped the training.
+
+    A shard does its share and leaves the report to a call without one.
+
+    Raises:
+        FailedJobsError: naming jobs that failed, after a report without their arms.
+    """
+    parallel = choose_parallel(ablation, len(site.devices))
+    missing = [job for job in ablation.mine if not is_finished(job, site.path)]
+    arms = len({job.arm.name for job in ablation.jobs})
+    note = f"{len(ablation.mine)} jobs, {len(ablation.mine) - len(missing)} finished"
+    LOG.info("%d arms, %s; %s, %d at once on a device", arms, note, *parallel)
+    failed: dict[str, str] = {}  # by the titles of jobs
+    stopped_by = train_jobs(missing, site, parallel, failed)
+    if stopped_by is not None:
+        return stopped_by
+    trained = [job for job in missing if title_of(job) not in failed]
+    score_jobs(trained, site, command, failed)
+    if ablation.is_shard:
+        LOG.info("this share is done; when all are, the command without a shard reports")
+    else:
+        lost = {job.arm.name for job in ablation.jobs if title_of(job) in failed}
+        complete = tuple(job for job in ablation.jobs if job.arm.name not in lost)
+        if ablation.reference not in lost:
+            report(ablation._replace(jobs=complete), site.dataset, site.path, command, sorted(lost))
+    if failed:
+        raise FailedJobsError("; ".join(f"{name}: {error}" for name, error in failed.items()))
+    return None
+
+
+def report(
+    ablation: Ablation, dataset: Dataset, path: pathlib.Path, command: str, lost: list[str]
+) -> None:
+    """Compare the finished jobs: ablation.csv and report.html. ``lost`` are arms that failed."""
+    classifier = load_classifier(dataset, 0, path)
+
+    def all_of(fact: Callable[[Job], str]) -> str:
+        return "; ".join(dict.fromkeys(fact(job) for job in ablation.jobs))
+
+    def parameters(job: Job) -> str:
+        return f"{sum(leaf.size for leaf in jax.tree.leaves(job.experiment.template)):,}"
+
+    def bound(job: Job) -> str:
+        plan = fit(job.experiment.evaluation, dataset.test)
+        whole = len(job.experiment.schedule)
+        return f"{plan.num_examples} test images, each at {plan.num_timesteps} timesteps of {whole}"
+
+    def samples(job: Job) -> str:
+        plan, name = job.experiment.sampling, job.config.sampling.sampler
+        chain = f"{plan.chain.num_steps} steps, {plan.chain.spacing}"
+        return f"{plan.num_images} of each job, {name}, {chain}"
+
+    plan = ablation.jobs[0].experiment.training
+    facts = {
+        "parameters of the network": all_of(parameters),
+        "training": f"{plan.num_steps:,} steps of {plan.batch_size}",
+        "bound": all_of(bound),
+        "samples": all_of(samples),
+        "classifier": f"{100 * classifier.test_accuracy:.2f} % of the test images right",
+    }
+    notes = [f"{name} failed and is left out." for name in lost]
+    records = [json.loads(record_of(job, path).read_text()) for job in ablation.jobs]
+    if any(record["versions"] != versions() for record in records):
+        notes.append("Some jobs were scored under other versions: see their finished.json.")
+    about = results.About(command=command, versions=versions(), facts=facts, notes=tuple(notes))
+    collected = results.collect(ablation, dataset, classifier, path, about)
+    write_csv(collected, path / "ablation.csv")
+    write_report(collected, path / "report.html")
+    print(describe_results(collected))
+    LOG.info("%s", path / "report.html")
+
+
+def describe_results(collected: Results) -> str:
+    """The table of arms, as lines that a run prints."""
+    lines = []
+    for name, (title, unit) in results.SCORES.items():
+        lines.append(f"{title} ({unit}) with 95 % intervals, and the paired difference")
+        for arm in collected.arms:
+            mean, difference, mark = arm.scores[name]
+            text = f"  {arm.name:24} {mean.value:9.4f} {_ends(mean)}  "
+            if difference is None:
+                text += "the reference"
+            else:
+                text += f"{difference.value:+.4f} {_ends(difference)}"
+            lines.append(f"{text}  {mark}".rstrip())
+    return "\n".join(lines)
+
+
+def _ends(interval: Interval) -> str:
+    if np.isinf(interval.low):
+        return "[no interval of one seed]"
+    return f"[{interval.low:.4f}, {interval.high:.4f}]"
+
+
+def check_room(jobs: Sequence[Job], path: pathlib.Path, per_device: int) -> None:
+    """Refuse more arms than fit: their states into the memory, their checkpoints onto the disk.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    largest = max((_size_of_state(group[0]) for group in group_jobs(jobs)), default=0)
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    memory = statistics.get("bytes_limit")
+    if memory is None:  # a CPU, whose devices share it
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory //= jax.local_device_count()
+    allowed = f"at most {memory // largest}: a state has {largest:,} bytes, a device {memory:,}"
+    field = "config.ablate.arms_per_device"
+    require(per_device * largest <= memory, field, per_device, allowed)
+    missing = [job for job in jobs if not folder_of(job, path).checkpoints.exists()]
+    existing = next(
+        folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists()
+    )
+    free = shutil.disk_usage(existing).free
+    plan = jobs[0].experiment.training
+    saves = plan.keep_last + plan.keep_best
+    needed = len(missing) * saves * largest
+    allowed = f"fewer: {saves} checkpoints of each need {needed:,} bytes, {existing} has {free:,}"
+    require(needed <= free, "config.ablate.grid", f"{len(missing)} jobs", allowed)
+
+
+def _size_of_state(job: Job) -> int:
+    """Bytes of the arrays of a training state."""
+    experiment = job.experiment
+    length = len(experiment.schedule)
+    state = jax.eval_shape(lambda: init_state(experiment, seed=job.seed, num_timesteps=length))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

@@ -1,0 +1,175 @@
+"""The arms of an ablation, and the training runs that they are: what a config's grid means."""
+
+import contextlib
+import itertools
+import re
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from diffusion_jax.ablation.jobs import Ablation, Arm, Job
+from diffusion_jax.config.config import override, value_of
+from diffusion_jax.errors import ConfigError, choose, require
+from diffusion_jax.evaluation.distances import DISTANCES
+from diffusion_jax.experiment.experiment import create_experiment
+from diffusion_jax.runtime.checkpoint import digest, flatten
+
+FIELD = "config.ablate.grid"
+PARALLEL = ("auto", "device", "sequence", "vmap")
+
+# What arms may differ in: data, batches and the number of steps are the same for all of them.
+SECTIONS = ("schedule", "loss", "model", "optimizer", "ema")
+LONGEST_NAME = 200  # bytes, of a folder
+
+
+def count_jobs(config: ConfigDict) -> int:
+    """How many jobs a grid has, before anything is created.
+
+    Raises:
+        ConfigError: there is no grid, or it cannot be read.
+    """
+    text = config.ablate.grid
+    require(text is not None, FIELD, text, "set to ablate, to schedule.s=0,0.008 for example")
+    allowed = "false: the jobs of an ablation are shared out by config.ablate.shard"
+    require(not config.distributed, "config.distributed", config.distributed, allowed)
+    return len(config.ablate.seeds) * sum(len(_choices(part)) for part in text.split("|"))
+
+
+def create_ablation(config: ConfigDict) -> Ablation:
+    """All of ``config.ablate``.
+
+    Raises:
+        ConfigError: the first field that is wrong, alone or with the others.
+    """
+    fields = config.ablate
+    jobs = create_jobs(config)
+    choose("config.ablate.parallel", fields.parallel, PARALLEL, "way to run jobs")
+    choose("config.ablate.distance", fields.distance, DISTANCES, "distance")
+    per_device = fields.arms_per_device
+    only = "unset: only vmap has several arms on a device"
+    allowed = "at least 1" if fields.parallel in ("vmap", "auto") else only
+    fits = per_device is None or (per_device >= 1 and fields.parallel in ("vmap", "auto"))
+    require(fits, "config.ablate.arms_per_device", per_device, allowed)
+    reference = jobs[0].arm.name
+    if fields.reference is not None:
+        reference = fields.reference
+        with contextlib.suppress(ValueError):  # no such field, or several: no arm has that name
+            (choice,) = _choices(reference)  # however it is spelt
+            reference = _arm(override(config, choice), choice).name
+        names = sorted({job.arm.name for job in jobs})
+        choose("config.ablate.reference", reference, names, "arm")
+    for name, value in (
+        ("editing.task", config.editing.task),
+        ("guidance.weak_workdir", config.guidance.weak_workdir),
+        ("guidance.weak_step", config.guidance.weak_step),
+    ):
+        require(value is None, f"config.{name}", value, "unset in an ablation")
+    num_images = config.sampling.num_images
+    require(num_images >= 2, "config.sampling.num_images", num_images, "2 at least, to be compared")
+    for job in jobs:
+        learned = job.config.schedule.name == "learned"
+        require(not learned, FIELD, job.arm.name, "of given schedules: each seed learns another")
+    dataset = jobs[0].experiment.dataset
+    require(
+        dataset.levels is not None and dataset.num_classes is not None,
+        "config.dataset.name",
+        config.dataset.name,
+        "a set of images with labels, for the classifier that compares samples",
+    )
+    index, num_shards = _shard(fields.shard, len(jobs))
+    return Ablation(
+        jobs=tuple(jobs),
+        mine=tuple(jobs[index::num_shards]),
+        is_shard=fields.shard is not None,
+        reference=reference,
+        parallel=fields.parallel,
+        arms_per_device=per_device,
+        distance=fields.distance,
+    )
+
+
+def _shard(text: str | None, num_jobs: int) -> tuple[int, int]:
+    """Which of how many shards, counted from 0; "2/3" is the second of three."""
+    if text is None:
+        return 0, 1
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    numbers = tuple(map(int, match.groups())) if match else (0, 0)
+    allowed = f"i/n, with i in 1..n and n at most the {num_jobs} jobs"
+    require(1 <= numbers[0] <= numbers[1] <= num_jobs, "config.ablate.shard", text, allowed)
+    return numbers[0] - 1, numbers[1]
+
+
+def create_jobs(config: ConfigDict) -> list[Job]:
+    """Every arm of ``config.ablate.grid`` with every seed, all arms of the first seed first.
+
+    A grid is a product of lists, ``a=1,2; b=x,y`` (four arms), or some, ``a=1,2 | b=x`` (three).
+
+    Raises:
+        ConfigError: a field that there is not or that no arm may change, a list without values, an
+            arm whose config is wrong, two that mean the same, no seeds.
+    """
+    seeds = config.ablate.seeds
+    require(len(seeds) > 0, "config.ablate.seeds", seeds, "one seed at least")
+    require(len(set(seeds)) == len(seeds), "config.ablate.seeds", seeds, "without repetitions")
+    fits = all(0 <= seed < 2**63 for seed in seeds)
+    require(fits, "config.ablate.seeds", seeds, "in [0, 2^63)")
+    arms: list[Job] = []
+    names = {}
+    for choice in (c for product in config.ablate.grid.split("|") for c in _choices(product)):
+        where = f"{FIELD}, {', '.join('='.join(pair) for pair in choice)}"
+        try:
+            of_arm = override(config, choice)
+            job = Job(
+                arm=_arm(of_arm, choice),
+                seed=config.seed,
+                config=of_arm,
+                experiment=create_experiment(of_arm),
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        name = job.arm.name
+        fits = "/" not in name and len(name.encode()) <= LONGEST_NAME
+        require(fits, FIELD, name, f"without / and {LONGEST_NAME} bytes long, to name a folder")
+        meaning = job.static_choices, digest(flatten(job.experiment.schedule))
+        if meaning in names:
+            raise ConfigError(f"{where}: the same as the arm {names[meaning]}")
+        names[meaning] = name
+        arms.append(job)
+    return [
+        job._replace(
+            seed=seed,
+            config=override(job.config, [("seed", str(seed))]),
+            experiment=job.experiment._replace(seed=seed),
+        )
+        for seed, job in itertools.product(seeds, arms)
+    ]
+
+
+def _choices(product: str) -> list[tuple[tuple[str, str], ...]]:
+    """Every choice of one value from each list of a product, as fields and texts."""
+    axes: dict[str, list[str]] = {}
+    for axis in product.split(";"):
+        name, _, values = (part.strip() for part in axis.partition("="))
+        listed = [value.strip() for value in re.split(r",(?![^(]*\))", values)]
+        if not (name and all(listed)):
+            form = "FIELD=VALUE,VALUE or several of that with ; between them"
+            raise ConfigError(f"{FIELD}: {axis.strip()!r} lacks a value: must be {form}")
+        known = [f"{section}." for section in SECTIONS]
+        if not name.startswith(tuple(known)):
+            raise ConfigError(f"{FIELD}: {name!r} cannot be ablated: must be in {', '.join(known)}")
+        if name in axes:
+            raise ConfigError(f"{FIELD}: {name} is twice in {product.strip()!r}")
+        axes[name] = listed
+    return [tuple(zip(axes, values)) for values in itertools.product(*axes.values())]
+
+
+def _arm(config: ConfigDict, choice: tuple[tuple[str, str], ...]) -> Arm:
+    """The arm of a choice, with one name however its values were spelt."""
+    fields = {name: value_of(config, name) for name, _ in choice}
+    return Arm(",".join(f"{name}={_write(value)}" for name, value in fields.items()), fields)
+
+
+def _write(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return str(value).replace(" ", "")

@@ -1,0 +1,162 @@
+"""The training of an ablation's jobs: several at once, by one compiled step."""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Sequence
+
+from jaxtyping import PyTree
+
+from diffusion_jax.ablation.jobs import Job, Site, fail, folder_of, group_jobs, title_of
+from diffusion_jax.ablation.slots import Parallel, Slots, create_slots
+from diffusion_jax.ablation.turns import Turn, take_turns
+from diffusion_jax.config.config import to_record
+from diffusion_jax.diffusion import schedules
+from diffusion_jax.diffusion.streams import Stream, stream_key
+from diffusion_jax.errors import ConfigError, NonFiniteLossError, RunError
+from diffusion_jax.runtime.checkpoint import saved_steps
+from diffusion_jax.runtime.stop import Stop
+from diffusion_jax.training.journal import Journal
+from diffusion_jax.training.run import Run
+from diffusion_jax.training.step import Constants, init_state, pace
+
+LOG = logging.getLogger("diffusion_jax")
+
+
+def train_jobs(
+    jobs: Sequence[Job], site: Site, parallel: Parallel, failed: dict[str, str]
+) -> int | None:
+    """Train every job to its end, from its newest checkpoint if there is one.
+
+    Jobs with other static choices have a step of their own, and run after the others. Those that
+    fail are put into ``failed``, and stop no other.
+
+    Returns the signal that stopped it early, if one did: then every run under way is saved.
+    """
+    with contextlib.closing(Stop()) as stop:
+        for group in group_jobs(jobs):
+            slots = create_slots(parallel, group, site.devices)
+            training = _Training(group, slots, site, failed)
+            with contextlib.closing(training):
+                stopping = False
+                while not stopping and training.fill():
+                    stopping = training.advance(stop)
+            if stop.signal is not None:
+                break
+        return stop.signal
+
+
+class _Training:
+    """Jobs that share one compiled step; a slot whose run has ended takes the next turn."""
+
+    def __init__(
+        self, jobs: Sequence[Job], slots: Slots, site: Site, failed: dict[str, str]
+    ) -> None:
+        self._jobs, self._slots, self._site, self._failed = jobs, slots, site, failed
+        plans = [job.experiment.training for job in jobs]
+        saved = [saved_steps(folder_of(job, site.path).checkpoints) for job in jobs]
+        self._waiting = take_turns(
+            done=[max(steps, default=0) for steps in saved],
+            lengths=[plan.num_steps for plan in plans],
+            num_slots=slots.num,
+            multiple=plans[0].checkpoint_every_steps,
+        )
+        self._length = max(len(job.experiment.schedule) for job in jobs)
+        self._steps_per_call, self._in_flight = pace(jobs[0].experiment.training, site.devices[0])
+        self._runs: dict[int, tuple[Turn, Run]] = {}  # by slot
+        self._ended: dict[int, Run] = {}  # whose last save may go on, by the number of the job
+        self._constants: list[Constants | None] = [None] * slots.num
+        self._inputs: PyTree = None  # state and constants of every slot, on the devices
+
+    def fill(self) -> bool:
+        """Open waiting jobs in the slots that are free; returns whether any run is under way."""
+        new = {}
+        for slot in range(self._slots.num):
+            while slot not in self._runs and (turn := self._next_turn()) is not None:
+                job = self._jobs[turn.index]
+                if turn.index in self._ended:
+                    self._ended.pop(turn.index).close()
+                try:
+                    run = self._open(job, slot)
+                except (RunError, ConfigError) as error:  # no intact checkpoint, or it is in use
+                    fail(job, error, self._failed)
+                    continue
+                if run.is_done:
+                    run.close()
+                    continue
+                schedule = schedules.pad(job.experiment.schedule, self._length)
+                self._constants[slot] = Constants(schedule, stream_key(job.seed, Stream.TRAINING))
+                self._runs[slot], new[slot] = (turn, run), run.state
+        if new:
+            # a slot that stays free works on a copy of another, and nobody looks
+            donor = next(iter(new))
+            states, constants = [], []
+            for slot in range(self._slots.num):
+                is_kept = slot in self._runs and slot not in new
+                state = self._slots.get(slot, self._inputs[0]) if is_kept else None
+                states.append(state if is_kept else new.get(slot, new[donor]))
+                constants.append(self._constants[slot if slot in self._runs else donor])
+            self._inputs = self._slots.put(list(zip(states, constants)))
+        return bool(self._runs)
+
+    def _next_turn(self) -> Turn | None:
+        """The first that waits, but for those of jobs that still have their turn."""
+        names = [title_of(job) for job in self._jobs]
+        self._waiting = [t for t in self._waiting if names[t.index] not in self._failed]
+        taken = {turn.index for turn, _ in self._runs.values()}
+        free = next((turn for turn in self._waiting if turn.index not in taken), None)
+        if free is not None:
+            self._waiting.remove(free)
+        return free
+
+    def _open(self, job: Job, slot: int) -> Run:
+        plan, folder = job.experiment.training, folder_of(job, self._site.path)
+        folder.lock()
+        folder.record(to_record(job.config))
+        # by the functions of the first, which are the same and have been compiled
+        first, length = self._jobs[0].experiment, len(job.experiment.schedule)
+        fresh = init_state(first, seed=job.seed, num_timesteps=length)
+        read = functools.partial(self._slots.get, slot)
+        title = title_of(job)
+        journal = functools.partial(Journal, max_in_flight=self._in_flight, read=read, name=title)
+        waiting = len({turn.index for turn in self._waiting})
+        LOG.info("training %s; %d more are waiting", title, waiting)
+        return Run(plan, fresh, journal, seed=job.seed, dataset=self._site.dataset, workdir=folder)
+
+    def advance(self, stop: Stop) -> bool:
+        """Take steps in every slot, to the first end of a call; save and end what is due.
+
+        Returns whether to stop now, when everything is saved.
+        """
+        num_steps = min(run.steps_to(self._steps_per_call) for _, run in self._runs.values())
+        batches = {slot: run.batches(num_steps) for slot, (_, run) in self._runs.items()}
+        donor = next(iter(batches))
+        batches = [batches.get(slot, batches[donor]) for slot in range(self._slots.num)]
+        batches = self._slots.put_batches(batches)
+        state, constants = self._inputs
+        state, metrics = self._slots.steps(state, constants, self._slots.indices, batches)
+        self._inputs = state, constants
+        self._close_ended()  # while the devices work
+        stopping = stop.asked(0)
+        for slot, (turn, run) in tuple(self._runs.items()):
+            try:
+                run.took(num_steps, metrics)
+                if stopping or run.is_checkpoint_due:
+                    run.save(self._slots.get(slot, state))
+                ended = run.step >= turn.until  # saved, for turns end with a checkpoint
+            except NonFiniteLossError as error:
+                fail(self._jobs[turn.index], error, self._failed)
+                ended = True
+            if ended:
+                self._ended[turn.index] = self._runs.pop(slot)[1]
+        return stopping
+
+    def _close_ended(self) -> None:
+        while self._ended:
+            self._ended.popitem()[1].close()
+
+    def close(self) -> None:
+        """Let go of the runs that are under way or have ended, of all even if one fails."""
+        with contextlib.ExitStack() as stack:
+            for run in [*self._ended.values(), *(run for _, run in self._runs.values())]:
+                stack.callback(run.close)

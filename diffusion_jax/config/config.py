@@ -1,0 +1,216 @@
+"""The config of a run: read from a file, overridden by flags, compared to an earlier run's.
+
+Every mistake is a ``ConfigError``, raised before anything is compiled or written. The types of the
+fields are those of default.py; what their values may be is said where they are used.
+"""
+
+import ast
+import copy
+import functools
+import json
+import math
+import operator
+import sys
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict, FieldReference
+
+from diffusion_jax.config import default
+from diffusion_jax.errors import ConfigError, nearest, require
+
+# What a checkpoint depends on. The rest of a config may differ when a run goes on.
+OF_THE_MODEL = ("dataset.name", "schedule", "model", "loss.prediction", "loss.variance")
+OF_THE_TRAINING = (
+    *OF_THE_MODEL,
+    "seed",
+    "dataset.flip",
+    "loss",
+    "optimizer",
+    "ema",
+    "train.batch_size",
+)
+
+# The types that a field may have, in the words of an error message.
+KINDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
+
+
+def load(path: str, overrides: Sequence[tuple[str, str]]) -> ConfigDict:
+    """The config of a file, with the fields that the command line sets; locked.
+
+    A config starts from ``from diffusion_jax.config import default``. The folder above the file's
+    is put on the module path, so that ``from configs import mnist`` works in a folder configs.
+
+    Raises:
+        ConfigError: the file is no config, or a field is unknown, missing or of the wrong type.
+    """
+    root = str(Path(path).resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.append(root)
+    config = _execute(path)
+
+    defaults = default.get_config()
+    expected, written = _fields(defaults), _fields(config)
+    for name, field in written.items():
+        if not _is_of_model(name):
+            _find(defaults, name)
+        _check(name, field.value, expected.get(name, field))
+    for name in expected:
+        if name not in written and not _is_of_model(name):
+            raise ConfigError(f"{name}: missing in {path}; start from default.get_config()")
+    return override(config, overrides)
+
+
+def override(config: ConfigDict, fields: Iterable[tuple[str, str]]) -> ConfigDict:
+    """A locked copy of a config in which fields, as ("schedule.s", "0.02"), have other values.
+
+    Raises:
+        ConfigError: an unknown field, or a value of the wrong type.
+    """
+    config = copy.deepcopy(config)
+    expected, given = _fields(default.get_config()), _fields(config)
+    for name, text in fields:
+        field = f"config.{name}"
+        section, leaf = _find(config, field)
+        like = expected.get(field, given[field])
+        with section.ignore_type():  # _check is stricter than ml_collections
+            section[leaf] = _check(field, _parse(text, like), like)
+    return config.lock()
+
+
+def value_of(config: ConfigDict, name: str) -> Any:
+    """The value of a field that is named as "schedule.s"."""
+    return functools.reduce(operator.getitem, name.split("."), config)
+
+
+def to_record(config: ConfigDict) -> dict[str, Any]:
+    """What a run's config.json says; a field that is unset is null there."""
+    return json.loads(json.dumps(config.to_dict(), allow_nan=False))
+
+
+def differences(config: ConfigDict, recorded: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The fields in which a config is not the one in a run's config.json: (recorded, now).
+
+    A field that the record does not have, being older, counts as what default.py has; one
+    that is nowhere as unset.
+    """
+    defaults, before, now = (
+        {name: field.value for name, field in _fields(ConfigDict(record)).items()}
+        for record in (to_record(default.get_config()), recorded, to_record(config))
+    )
+    before = {name: defaults[name] for name in defaults if not _is_of_model(name)} | before
+    pairs = {name: (before.get(name), now.get(name)) for name in sorted(before | now)}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def require_same(
+    config: ConfigDict, recorded: Mapping[str, Any], fixed: Sequence[str], where: object
+) -> None:
+    """Refuse a config that differs in a fixed field from the one recorded in the folder ``where``.
+
+    Raises:
+        ConfigError: naming the first such field and both values.
+    """
+    for name, (before, now) in differences(config, recorded).items():
+        if name.startswith(tuple(f"config.{field}" for field in fixed)):
+            raise ConfigError(
+                f"{name} = {now!r}: the run in {where} has {before!r}; "
+                "use that value or another --workdir"
+            )
+
+
+class _Field(NamedTuple):
+    kind: type
+    value: Any
+    optional: bool  # a placeholder, which may be unset
+
+
+def _fields(config: ConfigDict, prefix: str = "config") -> dict[str, _Field]:
+    fields = {}
+    for name, value in config.items(preserve_field_references=True):
+        field = f"{prefix}.{name}"
+        if isinstance(value, ConfigDict):
+            fields |= _fields(value, field)
+        elif isinstance(value, FieldReference):
+            fields[field] = _Field(value.get_type(), value.get(), True)
+        else:
+            fields[field] = _Field(type(value), value, False)
+    return fields
+
+
+def _is_of_model(field: str) -> bool:
+    # These are the arguments of the model that is named, so models.create_model checks them.
+    return field.startswith("config.model.") and field != "config.model.name"
+
+
+def _find(config: ConfigDict, field: str) -> tuple[ConfigDict, str]:
+    node, path = config, "config"
+    for name in field.split(".")[1:]:
+        section, path = node, f"{path}.{name}"
+        names = section.keys() if isinstance(section, ConfigDict) else ()
+        if name not in names:
+            raise ConfigError(f"{path}: no such field{nearest(name, names)}")
+        node = section[name]
+    if isinstance(node, ConfigDict):
+        raise ConfigError(f"{path}: a section; set one of its fields ({', '.join(node.keys())})")
+    return section, name
+
+
+def _parse(text: str, like: _Field) -> Any:
+    """The value that a text stands for, or the text itself, which _check then refuses."""
+    if like.optional and text.lower() == "none":
+        return None
+    try:
+        if like.kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return ast.literal_eval(text) if like.kind is tuple else like.kind(text)
+    except (KeyError, SyntaxError, TypeError, ValueError):
+        return text
+
+
+def _check(field: str, value: Any, like: _Field) -> Any:
+    if value is None and like.optional:
+        return None
+    kind = like.kind
+    if kind is tuple:
+        kind = type(like.value[0]) if like.value else int
+    require(kind in KINDS, field, value, f"{', '.join(KINDS.values())}, or a tuple of such")
+    if like.kind is tuple:
+        fits = isinstance(value, tuple) and all(_fits(element, kind) for element in value)
+        require(fits, field, value, f"a tuple, each element {KINDS[kind]}")
+        return tuple(map(kind, value))
+    require(_fits(value, kind), field, value, KINDS[kind] + " or none" * like.optional)
+    return kind(value)
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if isinstance(value, bool) != (kind is bool):  # to Python, True is an integer
+        return False
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, kind)
+
+
+def _execute(path: str) -> ConfigDict:
+    flag, file = f"--config={path}", Path(path)
+    try:
+        source = file.read_bytes()
+    except FileNotFoundError:
+        others = [str(other) for other in file.parent.glob("*.py")]
+        raise ConfigError(f"{flag}: no such file{nearest(str(file), others)}") from None
+    except OSError as error:
+        raise ConfigError(f"{flag}: {error.strerror}") from error
+    module: dict[str, Any] = {"__name__": file.stem, "__file__": path}
+    try:
+        exec(compile(source, path, "exec"), module)
+        config = module["get_config"]() if "get_config" in module else None
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        where = f" line {lines[-1]}:" if lines else ""
+        raise ConfigError(f"{flag}:{where} {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{flag}: must have a get_config() that returns a ConfigDict")
+    return config

@@ -1,0 +1,68 @@
+"""The set that a run uses, prepared first where that has not been done yet."""
+
+from pathlib import Path
+
+import numpy as np
+
+from diffusion_jax.data.dataset import Dataset, DatasetChoice, DatasetInfo, Split
+from diffusion_jax.data.prepared import (
+    data_dir_of,
+    describe_prepared,
+    find_prepared,
+    prepare,
+    read_prepared,
+)
+from diffusion_jax.data.sources import DATASETS
+from diffusion_jax.data.sources.source import VERSION
+from diffusion_jax.errors import ConfigError, choose, require
+
+
+def describe_dataset(choice: DatasetChoice) -> DatasetInfo:
+    """What is known of the chosen set; writes nothing.
+
+    Raises:
+        ConfigError: there is no such set, or a field does not fit it.
+    """
+    exists = choice.archives is None or Path(choice.archives).expanduser().is_dir()
+    require(exists, "config.dataset.archives", choice.archives, "a folder that exists")
+    folder = find_prepared(choice)
+    if choice.name in DATASETS or folder is None:
+        noun = (
+            "data set, and no TFDS image set of that name is prepared as array_record in "
+            f"{data_dir_of(choice)} (config.dataset.data_dir)"
+        )
+        source = choose("config.dataset.name", choice.name, DATASETS, noun)
+        info = DatasetInfo(
+            name=choice.name,
+            shape=source.shape,
+            levels=source.levels,
+            num_classes=source.num_classes,
+        )
+    else:
+        info = describe_prepared(choice.name, folder)
+    if choice.flip and info.levels is None:
+        raise ConfigError(f"config.dataset.flip = True: {choice.name} has points, not images")
+    return info
+
+
+def load_dataset(choice: DatasetChoice) -> Dataset:
+    """The chosen set, prepared first where that has not been done yet.
+
+    Raises:
+        ConfigError: as describe_dataset; an archive is missing or is not what it should be; there
+            is no network; nothing can be written to the folder of prepared sets.
+    """
+    info = describe_dataset(choice)
+    source = DATASETS.get(info.name)
+    if info.levels is None:
+        arrays = source.read(Path())
+        return Dataset(*info, *(_split(*arrays[name]) for name in ("train", "test")))
+    folder = find_prepared(choice)
+    if folder is None:
+        folder = data_dir_of(choice) / info.name / VERSION
+        prepare(info.name, source, choice.archives, folder)
+    return Dataset(*info, *read_prepared(info, folder))
+
+
+def _split(images: np.ndarray, labels: np.ndarray) -> Split:
+    return Split(images, labels.astype(np.int32))

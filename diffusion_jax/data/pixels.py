@@ -1,0 +1,60 @@
+"""Pixels as x_0 in [-1, 1] and back: grey levels, uint8, files of given images."""
+
+import numpy as np
+import PIL.Image
+from jaxtyping import Array, Float, UInt8
+
+Image = UInt8[np.ndarray, "..."] | UInt8[Array, "..."]
+X_0 = Float[np.ndarray, "..."] | Float[Array, "..."]
+
+
+def to_x_0(image: Image | X_0, levels: int | None) -> X_0:
+    """Images as the network sees them: 2 image / (levels - 1) - 1, in [-1, 1] (DDPM section 3.3).
+
+    Points (levels None) stay as they are.
+    """
+    if levels is None:
+        return image
+    return np.float32(2) * image.astype(np.float32) / np.float32(levels - 1) - np.float32(1)
+
+
+def from_uint8(image: Image, levels: int) -> X_0:
+    """Inverse of ``to_uint8``: rounds 0 .. 255 to the set's levels, in [-1, 1]."""
+    top = np.float32(levels - 1)
+    return to_x_0((image.astype(np.float32) * (top / 255)).round(), levels)
+
+
+def to_uint8(x_0: X_0, levels: int | None) -> Image:
+    """The images that x_0 stand for: the nearest of the set's levels, then scaled to 0 .. 255.
+
+    Raises:
+        ValueError: points (levels None) are no images.
+    """
+    if levels is None:
+        raise ValueError("levels = None: points are not images")
+    top = np.float32(levels - 1)
+    level = ((x_0.astype(np.float32) + np.float32(1)) * (top / 2)).round().clip(0, top)
+    return (level * np.float32(255) / top).round().astype(np.uint8)
+
+
+def read_images(path: str, shape: tuple[int, ...]) -> UInt8[np.ndarray, "n height width channel"]:
+    """The images of a PNG (one) or of an .npz as samples.npz is (``images``), 0 .. 255.
+
+    Raises:
+        ValueError: they cannot be read or are of another shape.
+    """
+    try:
+        if path.endswith(".npz"):
+            with np.load(path, allow_pickle=False) as arrays:
+                images = arrays["images"]
+        else:
+            with PIL.Image.open(path) as picture:
+                images = np.asarray(picture.convert("L" if shape[-1] == 1 else "RGB"))[None]
+        if images.ndim == 3:
+            images = images[..., None]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"must be a PNG, or an .npz with `images`: {error}") from error
+    if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+        found = f"{images.dtype} {list(images.shape)}"
+        raise ValueError(f"must hold uint8 images of shape {list(shape)}, not {found}")
+    return images

@@ -1,0 +1,221 @@
+"""Sets that TFDS has prepared: found, described, written, decoded once and read."""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from diffusion_jax.data.dataset import DatasetChoice, DatasetInfo, Records, Split
+from diffusion_jax.data.sources import DATASETS, archives
+from diffusion_jax.data.sources.source import VERSION, Arrays, Source
+from diffusion_jax.errors import ConfigError, require
+
+# TFDS takes 1.4 s to import and Grain 1.8 s. A second start needs no TFDS and naming a set needs
+# neither, so they are imported where they are used.
+
+MAX_BYTES_IN_MEMORY = 2 * 2**30  # of a set when decoded; a larger one stays on the disk
+
+
+def data_dir_of(choice: DatasetChoice) -> Path:
+    """The folder of prepared sets."""
+    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")  # as TFDS has it
+    return Path(choice.data_dir or default).expanduser()
+
+
+def find_prepared(choice: DatasetChoice) -> Path | None:
+    """The folder of a prepared set: of ours, our version; of any other, the newest version.
+
+    The name of another may go on as TFDS's do: "name:1.0.0", "name/config", "name/config:1.0.0".
+    """
+    folder = data_dir_of(choice) / choice.name.replace(":", "/")
+    if choice.name in DATASETS:
+        return folder / VERSION if (folder / VERSION).is_dir() else None
+    versions = {
+        tuple(map(int, path.parent.name.split("."))): path.parent
+        for path in (*folder.glob("dataset_info.json"), *folder.glob("*/dataset_info.json"))
+        if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name)
+    }
+    return versions[max(versions)] if versions else None
+
+
+def describe_prepared(name: str, folder: Path) -> DatasetInfo:
+    """What TFDS recorded of a set in its folder.
+
+    Raises:
+        ConfigError: the set has no images of one shape, no split "train", or needs tensorflow.
+    """
+    import tensorflow_datasets as tfds
+
+    info = tfds.builder_from_directory(folder).info
+    prefix = f"config.dataset.name = {name!r}: the set in {folder}"
+    if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise ConfigError(
+            f"{prefix} is in files that need tensorflow; prepare it with "
+            'builder_kwargs={"file_format": "array_record"}'
+        )
+    features = dict(info.features.items())
+    image, label = features.get("image"), features.get("label")
+    is_image = isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8
+    if not is_image or None in image.shape:
+        raise ConfigError(f"{prefix} has no feature 'image' of uint8 and a fixed shape: {image}")
+    if "train" not in info.splits:
+        raise ConfigError(f"{prefix} has no split 'train' ({', '.join(info.splits)})")
+    num_classes = label.num_classes if isinstance(label, tfds.features.ClassLabel) else None
+    return DatasetInfo(name=name, shape=tuple(image.shape), levels=256, num_classes=num_classes)
+
+
+def prepare(name: str, source: Source, archives_given: str | None, folder: Path) -> None:
+    """Write a set of ours, once its archives are checked; TFDS renames the finished folder."""
+    data_dir = folder.parent.parent
+    existing = next(path for path in folder.parents if path.exists())
+    writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    require(writable, "config.dataset.data_dir", str(data_dir), "a folder that can be written")
+    splits = _read_archives(name, source, archives_given, data_dir)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(folder.parent / ".lock"), _quiet_tfds():
+        if folder.is_dir():
+            return  # another process was first
+        for remains in folder.parent.glob(f"incomplete.*_{folder.name}"):
+            shutil.rmtree(remains)  # of a process that was killed
+        print(f"preparing {name} in {data_dir} ...", file=sys.stderr, flush=True)
+        from diffusion_jax.datasets.builder import ImageBuilder
+
+        ImageBuilder(name, data_dir, source.num_classes, splits).download_and_prepare()
+
+
+def _read_archives(name: str, source: Source, given: str | None, data_dir: Path) -> Arrays:
+    if given is not None or not source.urls:
+        try:
+            return source.read(Path(given or ".").expanduser())
+        except ConfigError as error:
+            raise ConfigError(f"config.dataset.archives = {given!r}: {error}") from error
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            archives.download(source.urls, Path(folder))
+            return source.read(Path(folder))
+        except ConfigError as error:
+            raise ConfigError(
+                f"config.dataset.name = {name!r}: not prepared in {data_dir}, and {error}; put "
+                f"{', '.join(source.archives)} into a folder and give "
+                "--config.dataset.archives=FOLDER"
+            ) from error
+
+
+def read_prepared(info: DatasetInfo, folder: Path) -> tuple[Split, Split | None]:
+    """The train and test splits of a prepared set, in memory unless they are too large.
+
+    Decoding MNIST takes ten seconds, so the arrays are kept beside the set, under a name that
+    stands for its files as they are now: a set that is prepared anew is decoded anew.
+    """
+    decoded = folder / f"decoded-{_fingerprint(folder)}"
+    if decoded.is_dir():
+        return _load(decoded)
+    with _quiet_tfds():
+        splits = _open(info, folder)
+        if sum(split.images.nbytes for split in splits if split is not None) > MAX_BYTES_IN_MEMORY:
+            return splits
+        if not os.access(folder, os.W_OK):
+            print(f"{folder} cannot be written: decoded at every start", file=sys.stderr)
+            return _decode(splits)
+        with _lock(folder / ".lock"):
+            if not decoded.is_dir():  # else another process was first
+                print(f"decoding {info.name} ...", file=sys.stderr, flush=True)
+                _save(_decode(splits), decoded)
+    return _load(decoded)
+
+
+def _open(info: DatasetInfo, folder: Path) -> tuple[Split, Split | None]:
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(folder)
+    pictures = [
+        name
+        for name, feature in builder.info.features.items()
+        if isinstance(feature, tfds.features.Image)
+    ]
+
+    def column(split: str, name: str, shape: tuple[int, ...], dtype: type) -> Records:
+        # Decoding pictures takes nearly all of the time, so no others than those asked for.
+        skip = {other: tfds.decode.SkipDecoding() for other in pictures if other != name}
+        return Records(builder.as_data_source(split, decoders=skip), name, shape, dtype)
+
+    def open_split(split: str) -> Split:
+        labelled = info.num_classes is not None
+        labels = column(split, "label", (), np.int32) if labelled else None
+        return Split(column(split, "image", info.shape, np.uint8), labels)
+
+    held_out = [name for name in ("test", "validation") if name in builder.info.splits]
+    return open_split("train"), open_split(held_out[0]) if held_out else None
+
+
+def _decode(splits: tuple[Split, Split | None]) -> tuple[Split, Split | None]:
+    def decode(split: Split) -> Split:
+        return Split(split.images[:], None if split.labels is None else split.labels[:])
+
+    return tuple(None if split is None else decode(split) for split in splits)
+
+
+def _save(splits: tuple[Split, Split | None], decoded: Path) -> None:
+    """Write the arrays to a folder that has its name only once they are all on the disk."""
+    for old in decoded.parent.glob("decod*-*"):
+        shutil.rmtree(old)  # of files that are no more, or of a process that was killed
+    unfinished = decoded.with_name(f"decoding-{os.getpid()}")
+    unfinished.mkdir()
+    for name, split in zip(("train", "test"), splits):
+        arrays = {} if split is None else {"images": split.images, "labels": split.labels}
+        for kind, array in arrays.items():
+            if array is not None:
+                with open(unfinished / f"{name}_{kind}.npy", "wb") as file:
+                    np.save(file, array)
+                    file.flush()
+                    os.fsync(file.fileno())
+    unfinished.rename(decoded)
+
+
+def _load(decoded: Path) -> tuple[Split, Split | None]:
+    def array(name: str) -> np.ndarray | None:
+        path = decoded / f"{name}.npy"
+        return np.load(path) if path.exists() else None
+
+    test_images = array("test_images")
+    test = None if test_images is None else Split(test_images, array("test_labels"))
+    return Split(array("train_images"), array("train_labels")), test
+
+
+def _fingerprint(folder: Path) -> str:
+    """A digest of the names, sizes and dates of the files of a prepared set."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != ".")
+    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel frees it, however the process ends
+        yield
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Keeps back TFDS's announcements, its progress bars and its advice to install OpenCV."""
+    import tensorflow_datasets as tfds
+    from absl import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)

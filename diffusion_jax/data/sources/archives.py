@@ -1,0 +1,123 @@
+"""The original archives: fetched, found, decompressed, and compared with known sums.
+
+A message names the file and what is wrong; data.py puts in front of it where the file came from.
+"""
+
+import gzip
+import hashlib
+import http.client
+import queue
+import shutil
+import sys
+import threading
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from diffusion_jax.errors import ConfigError
+
+ANSWER_SECONDS = 5.0  # until a server must have answered
+READ_SECONDS = 30.0  # until it must have sent some more
+T = TypeVar("T")
+
+
+def download(urls: Iterable[str], folder: Path) -> None:
+    """Fetch archives into a folder, trying each once.
+
+    Raises:
+        ConfigError: no answer within ``ANSWER_SECONDS``, or the transfer broke off.
+    """
+    for url in urls:
+        print(f"downloading {url}", file=sys.stderr, flush=True)
+        try:
+            with _open(url) as answer, open(folder / url.rsplit("/", 1)[1], "wb") as file:
+                shutil.copyfileobj(answer, file)
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise ConfigError(f"{url} cannot be fetched ({reason})") from error
+
+
+def locate(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """The path of each archive: of ``name.gz``, or of ``name`` where it is decompressed.
+
+    Raises:
+        ConfigError: some are in the folder under neither name.
+    """
+    paths, missing = {}, []
+    for name in names:
+        choices = [folder / name, folder / name.removesuffix(".gz")]
+        found = [path for path in choices if path.is_file()]
+        if found:
+            paths[name] = found[0]
+        else:
+            missing.append(name)
+    if missing:
+        raise ConfigError(f"no {', '.join(missing)} in that folder")
+    return paths
+
+
+def contents(path: Path) -> bytes:
+    """What a file holds, decompressed if its name ends in .gz.
+
+    Raises:
+        ConfigError: the compressed file is truncated or damaged.
+    """
+    if path.suffix != ".gz":
+        return path.read_bytes()
+    return intact(path, lambda: gzip.decompress(path.read_bytes()))
+
+
+def intact(path: Path, read: Callable[[], T]) -> T:
+    """What read returns, with what a broken archive makes it raise put in words.
+
+    Raises:
+        ConfigError: the file is truncated or damaged.
+    """
+    try:
+        return read()
+    except EOFError as error:
+        raise ConfigError(f"{path.name} is truncated ({error})") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise ConfigError(f"{path.name} is damaged ({error})") from error
+
+
+def check(
+    name: str,
+    content: bytes,
+    expected: str,
+    algorithm: str = "sha256",
+    others: Mapping[str, str] | None = None,
+) -> None:
+    """Compare what a file holds with the known sum; others are the sums of files to mistake it for.
+
+    Raises:
+        ConfigError: the sums differ.
+    """
+    found = hashlib.new(algorithm, content).hexdigest()
+    if found != expected:
+        taken_for = f"it is {others[found]}" if others and found in others else "wrong content"
+        sums = f"{algorithm} {found[:12]}..., not {expected[:12]}..."
+        raise ConfigError(f"{name}: {taken_for} ({len(content)} bytes, {sums})")
+
+
+def _open(url: str) -> http.client.HTTPResponse:
+    # In a thread, because looking up a host name without a network can take far longer than any
+    # timeout that a socket knows.
+    outcome: queue.SimpleQueue = queue.SimpleQueue()
+
+    def connect() -> None:
+        try:
+            outcome.put(urllib.request.urlopen(url, timeout=READ_SECONDS))
+        except (OSError, http.client.HTTPException) as error:
+            outcome.put(error)
+
+    threading.Thread(target=connect, daemon=True).start()
+    try:
+        answer = outcome.get(timeout=ANSWER_SECONDS)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {ANSWER_SECONDS:g} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer

@@ -1,0 +1,184 @@
+"""Guidance: functions that make one ``predict`` of another, for any sampler.
+
+What they return is a pytree whose numbers are leaves: as an argument of a compiled function it
+can change them without another compilation. x_0 and eps always belong together, that is
+x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps; a learned variance stays that of ``predict``.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.tree_util import Partial
+from jaxtyping import Array, Float
+
+from diffusion_jax.diffusion import process
+from diffusion_jax.diffusion.parametrisations import PREDICTIONS
+from diffusion_jax.diffusion.process import Example, Predict, Prediction
+from diffusion_jax.diffusion.schedules.schedule import Scalar, Schedule
+from diffusion_jax.diffusion.tracing import is_known
+from diffusion_jax.errors import require
+
+Batch = Float[Array, "batch ..."]
+LogLikelihood = Callable[[Batch, Schedule], Float[Array, " batch"]]
+
+
+def guide(
+    predict: Predict,
+    weak: Predict,
+    weight: Scalar,
+    interval: tuple[Scalar, Scalar] = (1, math.inf),
+    rescale: Scalar = 0,
+) -> Predict:
+    """Classifier-free guidance and autoguidance: away from what a weaker network says.
+
+    eps = eps_weak + weight (eps - eps_weak), and x_0 likewise: the score of
+    p_weak (p / p_weak)^weight. ``weak`` is the network without the label (Ho & Salimans 2022,
+    eq. 6, whose w is weight - 1), or a smaller or less trained one (Karras et al. 2024,
+    arXiv 2406.02507). A finite ``weight`` >= 0; 1 is no guidance.
+
+    Only timesteps in the closed ``interval`` (lo, hi) are guided; elsewhere ``weak`` is not
+    evaluated (Kynkäänniemi et al. 2024, arXiv 2404.07724, whose interval is one of sigma).
+
+    ``rescale`` in [0, 1] is the phi of Lin et al. 2023 (arXiv 2305.08891, section 3.4): each
+    example's guided v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 is multiplied by
+    phi std(v of predict) / std(v) + 1 - phi. They rescale the network's output, which is v in
+    theirs; here it is v whatever the network puts out.
+
+    Raises:
+        ValueError: a number out of its range (traced ones are not checked).
+    """
+    require(
+        not is_known(weight) or 0 <= weight < math.inf, "weight", weight, "a finite number >= 0"
+    )
+    require(
+        not is_known(interval) or interval[0] <= interval[1],
+        "interval",
+        interval,
+        "(lo, hi) with lo <= hi",
+    )
+    require(not is_known(rescale) or 0 <= rescale <= 1, "rescale", rescale, "in [0, 1]")
+    lo, hi = interval
+    numbers = 1.0 * weight, 1.0 * lo, 1.0 * hi, 1.0 * rescale  # 2 and 2.0 are then of one type
+    return Partial(_guided, _pytree(predict), _pytree(weak), *numbers)
+
+
+def _guided(
+    predict: Predict,
+    weak: Predict,
+    weight: Scalar,
+    lo: Scalar,
+    hi: Scalar,
+    rescale: Scalar,
+    x_t: Batch,
+    row: Schedule,
+) -> Prediction:
+    prediction = predict(x_t, row)
+
+    def apply() -> Prediction:
+        other = weak(x_t, row)
+        # from predict on: weight 1 leaves it exactly as it is
+        guided = prediction._replace(
+            x_0=prediction.x_0 + (weight - 1) * (prediction.x_0 - other.x_0),
+            eps=prediction.eps + (weight - 1) * (prediction.eps - other.eps),
+        )
+        v, guided_v = (_velocity(row, said, x_t) for said in (prediction, guided))
+        change = jax.vmap(_rescaling, (None, 0, 0))(rescale, v, guided_v)
+        return guided._replace(
+            x_0=guided.x_0 - jnp.sqrt(row.one_minus_alpha_bar) * change,
+            eps=guided.eps + jnp.sqrt(row.alpha_bar) * change,
+        )
+
+    return lax.cond((row.timestep >= lo) & (row.timestep <= hi), apply, lambda: prediction)
+
+
+def _velocity(row: Schedule, prediction: Prediction, x_t: Batch) -> Batch:
+    return PREDICTIONS["v"].encode(row, prediction, x_t)
+
+
+def _rescaling(rescale: Scalar, v: Example, guided_v: Example) -> Example:
+    """What rescaling adds to one example's guided v: phi (std(v) / std(guided v) - 1) guided v."""
+    wanted, found = jnp.var(v), jnp.var(guided_v)
+    varies = found > 0  # else no factor gives it a deviation, and sqrt(0) has no gradient
+    ratio = jnp.sqrt(jnp.where(varies, wanted, 1) / jnp.where(varies, found, 1))
+    return rescale * (ratio - 1) * guided_v
+
+
+def static_threshold(predict: Predict) -> Predict:
+    """Static thresholding: x_0 clipped to [-1, 1], the range of images (Saharia et al. 2022)."""
+    return Partial(_static_threshold, _pytree(predict))
+
+
+def _static_threshold(predict: Predict, x_t: Batch, row: Schedule) -> Prediction:
+    return process.clip_x_0(row, x_t, predict(x_t, row))
+
+
+def dynamic_threshold(predict: Predict, percentile: Scalar) -> Predict:
+    """Dynamic thresholding of Imagen: x_0 clipped to [-s, s] and divided by s (section 2.3).
+
+    s = max(1, the ``percentile`` in (0, 1] of |x_0| in each example), so that a strongly guided
+    x_0 comes back into [-1, 1] without saturating (Saharia et al. 2022, arXiv 2205.11487).
+
+    Raises:
+        ValueError: a percentile outside (0, 1] (a traced one is not checked).
+    """
+    require(not is_known(percentile) or 0 < percentile <= 1, "percentile", percentile, "in (0, 1]")
+    return Partial(_dynamic_threshold, _pytree(predict), 1.0 * percentile)
+
+
+def _dynamic_threshold(
+    predict: Predict, percentile: Scalar, x_t: Batch, row: Schedule
+) -> Prediction:
+    prediction = predict(x_t, row)
+
+    def of_example(x_0: Example) -> Example:
+        s = jnp.maximum(1, jnp.quantile(jnp.abs(x_0), percentile))
+        return jnp.clip(x_0, -s, s) / s
+
+    x_0 = jax.vmap(of_example)(prediction.x_0)
+    return prediction._replace(x_0=x_0, eps=process.eps_of_x_0(row, x_t, x_0))
+
+
+def gradient(predict: Predict, log_likelihood: LogLikelihood, scale: Scalar = 1) -> Predict:
+    """Classifier guidance: the score of p(x_t) p(y | x_t)^scale (Dhariwal & Nichol 2021, alg. 2).
+
+    eps' = eps - sqrt(1 - alpha_bar) scale grad log p(y | x_t), and hence
+    x_0' = x_0 + (1 - alpha_bar) / sqrt(alpha_bar) scale grad, which needs alpha_bar > 0.
+
+    ``log_likelihood(x_t, row)`` is log p(y | x_t) of each example, up to a constant, in nats. It
+    may well ask ``predict`` for x_0: the gradient goes through the network then (reconstruction
+    guidance, Ho et al. 2022, arXiv 2204.03458). ``scale`` is finite and >= 0; 1 is Bayes' rule.
+
+    Raises:
+        ValueError: a scale out of its range (a traced one is not checked), or a log_likelihood
+            that is not one number per example.
+    """
+    require(not is_known(scale) or 0 <= scale < math.inf, "scale", scale, "a finite number >= 0")
+    return Partial(_shifted, _pytree(predict), _pytree(log_likelihood), 1.0 * scale)
+
+
+def _shifted(
+    predict: Predict, log_likelihood: LogLikelihood, scale: Scalar, x_t: Batch, row: Schedule
+) -> Prediction:
+    def total(x_t: Batch) -> Float[Array, ""]:
+        found = log_likelihood(x_t, row)
+        shape, wanted = jnp.shape(found), x_t.shape[:1]
+        if shape != wanted:  # a mean over the batch would pass, with too small a gradient
+            raise ValueError(f"log_likelihood of shape {shape}: must be of shape {wanted}")
+        return jnp.sum(found)
+
+    prediction = predict(x_t, row)
+    shift = scale * jax.grad(total)(x_t)
+    noise = row.one_minus_alpha_bar
+    return prediction._replace(
+        x_0=prediction.x_0 + noise / jnp.sqrt(row.alpha_bar) * shift,
+        eps=prediction.eps - jnp.sqrt(noise) * shift,
+    )
+
+
+def _pytree(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that can be an argument of a compiled one: a plain one is static there."""
+    return Partial(function) if jax.tree_util.all_leaves([function]) else function

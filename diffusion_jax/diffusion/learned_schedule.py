@@ -1,0 +1,221 @@
+"""The learned schedule of VDM: a monotone network for log SNR between learned end points.
+
+It is trained jointly with the network by the bound in continuous time, u in [0, 1], and is a
+``Schedule`` like any other once it is cut into timesteps (Kingma et al. 2021, arXiv 2107.00630).
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Key, PyTree
+
+from diffusion_jax.diffusion import likelihood, losses, process, schedules, timesteps
+from diffusion_jax.diffusion.losses import BatchLosses, LossesOf, LossInputs, Objective
+from diffusion_jax.diffusion.network import Model
+from diffusion_jax.diffusion.process import Example
+from diffusion_jax.diffusion.schedules.schedule import Schedule
+
+ENDS = ("start", "gap")  # the parameters of the end points; all others shape the way between
+HIDDEN = 1024  # units of the monotone network (VDM appendix H)
+
+
+class LearnedSchedule(NamedTuple):
+    """What is chosen: in how many timesteps it is cut, and where the end points begin."""
+
+    num_timesteps: int
+    log_snr_start: float
+    log_snr_end: float
+
+
+def init(recipe: LearnedSchedule, key: Key[Array, ""]) -> PyTree:
+    """Parameters with which log SNR falls all but linearly from the first end to the last."""
+    weight_key, bias_key = jax.random.split(key)
+    return {
+        "start": jnp.float32(recipe.log_snr_start),
+        "gap": jnp.float32(_inverse_softplus(recipe.log_snr_start - recipe.log_snr_end)),
+        "linear": jnp.float32(_inverse_softplus(1.0)),
+        # the hidden units bend at places all over [0, 1]; together they weigh little at first
+        "weight_in": _inverse_softplus(4.0) + jax.random.normal(weight_key, (HIDDEN,)),
+        "bias": 4 * jax.random.uniform(bias_key, (HIDDEN,), minval=-1.0, maxval=0.0),
+        "weight_out": jnp.full(HIDDEN, _inverse_softplus(0.1 / HIDDEN)),
+    }
+
+
+def joint(model: Model, recipe: LearnedSchedule) -> Model:
+    """The network and the schedule as one model: the parameters of both, the output of the one."""
+
+    def init_both(key: Key[Array, ""]) -> PyTree:
+        network_key, schedule_key = jax.random.split(key)
+        return {"network": model.init(network_key), "schedule": init(recipe, schedule_key)}
+
+    def apply(params: PyTree, *inputs: Any) -> Any:
+        return model.apply(params["network"], *inputs)
+
+    return Model(init_both, apply)
+
+
+def _inverse_softplus(value: float) -> float:
+    return math.log(math.expm1(value))
+
+
+class Moment(NamedTuple):
+    """A moment in continuous time u."""
+
+    log_snr: Float[Array, "..."]
+    rate: Float[Array, "..."]  # -d log SNR / du
+    timestep: Float[Array, "..."]  # what the network is told: 1 at u = 0 to T at u = 1
+
+
+def moment_at(recipe: LearnedSchedule, params: PyTree, u: Float[Array, ""]) -> Moment:
+    """The moment at time u: log SNR falls strictly, from its start at 0 to its end at 1.
+
+    log SNR = start - gap r(u), r(u) = (m(u) - m(0)) / (m(1) - m(0)), where
+    m(u) = a u + c . sigmoid(w u + b) grows: a, c and w are made positive by a softplus (VDM
+    appendix H). The network is told r(u), which is log SNR relative to its ends.
+    """
+    gap = jax.nn.softplus(params["gap"])
+    first, last = (_monotone(params, jnp.float32(end)) for end in (0, 1))
+    value, slope = jax.jvp(lambda u: _monotone(params, u), (u,), (jnp.ones(()),))
+    rise = (value - first) / (last - first)
+    told = 1 + (recipe.num_timesteps - 1) * rise
+    return Moment(params["start"] - gap * rise, gap * slope / (last - first), told)
+
+
+def _monotone(params: PyTree, u: Float[Array, ""]) -> Float[Array, ""]:
+    linear, weight_in, weight_out = (
+        jax.nn.softplus(params[name]) for name in ("linear", "weight_in", "weight_out")
+    )
+    return linear * u + weight_out @ jax.nn.sigmoid(weight_in * u + params["bias"])
+
+
+def discretise(recipe: LearnedSchedule, params: PyTree) -> Schedule:
+    """The chain of T timesteps at u = (t - 1) / (T - 1)."""
+    params = jax.tree.map(jnp.asarray, params)
+    u = jnp.linspace(0, 1, recipe.num_timesteps)
+    moments = jax.vmap(lambda u: moment_at(recipe, params, u))(u)
+    columns = moments.log_snr, moments.timestep
+    return schedules.from_log_snr(*(np.asarray(column, np.float64) for column in columns))
+
+
+def initial(recipe: LearnedSchedule, seed: int) -> Schedule:
+    """The chain before any training."""
+    return discretise(recipe, init(recipe, jax.random.key(seed)))
+
+
+def row_at(moment: Moment) -> Schedule:
+    """The row of one moment, differentiable; it is a chain of its own."""
+    return schedules.from_log_snr(moment.log_snr[None], moment.timestep[None])[0]
+
+
+def diffusion_term(rate: Float[Array, ""], eps: Example, predicted_eps: Example) -> Example:
+    """-d log SNR / du |eps - predicted|^2 / 2 in nats, whose mean over u is L_1 + .. + L_{T-1}.
+
+    The limit T -> infinity of their sum (VDM).
+    """
+    return rate * jnp.square(eps - predicted_eps) / 2
+
+
+def reconstruction_term(row: Schedule, x_0: Example, eps: Example, levels: int | None) -> Example:
+    """L_0 = -log p(x_0|z_0) in nats, p(x_0|z_0) proportional to q(z_0|x_0) over the levels.
+
+    z_0 is x_0 with the noise of the first end, ``row`` (VDM). Continuous data have
+    the density N(x_0; z_0 / sqrt(alpha_bar), sigma^2).
+    """
+    if levels is None:
+        return (jnp.square(eps) + math.log(2 * math.pi) - row.log_snr) / 2
+    values = jnp.linspace(-1, 1, levels)
+    distance = (x_0 + row.sigma * eps)[..., None] - values.reshape((1,) * x_0.ndim + (levels,))
+    log_q = -jnp.square(distance) * row.snr / 2
+    return jnp.square(eps) / 2 + jax.nn.logsumexp(log_q, axis=-1)
+
+
+def continuous_time(
+    objective: Objective,
+    apply: Callable[..., Float[Array, "batch ..."]],
+    recipe: LearnedSchedule,
+) -> LossesOf:
+    """The objective of VDM: the bound in continuous time, of a schedule that is learned by it."""
+    return functools.partial(_continuous_losses, objective, apply, recipe)
+
+
+def _continuous_losses(
+    objective: Objective,
+    apply: Callable[..., Float[Array, "batch ..."]],
+    recipe: LearnedSchedule,
+    params: PyTree,
+    inputs: LossInputs,
+) -> BatchLosses:
+    """The bound in continuous time, in bits per dimension, of this device's examples.
+
+    Times are spread evenly with a common offset; the inputs' schedule and timestep state are those
+    of discrete time and are not used. Each loss is reported at the row that contains its u.
+
+    The bound does not depend on how log SNR gets from end to end, but its variance does: the
+    inner parameters get the gradient of the squared loss instead (VDM appendix I.2).
+    """
+    examples = inputs.examples
+    keys = losses.example_keys(inputs.key, examples.indices)
+    u = timesteps.spread(keys.common, examples.indices, examples.batch_size)
+    label = losses.drop_labels(objective, keys.label, examples.label)
+    of_schedule = params["schedule"]
+    ends = {name: of_schedule[name] for name in ENDS}
+    still_ends = {name: lax.stop_gradient(leaf) for name, leaf in ends.items()}
+    moments = jax.vmap(functools.partial(moment_at, recipe), (None, 0))
+    by_ends = moments(lax.stop_gradient(of_schedule) | ends, u)
+    by_inner = moments(of_schedule | still_ends, u)
+
+    def diffusion(params: PyTree, moments: Moment) -> Float[Array, " batch"]:
+        rows = jax.vmap(row_at)(moments)
+        eps = jax.vmap(lambda key, x_0: jax.random.normal(key, x_0.shape))(keys.first, examples.x_0)
+        x_t = jax.vmap(process.q_sample)(rows, examples.x_0, eps)
+        output = apply(params, x_t, rows.timestep, label, keys.dropout)
+
+        def of_example(
+            row: Schedule, rate: Array, eps: Example, x_t: Example, output: Example
+        ) -> Float[Array, ""]:
+            predicted = losses.decode_output(objective, row, x_t, output).eps
+            return likelihood.bits(jnp.mean(diffusion_term(rate, eps, predicted)))
+
+        return jax.vmap(of_example)(rows, moments.rate, eps, x_t, output)
+
+    def of_ends(key: Key[Array, ""], x_0: Example) -> Float[Array, ""]:
+        start, end = (row_at(moment_at(recipe, of_schedule, jnp.float32(u))) for u in (0, 1))
+        eps = jax.random.normal(key, x_0.shape)
+        first = reconstruction_term(start, x_0, eps, objective.levels)
+        return likelihood.bits(jnp.mean(first + likelihood.prior_term(end, x_0)))
+
+    total = jax.vmap(of_ends)(keys.second, examples.x_0)
+    total += _with_gradient_of_square(diffusion)(params, by_ends, by_inner)
+    position = jnp.minimum((u * recipe.num_timesteps).astype(jnp.int32), recipe.num_timesteps - 1)
+    return BatchLosses(total, position, jnp.ones(len(total)))
+
+
+def _with_gradient_of_square(
+    losses_of: Callable[[PyTree, Moment], Float[Array, " batch"]],
+) -> Callable[[PyTree, Moment, Moment], Float[Array, " batch"]]:
+    """f(params, a, b) = losses_of(params, a), with the gradient of losses_of(params, b)^2 by b.
+
+    ``a`` and ``b`` are equal numbers, so that one backward pass serves both.
+    """
+
+    @jax.custom_vjp
+    def function(params: PyTree, a: Moment, b: Moment) -> Float[Array, " batch"]:
+        return losses_of(params, a)
+
+    def forward(params: PyTree, a: Moment, b: Moment) -> tuple[Array, tuple]:
+        values, pull_back = jax.vjp(losses_of, params, a)
+        return values, (values, pull_back)
+
+    def backward(kept: tuple, cotangent: Float[Array, " batch"]) -> tuple:
+        values, pull_back = kept
+        of_params, of_a = pull_back(cotangent)
+        return of_params, of_a, jax.tree.map(lambda g: 2 * values * g, of_a)
+
+    function.defvjp(forward, backward)
+    return function

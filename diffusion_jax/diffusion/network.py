@@ -1,0 +1,44 @@
+"""A network with the meaning of its output: what turns parameters into ``predict``."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from diffusion_jax.diffusion import losses
+from diffusion_jax.diffusion.losses import Objective
+from diffusion_jax.diffusion.process import Predict, Prediction
+from diffusion_jax.diffusion.schedules.schedule import Schedule
+
+
+class Model(NamedTuple):
+    """A network as two pure functions of its parameters, nested dicts of float32 arrays.
+
+    init(key) -> params
+    apply(params, x_t, timestep, label, keys) -> float32 output of the shape of x_t, its last axis
+        doubled where the variance is learned. timestep: float, 1..T or between; label: a class
+        0..num_classes - 1, or num_classes for "no class" (classifier-free guidance), None unless
+        the model is class-conditional; keys: one per example for dropout, None for none.
+    """
+
+    init: Callable[..., Any]
+    apply: Callable[..., Any]
+
+
+class Network(NamedTuple):
+    """A network, and what its output means."""
+
+    model: Model
+    objective: Objective
+
+
+def create_predict(network: Network, params: PyTree, label: Int[Array, " batch"] | None) -> Predict:
+    """What samplers see of a network: x_t and a row to x_0, eps and the variance."""
+
+    def predict(x_t: Float[Array, "batch ..."], row: Schedule) -> Prediction:
+        timestep = jnp.full(len(x_t), row.timestep)
+        output = network.model.apply(params, x_t, timestep, label, None)
+        return losses.decode_output(network.objective, row, x_t, output)
+
+    return predict

@@ -1,0 +1,64 @@
+"""DDIM (Song et al. 2021), and the names that its map has elsewhere."""
+
+import jax.numpy as jnp
+
+from diffusion_jax.diffusion.samplers.base import Batch, Number, Sampler, Step, normal
+from diffusion_jax.diffusion.tracing import is_known
+from diffusion_jax.errors import require
+
+
+class Ddim(Sampler):
+    """See ``ddim``."""
+
+    eta: Number
+
+    def step(self, now: Step) -> tuple[Batch, tuple]:
+        """x_{t-1} = sqrt(ab_prev) x_0 + sqrt(1 - ab_prev - sigma^2) eps + sigma z (DDIM eq. 12).
+
+        sigma^2 = eta^2 beta~, and 1 - ab_prev - eta^2 beta~ =
+        (1 - ab_prev) (1 - eta^2 + eta^2 alpha (1 - ab_prev) / (1 - ab)), which subtracts nothing
+        that is nearly equal.
+        """
+        x_t, row = now.x_t, now.row
+        prediction = now.predict(x_t, row)
+        eta2 = self.eta**2
+        kept = 1 - eta2 + eta2 * row.alpha * row.one_minus_alpha_bar_prev / row.one_minus_alpha_bar
+        direction = jnp.sqrt(row.one_minus_alpha_bar_prev * kept)
+        x_prev = jnp.sqrt(row.alpha_bar_prev) * prediction.x_0 + direction * prediction.eps
+        return x_prev + self.eta * jnp.sqrt(row.posterior_variance) * normal(
+            now.keys, x_t
+        ), now.state
+
+
+def ddim(eta: Number = 0.0) -> Sampler:
+    """Denoising diffusion implicit models (Song et al. 2021).
+
+    ``eta`` in [0, 1]: 0 is deterministic, 1 has the ancestral mean and variance.
+
+    Raises:
+        ValueError: eta outside [0, 1] (a traced eta is not checked).
+    """
+    require(not is_known(eta) or 0 <= eta <= 1, "eta", eta, "in [0, 1]")
+    return Ddim(eta)
+
+
+def euler() -> Sampler:
+    """Euler's method for dy = eps d sigma, k-diffusion's "euler": the same map as DDIM's, eta 0."""
+    return ddim(0.0)
+
+
+def euler_ancestral(eta: Number = 1.0) -> Sampler:
+    """Euler down to sigma_down, then noise up to sigma: k-diffusion's "euler_ancestral".
+
+    sigma_up^2 = eta^2 sigma_prev^2 (sigma^2 - sigma_prev^2) / sigma^2 is eta^2 beta~ in these
+    units: the same map as DDIM's with this eta in [0, 1].
+
+    Raises:
+        ValueError: eta outside [0, 1] (a traced eta is not checked).
+    """
+    return ddim(eta)
+
+
+def dpmpp_1s() -> Sampler:
+    """DPM-Solver++(1), the first-order exponential integrator of x_0: the same map as DDIM's."""
+    return ddim(0.0)

@@ -1,0 +1,99 @@
+"""Pseudo linear multistep methods (Liu et al. 2022, PNDM)."""
+
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from diffusion_jax.diffusion.process import Prediction
+from diffusion_jax.diffusion.samplers.base import Batch, Sampler, Step, ddim_step, step_along
+from diffusion_jax.diffusion.schedules.schedule import Schedule
+
+# Adams and Bashforth's weights of the newest eps, the one before it, and so on, by order.
+ADAMS_BASHFORTH = (
+    np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]) / 24
+)
+
+
+class PndmState(NamedTuple):
+    """The eps of the last evaluations, newest first, how many steps there were, and the rows."""
+
+    eps: Float[Array, "3 batch ..."]
+    num_steps: Int[Array, ""]
+    schedule: Schedule
+
+
+class Plms(Sampler):
+    """See ``plms``."""
+
+    needs_signal: ClassVar[bool] = True
+    num_starting: ClassVar[int] = 1  # steps before the multistep method
+
+    def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> PndmState:
+        """No step yet."""
+        eps = jnp.zeros((len(ADAMS_BASHFORTH) - 1, *x_T.shape), x_T.dtype)
+        return PndmState(eps, jnp.zeros((), jnp.int32), schedule)
+
+    def step(self, now: Step) -> tuple[Batch, PndmState]:
+        """A DDIM step along a combination of this eps and those before it (PNDM eqs. 9 to 12)."""
+        prediction = now.predict(now.x_t, now.row)
+        history = jnp.concatenate([prediction.eps[None], now.state.eps])
+        order = jnp.minimum(now.state.num_steps, len(ADAMS_BASHFORTH) - 1)
+        weights = jnp.asarray(ADAMS_BASHFORTH, now.x_t.dtype)[order]
+        eps = jax.lax.cond(
+            (now.state.num_steps < self.num_starting) & ~now.is_last,
+            lambda: self._start(now, prediction),
+            lambda: jnp.tensordot(weights, history, 1),
+        )
+        x_prev = step_along(now, prediction, eps)
+        return x_prev, PndmState(history[:-1], now.state.num_steps + 1, now.state.schedule)
+
+    def _start(self, now: Step, prediction: Prediction) -> Batch:
+        """The mean eps of the step's two ends: the improved Euler method."""
+        euler = ddim_step(prediction, now.row_prev)
+        return (prediction.eps + now.predict(euler, now.row_prev).eps) / 2
+
+    def num_evaluations(self, num_steps: int) -> int:
+        """One a step, and one more in the first unless it is the last."""
+        return num_steps + min(self.num_starting, num_steps - 1)
+
+
+class Pndm(Plms):
+    """See ``pndm``."""
+
+    goes_off_grid: ClassVar[bool] = True
+
+    num_starting: ClassVar[int] = 3
+
+    def _start(self, now: Step, prediction: Prediction) -> Batch:
+        """(e_1 + 2 e_2 + 2 e_3 + e_4) / 6, pseudo Runge-Kutta (PNDM eq. 13)."""
+        middle = now.middle(now.state.schedule)
+        half = now._replace(row_prev=middle)
+        second = now.predict(ddim_step(prediction, middle), middle).eps
+        third = now.predict(step_along(half, prediction, second), middle).eps
+        fourth = now.predict(step_along(now, prediction, third), now.row_prev).eps
+        return (prediction.eps + 2 * second + 2 * third + fourth) / 6
+
+    def num_evaluations(self, num_steps: int) -> int:
+        """One a step, and three more in each of the first three that is not the last."""
+        return num_steps + 3 * min(self.num_starting, num_steps - 1)
+
+
+def plms() -> Sampler:
+    """Pseudo linear multistep, four eps combined, an improved Euler step first (S-PNDM's start).
+
+    Liu et al. 2022 (PNDM), as latent diffusion uses it. The weights are those of even steps in
+    sigma: on a chain of few steps that grow fast, such as the cosine schedule's timesteps, they
+    amplify errors; "karras" and "log_snr" suit them.
+    """
+    return Plms()
+
+
+def pndm() -> Sampler:
+    """Pseudo linear multistep, started by three pseudo Runge-Kutta steps (Liu et al. 2022).
+
+    What ``plms`` says of few steps holds here more so.
+    """
+    return Pndm()

@@ -1,0 +1,78 @@
+"""Where the N steps of a chain stand: on N of the timesteps 1..T, or between them."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+Timesteps = Int[np.ndarray, " num_steps"]
+LogSnrs = Float[np.ndarray, " num_steps"] | Float[Array, " num_steps"]
+Scalar = float | np.floating | Float[Array, ""]
+
+
+# On the timesteps, in ascending order: (T, N) -> timesteps.
+
+
+def trailing(num_timesteps: int, num_steps: int) -> Timesteps:
+    """round(T - i T/N): begins at T, where N(0, I) is true (diffusers' "trailing")."""
+    i = np.arange(num_steps)[::-1]
+    return np.round(num_timesteps - i * num_timesteps / num_steps).astype(int)
+
+
+def leading(num_timesteps: int, num_steps: int) -> Timesteps:
+    """1 + i (T // N): ends at 1 and begins short of T (diffusers' "leading")."""
+    return 1 + np.arange(num_steps) * (num_timesteps // num_steps)
+
+
+def linspace(num_timesteps: int, num_steps: int) -> Timesteps:
+    """Evenly from 1 to T (diffusers' "linspace")."""
+    if num_steps == 1:  # both ends cannot stay: begin where N(0, I) is true
+        return np.array([num_timesteps])
+    return 1 + np.round(np.linspace(0, num_timesteps - 1, num_steps)).astype(int)
+
+
+def quadratic(num_timesteps: int, num_steps: int) -> Timesteps:
+    """From 1 to 1 + 0.8 T, denser where there is little noise (DDIM, appendix D.2)."""
+    i = np.arange(num_steps)
+    t = 1 + 4 * num_timesteps * i**2 // (5 * max(num_steps - 1, 1) ** 2)
+    # Steps of at least one row, also where the parabola is flatter, that leave room for the rest
+    return np.minimum(np.maximum.accumulate(t - i) + i, num_timesteps - i[::-1])
+
+
+# Between them: (N, the first and the last log SNR, rho) -> N log SNRs, in descending order.
+
+
+def _evenly(num_steps: int, first: Scalar, last: Scalar) -> LogSnrs:
+    """From first to last; a single one is the last, where N(0, I) is true."""
+    xp: ModuleType = jnp if isinstance(first, jax.Array) else np
+    weight = np.linspace(0, 1, num_steps) if num_steps > 1 else np.ones(1)
+    return xp.asarray(first) * (1 - weight) + xp.asarray(last) * weight
+
+
+def log_snr(num_steps: int, first: Scalar, last: Scalar, rho: Scalar) -> LogSnrs:
+    """Evenly in log SNR (the grid of DPM-Solver, Lu et al. 2022)."""
+    del rho
+    return _evenly(num_steps, first, last)
+
+
+def karras(num_steps: int, first: Scalar, last: Scalar, rho: Scalar) -> LogSnrs:
+    """Evenly in sigma^(1/rho), sigma = exp(-log SNR / 2) (Karras et al. 2022, eq. 5)."""
+    xp: ModuleType = jnp if isinstance(first, jax.Array) else np
+    ends = (xp.exp(-end / (2 * rho)) for end in (first, last))
+    inner = -2 * rho * xp.log(_evenly(num_steps, *ends))
+    return xp.clip(inner, last, first)  # the ends to the last digit
+
+
+SPACINGS: dict[str, Callable[[int, int], Timesteps]] = {
+    "trailing": trailing,
+    "leading": leading,
+    "linspace": linspace,
+    "quadratic": quadratic,
+}
+GRIDS: dict[str, Callable[[int, Scalar, Scalar, Scalar], LogSnrs]] = {
+    "log_snr": log_snr,
+    "karras": karras,
+}

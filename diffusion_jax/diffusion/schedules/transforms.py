@@ -1,0 +1,214 @@
+"""What turns one schedule into another: respacing, rows off the grid, shifts, zero terminal SNR."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from diffusion_jax.diffusion.schedules.schedule import (
+    Column,
+    Scalar,
+    Schedule,
+    array_module,
+    from_columns,
+    log_alphas,
+    require_length,
+)
+from diffusion_jax.diffusion.schedules.spacings import GRIDS, SPACINGS
+from diffusion_jax.diffusion.tracing import is_known
+from diffusion_jax.errors import require
+
+
+def from_log_snr(log_snr: Column, timestep: Column) -> Schedule:
+    """The chain through rows of decreasing log SNR, which are told to a network as ``timestep``.
+
+    alpha_bar = sigmoid(log SNR), beta_t = -(1 - alpha_bar_t) expm1(log SNR_t - log SNR_{t-1})
+    (Kingma et al. 2021, VDM).
+    """
+    xp = array_module(log_snr)
+    alpha_bar, one_minus_alpha_bar = 1 / (1 + xp.exp(-log_snr)), 1 / (1 + xp.exp(log_snr))
+    # alpha_t = alpha_bar_t / alpha_bar_{t-1}, where the row before the first has alpha_bar = 1
+    drop = log_snr[1:] - log_snr[:-1]
+    beta = xp.concatenate([one_minus_alpha_bar[:1], -one_minus_alpha_bar[1:] * xp.expm1(drop)])
+    alpha = xp.concatenate([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    return from_columns(
+        beta=beta,
+        alpha=alpha,
+        alpha_bar=alpha_bar,
+        one_minus_alpha_bar=one_minus_alpha_bar,
+        timestep=timestep,
+    )
+
+
+def at_log_snr(schedule: Schedule, log_snr: Column) -> Schedule:
+    """The chain through off-grid rows, of decreasing log SNR within the range of ``schedule``.
+
+    What the network is told is interpolated, linearly in log SNR, between the rows around.
+
+    Raises ValueError: a log SNR that is outside of the range, or not below the one before.
+    """
+    old = _columns(schedule)
+    xp = array_module(old.beta, log_snr)
+    known = xp.log(old.alpha_bar) - xp.log(old.one_minus_alpha_bar)
+    if is_known(known, log_snr):
+        slack = 1e-6 * np.abs(known)  # columns are rounded to float32
+        first, last = known[0] + slack[0], known[-1] - slack[-1]
+        inside = np.all((log_snr <= first) & (log_snr >= last)) and np.all(np.diff(log_snr) < 0)
+        require(inside, "log_snr", log_snr, f"decreasing, in [{known[-1]:.6g}, {known[0]:.6g}]")
+    return from_log_snr(log_snr, _interpolate(-log_snr, -known, old.timestep))
+
+
+def _interpolate(
+    x: Float[Array, " n"] | Float[np.ndarray, " n"],
+    known_x: Float[Array, " m"] | Float[np.ndarray, " m"],
+    known_y: Float[Array, " m"] | Float[np.ndarray, " m"],
+) -> Float[Array, " n"] | Float[np.ndarray, " n"]:
+    """Linear interpolation, held at its ends; in jax without the loop of jnp.interp."""
+    if array_module(x, known_x) is np:
+        return np.interp(x, known_x, known_y)
+    if len(known_x) == 1:
+        return jnp.broadcast_to(known_y, x.shape)
+    known_x, known_y = jnp.asarray(known_x), jnp.asarray(known_y)
+    after = jnp.searchsorted(known_x, x, side="right", method="compare_all")
+    after = jnp.clip(after, 1, len(known_x) - 1)
+    low, high = known_x[after - 1], known_x[after]
+    share = jnp.clip((x - low) / (high - low), 0, 1)
+    return known_y[after - 1] + share * (known_y[after] - known_y[after - 1])
+
+
+def _columns(schedule: Schedule) -> Schedule:
+    """The same schedule in float64 on the host, or as it is where it is traced."""
+    if not is_known(*jax.tree.leaves(schedule)):
+        return schedule
+    return jax.tree.map(lambda column: np.asarray(column, np.float64), schedule)
+
+
+def zero_terminal_snr(schedule: Schedule) -> Schedule:
+    """Lin et al. 2023 (arXiv 2305.08891): sqrt(alpha_bar) shifted and scaled so as to end at 0.
+
+    alpha_bar_1 stays, beta_T becomes 1. x_T then holds nothing of x_0: a network that predicts
+    eps or the score cannot tell x_0 there.
+
+    Raises ValueError: a schedule of one row.
+    """
+    require(len(schedule) > 1, "num_timesteps", len(schedule), ">= 2 for zero terminal SNR")
+    old = _columns(schedule)
+    xp = array_module(old.beta)
+    zero, root = xp.zeros(1), xp.sqrt(old.alpha_bar)
+    # sqrt(alpha_bar) loses `lost` over the transition t >= 2 and has `left` to lose after t.
+    lost = (xp.sqrt(old.alpha_bar_prev) * old.beta / (1 + xp.sqrt(old.alpha)))[1:]
+    left = xp.concatenate([xp.cumsum(lost[::-1])[::-1], zero])
+    scale = root[0] / left[0]
+    ratio = left[1:] / left[:-1]
+    one_minus_root_1 = old.one_minus_alpha_bar[:1] / (1 + root[:1])
+    one_minus_root = one_minus_root_1 + scale * xp.concatenate([zero, xp.cumsum(lost)])
+    return from_columns(
+        beta=xp.concatenate([old.beta[:1], lost / left[:-1] * (1 + ratio)]),
+        alpha=xp.concatenate([old.alpha[:1], ratio**2]),
+        alpha_bar=(scale * left) ** 2,
+        one_minus_alpha_bar=one_minus_root * (1 + scale * left),
+        timestep=old.timestep,
+    )
+
+
+def shift_log_snr(schedule: Schedule, resolution: Scalar, base_resolution: Scalar) -> Schedule:
+    """Hoogeboom et al. 2023 (arXiv 2301.11093): log SNR + 2 log(base_resolution / resolution).
+
+    Averaging over pixels undoes noise, and large images have more of them: shifted, they are
+    destroyed as much as the schedule does at the base resolution (both in pixels).
+
+    Raises ValueError: a resolution that is not positive.
+    """
+    for field, pixels in {"resolution": resolution, "base_resolution": base_resolution}.items():
+        if is_known(pixels):
+            require(0 < pixels < math.inf, field, pixels, "a finite number > 0")
+    old = _columns(schedule)
+    c = (base_resolution / resolution) ** 2
+    # The new alpha_bar and 1 - alpha_bar are as c alpha_bar to 1 - alpha_bar.
+    total = c * old.alpha_bar + old.one_minus_alpha_bar
+    total_prev = c * old.alpha_bar_prev + old.one_minus_alpha_bar_prev
+    return from_columns(
+        beta=old.beta / total,
+        alpha=old.alpha * total_prev / total,
+        alpha_bar=c * old.alpha_bar / total,
+        one_minus_alpha_bar=old.one_minus_alpha_bar / total,
+        timestep=old.timestep,
+    )
+
+
+def respace(
+    schedule: Schedule,
+    num_steps: int,
+    spacing: str = "trailing",
+    *,
+    rho: Scalar = 7.0,
+    sigma_min: Scalar | None = None,
+    sigma_max: Scalar | None = None,
+) -> Schedule:
+    """The chain over ``num_steps`` of the timesteps, its betas those of the whole jumps (iDDPM).
+
+    The rows that stay, which spacings.SPACINGS choose, keep their timestep and alpha_bar. Those of
+    spacings.GRIDS stand between them, so that num_steps may exceed T: from ``sigma_min`` to
+    ``sigma_max`` (None: the schedule's own), "karras" with its ``rho`` > 0.
+
+    Raises ValueError: num_steps outside 1..T, an unknown spacing, a grid that is not within the
+    schedule or where its SNR is 0.
+    """
+    if spacing in GRIDS:
+        ends = {"sigma_min": sigma_min, "sigma_max": sigma_max}
+        return _respace_off_grid(schedule, num_steps, spacing, rho, ends)
+    require_length("num_steps", num_steps, longest=len(schedule))
+    options = ", ".join([*SPACINGS, *GRIDS])
+    require(spacing in SPACINGS, "spacing", spacing, f"one of {options}")
+    rows = SPACINGS[spacing](len(schedule), num_steps) - 1
+    old = _columns(schedule)
+    xp = array_module(old.beta)
+    # One sum per jump, beginning after the row kept before it
+    log_alpha = log_alphas(old.beta, old.alpha)[: rows[-1] + 1]
+    log_jump = xp.add.reduceat(log_alpha, np.append(0, rows[:-1] + 1))
+    kept = jax.tree.map(lambda column: column[rows], old)
+    return from_columns(
+        # the first jump is from t = 0: the same numbers, to the last digit
+        beta=xp.concatenate([kept.one_minus_alpha_bar[:1], -xp.expm1(log_jump[1:])]),
+        alpha=xp.concatenate([kept.alpha_bar[:1], xp.exp(log_jump[1:])]),
+        alpha_bar=kept.alpha_bar,
+        one_minus_alpha_bar=kept.one_minus_alpha_bar,
+        timestep=kept.timestep,
+    )
+
+
+def _respace_off_grid(
+    schedule: Schedule,
+    num_steps: int,
+    spacing: str,
+    rho: Scalar,
+    sigmas: dict[str, Scalar | None],
+) -> Schedule:
+    """The rows of a spacing that stands between the timesteps; ``sigmas`` are its two ends."""
+    require_length("num_steps", num_steps)
+    old = _columns(schedule)
+    xp = array_module(old.beta)
+    with np.errstate(divide="ignore"):  # log(0) is checked below
+        known = xp.log(old.alpha_bar[xp.array([0, -1])]) - xp.log(
+            old.one_minus_alpha_bar[xp.array([0, -1])]
+        )
+    if is_known(known):
+        allowed = f"one of {', '.join(SPACINGS)}: the schedule ends at zero SNR"
+        require(np.isfinite(known[1]), "spacing", spacing, allowed)
+    ends = list(known)
+    for place, (field, sigma) in enumerate(sigmas.items()):
+        if sigma is None:
+            continue
+        if is_known(sigma, known):
+            least, most = np.exp(-known / 2)
+            allowed = f"a noise level of the schedule, in [{least:.6g}, {most:.6g}]"
+            require(least <= sigma <= most, field, sigma, allowed)
+        ends[place] = -2 * xp.log(sigma)
+    if is_known(rho):
+        require(0 < rho < math.inf, "rho", rho, "a finite number > 0")
+    if is_known(*ends) and num_steps > 1:
+        allowed = "above sigma_min (as many steps need noise levels between them)"
+        require(ends[1] < ends[0], "sigma_max", float(f"{np.exp(-ends[1] / 2):.6g}"), allowed)
+    return at_log_snr(schedule, GRIDS[spacing](num_steps, *ends, rho))

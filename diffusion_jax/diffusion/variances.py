@@ -1,0 +1,45 @@
+"""The variance sigma^2 of p(x_{t-1} | x_t): fixed by the schedule, or a second network output."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from diffusion_jax.diffusion.process import Example
+from diffusion_jax.diffusion.schedules.schedule import Schedule
+
+
+class Variance(NamedTuple):
+    """log sigma^2 from a row and, if it is learned, from what the network says of it."""
+
+    is_learned: bool
+    log_variance: Callable[[Schedule, Example | None], Example]
+
+
+def log_posterior_variance(row: Schedule) -> Float[Array, "..."]:
+    """Log beta~, and log beta where beta~ is 0 (at t = 1, unless the schedule is clipped)."""
+    return jnp.log(jnp.where(row.posterior_variance > 0, row.posterior_variance, row.beta))
+
+
+def log_beta(row: Schedule) -> Float[Array, "..."]:
+    """Log beta, at t = 1 that of the clipped beta~, as in the code of DDPM and iDDPM.
+
+    Only L_0 looks there, and with beta_1 it would be worse for no reason.
+    """
+    is_first = row.one_minus_alpha_bar_prev == 0
+    return jnp.where(is_first, log_posterior_variance(row), jnp.log(row.beta))
+
+
+def learned_range(row: Schedule, output: Example) -> Example:
+    """The log of sigma^2 = beta^f beta~^(1 - f), f = (output + 1) / 2 (iDDPM eq. 15)."""
+    f = (output + 1) / 2
+    return f * jnp.log(row.beta) + (1 - f) * log_posterior_variance(row)
+
+
+VARIANCES: dict[str, Variance] = {
+    "beta": Variance(False, lambda row, output: log_beta(row)),
+    "posterior": Variance(False, lambda row, output: log_posterior_variance(row)),
+    "learned_range": Variance(True, learned_range),
+    "learned": Variance(True, lambda row, output: output),
+}

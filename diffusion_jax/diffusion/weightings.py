@@ -1,0 +1,102 @@
+"""How much a squared error counts at each timestep, whatever the network predicts.
+
+A weighting is a function of a row and gives the weight of the squared error of x_0. An error in
+x_0 moves another prediction p by gain_p(row) times as much (``process.Parametrisation``), so the
+same loss written with the error of p has the weight divided by gain_p^2: pairs of a weighting and
+a prediction that mean the same are equal. "simple" is the one that means another thing for each.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from diffusion_jax.diffusion.parametrisations import PREDICTIONS
+from diffusion_jax.diffusion.schedules.schedule import Schedule
+from diffusion_jax.errors import require
+
+Weight = Float[Array, "..."]
+
+# (row, gain of the prediction, log sigma^2 of p(x_{t-1}|x_t)) -> weight of the error of x_0
+Weighting = Callable[[Schedule, Weight, Weight], Weight]
+
+
+def vlb_weight(row: Schedule, log_variance: Weight) -> Weight:
+    """The weight that makes the error of x_0 the KL of q(x_{t-1}|x_t,x_0) and p, for t >= 2.
+
+    alpha_bar_prev beta^2 / (2 sigma^2 (1 - alpha_bar)^2), from DDPM eqs. 8 to 10: half the squared
+    gain of the posterior mean over sigma^2. At sigma^2 = beta~ it is half the drop of the SNR.
+    """
+    return PREDICTIONS["mu"].gain(row) ** 2 / 2 * jnp.exp(-log_variance)
+
+
+def simple() -> Weighting:
+    """1 for the error of what is predicted: L_simple (DDPM eq. 14)."""
+    return lambda row, gain, log_variance: gain**2
+
+
+def vlb() -> Weighting:
+    """The variational bound's own weight, see ``vlb_weight``."""
+    return lambda row, gain, log_variance: vlb_weight(row, log_variance)
+
+
+def snr() -> Weighting:
+    """SNR, which is L_simple of eps (Salimans & Ho 2022, section 4)."""
+    return lambda row, gain, log_variance: row.snr
+
+
+def truncated_snr() -> Weighting:
+    """max(SNR, 1) (Salimans & Ho 2022, section 4)."""
+    return lambda row, gain, log_variance: jnp.maximum(row.snr, 1.0)
+
+
+def min_snr(gamma: float = 5.0) -> Weighting:
+    """min(SNR, gamma) (Hang et al. 2023, arXiv 2303.09556).
+
+    Raises ValueError: gamma <= 0.
+    """
+    require(0 < gamma < math.inf, "gamma", gamma, "a finite number above 0")
+    return lambda row, gain, log_variance: jnp.minimum(row.snr, gamma)
+
+
+def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
+    """SNR / (k + SNR)^gamma: 1 / (k + SNR)^gamma for eps (Choi et al. 2022, arXiv 2204.00227).
+
+    Raises ValueError: gamma < 0 or k <= 0.
+    """
+    require(gamma >= 0, "gamma", gamma, "at least 0")
+    require(0 < k < math.inf, "k", k, "a finite number above 0")
+    return lambda row, gain, log_variance: row.snr / (k + row.snr) ** gamma
+
+
+def sigmoid(bias: float = 0.0) -> Weighting:
+    """The logistic function of bias - log SNR, for eps (Kingma & Gao 2023, arXiv 2303.00848).
+
+    Theirs also has the density of log SNR; here timesteps are as dense as the schedule has them.
+    """
+    return lambda row, gain, log_variance: row.snr * jax.nn.sigmoid(bias - row.log_snr)
+
+
+def edm(sigma_data: float = 0.5) -> Weighting:
+    """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras et al. 2022, table 1).
+
+    That is SNR + 1 / sigma_data^2; ``sigma_data`` is the standard deviation of the data.
+
+    Raises ValueError: sigma_data <= 0.
+    """
+    require(0 < sigma_data < math.inf, "sigma_data", sigma_data, "a finite number above 0")
+    return lambda row, gain, log_variance: row.snr + sigma_data**-2
+
+
+WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
+    "simple": simple,
+    "vlb": vlb,
+    "snr": snr,
+    "truncated_snr": truncated_snr,
+    "min_snr": min_snr,
+    "p2": p2,
+    "sigmoid": sigmoid,
+    "edm": edm,
+}

@@ -1,0 +1,197 @@
+"""Pictures: the schedule card, the terms of a bound, grids of images, animations, points."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from diffusion_jax.diffusion.schedules.schedule import Schedule
+from diffusion_jax.drawing.images import BLUE, GREY, RED
+
+# More points than a panel has pixels only make it slow to draw.
+PLOTTED_TIMESTEPS = 4000
+
+# Terms of the bound below this share of the largest are not drawn.
+NEGLIGIBLE_BITS = 1e-7
+
+
+def pixel_bin(levels: int) -> float:
+    """Distance between two neighbouring grey levels of x_0 in [-1, 1]: 2/(levels - 1)."""
+    return 2 / (levels - 1)
+
+
+def describe_schedule(schedule: Schedule, levels: int | None, num_clipped: int, title: str) -> str:
+    """Put a schedule into the lines that a run prints.
+
+    Nichol & Dhariwal 2021 (section 3.2) choose the offset s of the cosine schedule so that
+    sqrt(beta_1) is slightly smaller than the pixel bin; the lines show the one beside the other.
+
+    Args:
+        schedule: the schedule of the run, after all rescaling.
+        levels: grey levels of the data set (256: bin 1/127.5); None where there are no pixels.
+        num_clipped: how many betas were held at max_beta or min_beta.
+        title: the schedule's name and parameters.
+    """
+    root_beta_1 = np.sqrt(schedule.beta[0])
+    lines = [f"schedule      {title}"]
+    if levels is None:
+        lines.append(f"sqrt(beta_1)  {root_beta_1:.3g} (the data have no pixel bin)")
+    else:
+        lines.append(
+            f"sqrt(beta_1)  {root_beta_1:.3g} = {root_beta_1 / pixel_bin(levels):.3g} pixel bins"
+            f" (one bin: {_fraction(levels)} = {pixel_bin(levels):.3g})"
+        )
+    alpha_bar_T = schedule.alpha_bar[-1]
+    snr, log_snr = np.asarray(schedule.snr), np.asarray(schedule.log_snr)
+    lines += [
+        f"alpha_bar_T   {alpha_bar_T:.3g}{' (zero terminal SNR)' if alpha_bar_T == 0 else ''}",
+        f"SNR           {snr[0]:.3g} to {snr[-1]:.3g} (log SNR {log_snr[0]:.3g} to"
+        f" {log_snr[-1]:.3g})",
+        f"clipped       {num_clipped} of {len(schedule)} betas",
+    ]
+    return "\n".join(lines)
+
+
+def _fraction(levels: int) -> str:
+    return f"1/{1 / pixel_bin(levels):g}"
+
+
+def schedule_card(schedule: Schedule, levels: int | None, title: str, path: str | Path) -> None:
+    """Draw beta, alpha_bar, sigma and log SNR against the timestep, as one PNG.
+
+    Beside beta stands the data set's pixel bin, see ``describe_schedule``.
+    """
+    # Half a second to import, which evaluation and the tests of other things need not pay.
+    # A Figure of its own draws with Agg: no display, no pyplot state.
+    from matplotlib.figure import Figure
+
+    columns = {
+        name: np.asarray(getattr(schedule, name), np.float64)
+        for name in ("timestep", "beta", "alpha_bar", "sigma", "log_snr")
+    }
+    num_rows = len(schedule)
+    shown = np.unique(np.linspace(0, num_rows - 1, PLOTTED_TIMESTEPS).round().astype(int))
+    timestep = columns["timestep"][shown]
+    style = {"color": _hex(BLUE), "linewidth": 2, "marker": "." if num_rows <= 50 else None}
+
+    # fixed margins: a layout that measures every label takes as long as the drawing
+    figure = Figure(figsize=(10, 7), dpi=120)
+    figure.subplots_adjust(0.08, 0.07, 0.985, 0.89, wspace=0.45, hspace=0.17)
+    figure.suptitle(title, fontsize=14)
+    axes = figure.subplots(2, 2, sharex=True).ravel()
+    panels = {
+        "beta": (r"$\beta_t$", "variance of the noise that step t adds"),
+        "alpha_bar": (r"$\bar\alpha_t$", "share of the signal's variance that is left"),
+        "sigma": (
+            r"$\sigma_t=\sqrt{(1-\bar\alpha_t)\,/\,\bar\alpha_t}$",
+            "noise level of k-diffusion and EDM",
+        ),
+        "log_snr": (r"$\log\mathrm{SNR}(t)$", "log signal-to-noise ratio (natural log)"),
+    }
+    for axis, (name, (symbol, meaning)) in zip(axes, panels.items()):
+        values = columns[name][shown]
+        finite = np.isfinite(values)
+        axis.plot(timestep[finite], values[finite], **style)
+        axis.set_title(meaning, fontsize=11)
+        axis.set_ylabel(symbol, fontsize=13)
+        axis.grid(color=_hex(GREY), linewidth=0.5)
+        if not finite.all():
+            # alpha_bar = 0 from here on: the curve has no end to draw.
+            upwards = values[~finite][0] > 0
+            word = "at" if finite[:-1].all() else "from"
+            axis.text(
+                0.5,
+                0.94 if upwards else 0.06,
+                rf"${'' if upwards else '-'}\infty$ {word} t = {timestep[~finite][0]:g}",
+                transform=axis.transAxes,
+                ha="center",
+                va="top" if upwards else "bottom",
+                color=_hex(RED),
+                fontsize=11,
+            )
+    beta_axis, alpha_bar_axis, sigma_axis, log_snr_axis = axes
+    beta_axis.set_yscale("log")
+    if np.isfinite(columns["sigma"]).any():  # there may be the one row alpha_bar = 0
+        sigma_axis.set_yscale("log")
+    alpha_bar_axis.set_ylim(-0.03, 1.03)
+    log_snr_axis.axhline(0, color="black", linewidth=0.8)  # as much signal as noise
+    for axis in (sigma_axis, log_snr_axis):
+        axis.set_xlabel("timestep t", fontsize=11)
+        axis.set_xlim(0, 1.02 * timestep[-1])  # the data, t = 0, are where every curve starts
+
+    beta_1 = columns["beta"][0]
+    beta_axis.plot(
+        timestep[0],
+        beta_1,
+        "o",
+        color=_hex(RED),
+        markersize=7,
+        clip_on=False,
+        label=rf"$\sqrt{{\beta_1}}$ = {np.sqrt(beta_1):.3g}",
+    )
+    drawn = [columns["beta"].min(), columns["beta"].max()]
+    if levels is not None:
+        drawn.append(pixel_bin(levels) ** 2)
+        beta_axis.axhline(
+            pixel_bin(levels) ** 2,
+            color=_hex(RED),
+            linestyle="--",
+            linewidth=1.2,
+            label=rf"$\sqrt{{\beta}}$ = pixel bin = {_fraction(levels)} = {pixel_bin(levels):.3g}",
+        )
+    # A decade at least, or rounding would fill the panel of a constant beta; and room below,
+    # so that the legend hides no line.
+    low, high = np.min(drawn), np.max(drawn)
+    span = max(high / low, 10)
+    beta_axis.set_ylim(low / span**0.45, high * span**0.05)
+    beta_axis.legend(fontsize=10, loc="lower right")
+    # The same curve read as a standard deviation, which is what a pixel bin compares with.
+    root_axis = beta_axis.secondary_yaxis("right", functions=(np.sqrt, np.square))
+    root_axis.set_ylabel(r"$\sqrt{\beta_t}$", fontsize=13)
+
+    figure.savefig(path, format="png")
+
+
+class BoundCurve(NamedTuple):
+    """The terms of the variational bound at some timesteps, in bits/dim, with standard errors."""
+
+    timestep: Int[np.ndarray, " n"]
+    log_snr: Float[np.ndarray, " n"]
+    bits: Float[np.ndarray, " n"]
+    error: Float[np.ndarray, " n"]
+
+
+def bound_terms(curve: BoundCurve, path: str | Path) -> None:
+    """Draw the terms of the variational bound, in bits/dim, per timestep and against log SNR.
+
+    The band is two standard errors wide on either side.
+    """
+    from matplotlib.figure import Figure
+
+    timestep, log_snr, bits, error = curve
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axis, x, name in (
+        (left, timestep, "timestep t"),
+        (right, log_snr, "log SNR (natural log)"),
+    ):
+        drawn = np.isfinite(x) & (bits > 0)
+        low = np.maximum(bits - 2 * error, bits / 10)  # the axis is logarithmic
+        axis.fill_between(
+            x[drawn], low[drawn], (bits + 2 * error)[drawn], color=_hex(BLUE), alpha=0.25
+        )
+        axis.plot(x[drawn], bits[drawn], color=_hex(BLUE), linewidth=1.5)
+        axis.set_yscale("log")
+        axis.set_xlabel(name, fontsize=11)
+        axis.grid(color=_hex(GREY), linewidth=0.5)
+    # an L_0 of next to nothing (grey levels far apart) would squeeze all else
+    left.set_ylim(bottom=max(bits[bits > 0].min() / 2, bits.max() * NEGLIGIBLE_BITS))
+    left.set_xscale("log")
+    right.invert_xaxis()  # from data to noise, as the timestep goes
+    left.set_ylabel("bits/dim of the term", fontsize=11)
+    figure.savefig(path, format="png")
+
+
+def _hex(colour: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)

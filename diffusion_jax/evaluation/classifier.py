@@ -1,0 +1,226 @@
+"""The classifier of a data set whose features compare images: trained once, kept in a file."""
+
+import hashlib
+import json
+import logging
+import pathlib
+import re
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Float32, Int, PyTree, UInt8
+
+from diffusion_jax.data.batches import read_batches
+from diffusion_jax.data.dataset import Dataset
+from diffusion_jax.data.pixels import to_uint8, to_x_0
+from diffusion_jax.models.classifier import create_classifier
+from diffusion_jax.runtime import files
+
+LOG = logging.getLogger("diffusion_jax")
+
+Images = Float[np.ndarray, "n height width channel"] | Float[Array, "n height width channel"]
+
+# Of a classifier that is kept: to be raised with every change to the network or its training.
+VERSION = 1
+NUM_EPOCHS = 3
+MIN_STEPS = 400  # where three epochs are fewer
+BATCH_SIZE = 128
+LEARNING_RATE = 2e-3
+FORWARD_BATCH = 500  # images at once where nothing is trained
+
+
+class Classifier(NamedTuple):
+    """A trained classifier of one data set."""
+
+    apply: Callable[..., Any]  # compiled: (params, x_0) -> (features, logits)
+    params: PyTree
+    levels: int  # of the set's pixels
+    scale: float  # features are divided by it
+    test_accuracy: float
+
+
+def train_classifier(dataset: Dataset, seed: int) -> Classifier:
+    """A classifier trained on the training split by Adam with a cosine decay, for three epochs.
+
+    On a CPU the same seed gives the same bits. It runs on one device, so that the number of
+    devices makes no difference, and in a Python loop, for XLA:CPU is slow at the gradient of a
+    convolution inside a scan.
+
+    Raises:
+        ValueError: points, no test split, or examples without labels.
+    """
+    require_labelled_images(dataset)
+    network = create_classifier(dataset.shape, dataset.num_classes)
+    num_steps = max(MIN_STEPS, NUM_EPOCHS * len(dataset.train) // BATCH_SIZE)
+    optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, num_steps))
+
+    @jax.jit
+    def step(
+        params: PyTree,
+        opt_state: PyTree,
+        x_0: Float[Array, "batch height width channel"],
+        label: Int[Array, " batch"],
+    ) -> tuple[PyTree, PyTree]:
+        def loss(params: PyTree) -> Float[Array, ""]:
+            _, logits = network.apply(params, x_0)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
+
+        updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state)
+        return optax.apply_updates(params, updates), opt_state
+
+    LOG.info("training a classifier of %s for %d steps", dataset.name, num_steps)
+    begun = time.monotonic()
+    params = network.init(jax.random.key(seed))
+    opt_state = optimizer.init(params)
+    stream = read_batches(dataset.train, BATCH_SIZE, seed)
+    for _, batch in zip(range(num_steps), stream):
+        x_0 = to_x_0(batch["image"], dataset.levels)
+        params, opt_state = step(params, opt_state, x_0, batch["label"])
+
+    classifier = Classifier(jax.jit(network.apply), params, dataset.levels, 1.0, 0.0)
+    held_out = to_x_0(dataset.test.images[:], dataset.levels)
+    found, logits = _apply(classifier, held_out)
+    classifier = classifier._replace(
+        scale=float(np.sqrt(found.var(axis=0, dtype=np.float64).mean())),
+        test_accuracy=float(np.mean(logits.argmax(axis=1) == dataset.test.labels[:])),
+    )
+    seconds = time.monotonic() - begun
+    accuracy = 100 * classifier.test_accuracy
+    LOG.info("the classifier has a test accuracy of %.2f %% after %.0f s", accuracy, seconds)
+    return classifier
+
+
+def load_classifier(dataset: Dataset, seed: int, folder: pathlib.Path) -> Classifier:
+    """The classifier that ``folder`` keeps of a data set and a seed; trained first if need be.
+
+    A file that is damaged, or is of other images or settings, is replaced with a warning.
+
+    Raises:
+        ValueError: as train_classifier.
+        OSError: the folder cannot be written.
+    """
+    require_labelled_images(dataset)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^\w.-]", "_", dataset.name)  # TFDS names may have "/" and ":"
+    path = folder / f"classifier-{name}-{seed}.npz"
+    fingerprint = _fingerprint(dataset, seed)
+    if path.exists():
+        try:
+            return _restore(path, dataset, fingerprint)
+        except Exception as error:  # damage shows as any exception of numpy or zipfile
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            LOG.warning("%s cannot be used (%s): training a classifier anew", path, reason)
+    classifier = train_classifier(dataset, seed)
+    _save(path, classifier, fingerprint)
+    return classifier
+
+
+def require_labelled_images(dataset: Dataset) -> None:
+    """Refuse a set that no classifier can be trained on.
+
+    Raises:
+        ValueError: points, no test split, or examples without labels.
+    """
+
+    def refuse(reason: str) -> None:
+        raise ValueError(f"a classifier of {dataset.name!r} cannot be trained: {reason}")
+
+    if dataset.levels is None:
+        refuse("it has points, not images")
+    if dataset.test is None:
+        refuse("it has no test split")
+    if dataset.num_classes is None or dataset.train.labels is None or dataset.test.labels is None:
+        refuse("it has no labels")
+    for split in (dataset.train, dataset.test):  # some sets keep a split's labels to themselves
+        labels = split.labels[:]
+        if labels.min() < 0 or labels.max() >= dataset.num_classes:
+            refuse(f"it has labels outside 0..{dataset.num_classes - 1}")
+
+
+def _fingerprint(dataset: Dataset, seed: int) -> str:
+    """What the classifier depends on; of the pixels a thousand images of each split."""
+    digest = hashlib.sha256()
+    for split in (dataset.train, dataset.test):
+        some = np.unique(np.linspace(0, len(split) - 1, 1000).astype(int))
+        digest.update(np.ascontiguousarray(split.images[some]).tobytes())
+        digest.update(split.labels[:].astype(np.int32).tobytes())
+    sizes = dataset.shape, dataset.levels, dataset.num_classes, len(dataset.train)
+    settings = NUM_EPOCHS, MIN_STEPS, BATCH_SIZE, LEARNING_RATE
+    return json.dumps([VERSION, dataset.name, sizes, seed, settings, digest.hexdigest()])
+
+
+def _save(path: pathlib.Path, classifier: Classifier, fingerprint: str) -> None:
+    flat, _ = ravel_pytree(classifier.params)
+    with files.replace(path) as file:
+        np.savez(
+            file,
+            fingerprint=fingerprint,
+            params=np.asarray(flat),
+            scale=classifier.scale,
+            test_accuracy=classifier.test_accuracy,
+        )
+
+
+def _restore(path: pathlib.Path, dataset: Dataset, fingerprint: str) -> Classifier:
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)  # each is checked against its CRC-32
+    if str(arrays["fingerprint"]) != fingerprint:
+        raise ValueError("it is of other images or settings")
+    network = create_classifier(dataset.shape, dataset.num_classes)
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    _, unravel = ravel_pytree(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
+    return Classifier(
+        jax.jit(network.apply),
+        unravel(arrays["params"]),
+        dataset.levels,
+        float(arrays["scale"]),
+        float(arrays["test_accuracy"]),
+    )
+
+
+def features(classifier: Classifier, x_0: Images) -> Float32[np.ndarray, "n d"]:
+    """What the classifier's last layer reads of each image, x_0 in [-1, 1].
+
+    In units in which the mean variance of a feature over the test split is 1. Images are rounded
+    to the set's levels first, as a picture of them is, for real images differ from generated ones
+    in nothing more plainly than in being on that grid.
+
+    Raises:
+        ValueError: an image is not finite.
+    """
+    found, _ = _apply(classifier, x_0)
+    return found / np.float32(classifier.scale)
+
+
+def probabilities(classifier: Classifier, x_0: Images) -> Float32[np.ndarray, "n classes"]:
+    """The probability of each class, of images x_0 in [-1, 1].
+
+    Raises:
+        ValueError: an image is not finite.
+    """
+    _, logits = _apply(classifier, x_0)
+    return np.asarray(jax.nn.softmax(logits, axis=1))
+
+
+def _apply(
+    classifier: Classifier, x_0: Images
+) -> tuple[Float32[np.ndarray, "n d"], Float32[np.ndarray, "n classes"]]:
+    """Features and logits of any number of images; all batches are of one size, to compile once."""
+    x_0 = np.asarray(x_0)
+    finite = np.isfinite(x_0).all(axis=(1, 2, 3))
+    if not finite.all():
+        raise ValueError(f"image {np.argmin(finite)} of {len(x_0)} is not finite")
+    pictures: UInt8[np.ndarray, "..."] = to_uint8(x_0, classifier.levels)
+    found = []
+    for start in range(0, len(pictures), FORWARD_BATCH):
+        batch = to_x_0(pictures[start : start + FORWARD_BATCH], 256)
+        fill = np.zeros((FORWARD_BATCH - len(batch), *batch.shape[1:]), np.float32)
+        outputs = classifier.apply(classifier.params, np.concatenate([batch, fill]))
+        found.append([np.asarray(output)[: len(batch)] for output in outputs])
+    of_images, logits = (np.concatenate(parts) for parts in zip(*found))
+    return of_images, logits

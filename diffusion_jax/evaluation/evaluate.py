@@ -1,0 +1,249 @@
+"""The variational bound and the probability flow over a test split, on every device, resumable.
+
+Image i has the same noise at timestep t whatever the batches and devices, so an evaluation that
+was killed goes on with the batch it had begun and ends with the same numbers.
+"""
+
+import functools
+import json
+import logging
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, PyTree
+from tqdm import tqdm
+
+from diffusion_jax.data.dataset import Split
+from diffusion_jax.data.pixels import to_x_0
+from diffusion_jax.diffusion import likelihood
+from diffusion_jax.diffusion.bound import Strata, Terms, bound_terms, stratify
+from diffusion_jax.diffusion.losses import Examples
+from diffusion_jax.diffusion.network import Network, create_predict
+from diffusion_jax.diffusion.schedules.schedule import Schedule
+from diffusion_jax.diffusion.streams import Stream, stream_key
+from diffusion_jax.drawing import plots
+from diffusion_jax.errors import NonFiniteLossError
+from diffusion_jax.evaluation.sums import Sums, bound_curve, spread_evenly, summarise, write_terms
+from diffusion_jax.experiment.evaluation import EvaluationPlan
+from diffusion_jax.runtime import checkpoint, devices, files
+
+LOG = logging.getLogger("diffusion_jax")
+
+TIMESTEPS_PER_CALL = 8  # of an accelerator
+MAX_IN_FLIGHT = 16  # calls of a device that nobody has read yet
+
+
+class Trained(NamedTuple):
+    """A trained model: its averaged parameters, their step, its schedule and its seed."""
+
+    params: PyTree
+    step: int
+    schedule: Schedule
+    seed: int
+
+
+class Evaluator:
+    """The evaluation of a network with any parameters and schedule, compiled once for each T."""
+
+    def __init__(
+        self, network: Network, plan: EvaluationPlan, used_devices: list[jax.Device]
+    ) -> None:
+        self._network = network
+        self._levels = network.objective.levels
+        self._plan = plan
+        self._devices = [d for d in used_devices if d.process_index == jax.process_index()]
+        axes = (None, None, None, 0, None)
+        self._bound = jax.pmap(
+            self._bound_of_batch, "device", in_axes=axes, out_axes=1, devices=self._devices
+        )
+        self._flow = jax.pmap(
+            self._flow_of_batch, "device", in_axes=axes[:4], devices=self._devices
+        )
+
+    def evaluate(
+        self, trained: Trained, split: Split, *, about: dict[str, Any], folder: pathlib.Path
+    ) -> dict[str, Any]:
+        """Evaluate, and write evaluation.json, evaluation.csv and evaluation.png into ``folder``.
+
+        Returns what evaluation.json has; it begins with what ``about`` says of the model.
+        """
+        plan = self._plan
+        params, step, schedule, seed = trained
+        sums = Sums(plan, len(schedule))
+        progress = folder / "evaluation.npz"
+        signature = json.dumps([plan, seed, step, _digest(params), _digest(schedule)])
+        sums.restore(progress, signature)
+
+        # no noise of training or sampling
+        bound_key, flow_key = jax.random.split(stream_key(seed, Stream.EVALUATION))
+        shared = devices.replicate((params, schedule, bound_key), self._devices)
+        for _ in self._add_bound(sums, shared, split):
+            sums.save(progress, signature)
+        if plan.flow is not None:
+            shared = devices.replicate((params, schedule, flow_key), self._devices)
+            for _ in self._add_flow(sums, shared, split):
+                sums.save(progress, signature)
+
+        report = about | {"seed": seed, "step": step}
+        report |= summarise(sums, plan, self._levels)
+        write_terms(sums, schedule, folder / "evaluation.csv")
+        plots.bound_terms(bound_curve(sums, schedule), folder / "evaluation.png")
+        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+        files.replace_text(folder / "evaluation.json", text)
+        return report
+
+    def _bound_of_batch(
+        self, params: PyTree, schedule: Schedule, key: Key[Array, ""], batch: dict, strata: Strata
+    ) -> tuple[Array, Terms]:
+        examples = Examples(
+            x_0=to_x_0(batch["image"], self._levels),
+            label=batch["label"],
+            indices=batch["index"],
+            batch_size=self._plan.batch_size,
+        )
+        return bound_terms(
+            self._network,
+            params,
+            schedule,
+            key,
+            examples,
+            strata=strata,
+            clip_x_0=self._plan.clip_x_0,
+        )
+
+    def _add_bound(self, sums: Sums, shared: tuple, split: Split) -> Iterator[None]:
+        """Generator: adds the bound of one batch, then yields so that the caller can save."""
+        plan, levels, schedule = self._plan, self._levels, shared[1]
+        # on a CPU the layers of one batch fill a core's caches already
+        fastest = 1 if self._devices[0].platform == "cpu" else TIMESTEPS_PER_CALL
+        at_once = min(plan.timesteps_per_call or fastest, plan.num_timesteps)
+        calls = list(_calls(stratify(len(schedule), plan.num_timesteps), at_once))
+        last_row = jax.tree.map(lambda leaf: np.asarray(leaf[-1]), schedule)
+        chosen = spread_evenly(plan.num_examples, len(split.images))
+        start = int(sums.arrays["done"])
+        with _bar("bound", plan.num_examples, start) as bar:
+            for images, batch in _batches(
+                split, chosen, plan.batch_size, start, len(self._devices)
+            ):
+                count = images.stop - images.start
+                image = batch["image"].reshape(-1, *batch["image"].shape[2:])[:count]
+                x_0 = to_x_0(image, levels)
+                prior = jax.vmap(likelihood.prior_term, (None, 0))(last_row, x_0)
+                prior = likelihood.bits(prior.reshape(len(x_0), -1).mean(axis=1))
+                sums.arrays["prior"][images] = prior
+                under_way = []
+                for strata in calls:
+                    under_way.append((strata, self._bound(*shared, batch, strata)))
+                    if len(under_way) > MAX_IN_FLIGHT:
+                        _read(sums, images, *under_way.pop(0))
+                    bar.update(len(x_0) / len(calls))
+                for one in under_way:
+                    _read(sums, images, *one)
+                sums.arrays["done"] = np.asarray(images.stop)
+                yield
+                _tell("bound", bar, images.stop)
+
+    def _flow_of_batch(
+        self, params: PyTree, schedule: Schedule, key: Key[Array, ""], batch: dict
+    ) -> Float[Array, " batch"]:
+        flow, levels = self._plan.flow, self._levels
+        predict = create_predict(self._network, params, batch["label"])
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
+        bin_keys, probe_keys = jax.vmap(jax.random.split)(keys).T
+        x_0 = to_x_0(batch["image"], levels)
+        if levels is not None:
+            x_0 = jax.vmap(functools.partial(likelihood.dequantise, levels=levels))(bin_keys, x_0)
+        log_likelihood = likelihood.flow_log_likelihood(
+            predict,
+            schedule,
+            probe_keys,
+            x_0,
+            num_steps=flow.num_steps,
+            solver=flow.solver,
+            divergence=flow.divergence,
+        )
+        return likelihood.bits_per_dim(log_likelihood, x_0[0].size, levels)
+
+    def _add_flow(self, sums: Sums, shared: tuple, split: Split) -> Iterator[None]:
+        """Add the flow's likelihood of a batch of images, as ``_add_bound`` does."""
+        plan, flow = self._plan, self._plan.flow
+        chosen = spread_evenly(plan.num_examples, len(split.images))
+        chosen = chosen[
+            spread_evenly(flow.num_examples, plan.num_examples)
+        ]  # the bound is known of them
+        start = int(sums.arrays["flow_done"])
+        with _bar("flow", flow.num_examples, start) as bar:
+            for images, batch in _batches(
+                split, chosen, plan.batch_size, start, len(self._devices)
+            ):
+                bits = np.asarray(self._flow(*shared, batch)).reshape(-1)
+                bits = bits[: images.stop - images.start]
+                if not np.isfinite(bits).all():
+                    raise NonFiniteLossError(f"images {images}: the flow gives {bits} bits/dim")
+                sums.arrays["flow"][images] = bits
+                sums.arrays["flow_done"] = np.asarray(images.stop)
+                yield
+                bar.update(images.stop - images.start)
+                _tell("flow", bar, images.stop)
+
+
+def _read(sums: Sums, images: slice, strata: Strata, output: tuple[Array, Terms]) -> None:
+    """Wait for the output of a call and add it to the sums."""
+    positions, terms = output
+    count = images.stop - images.start  # the rest fills the batch up
+    positions, *terms = (
+        np.asarray(leaf).reshape(len(leaf), -1)[:, :count] for leaf in (positions, *terms)
+    )
+    finite = np.isfinite(terms[0]) | (strata.size == 0)[:, None]
+    if not finite.all():
+        stratum, image = np.argwhere(~finite)[0]
+        raise NonFiniteLossError(
+            f"image {images.start + image} at t = {positions[stratum, image] + 1}: "
+            f"a term of {terms[0][stratum, image]} bits"
+        )
+    sums.add(images, positions, Terms(*terms), strata.size)
+
+
+def _bar(name: str, total: int, start: int) -> tqdm:
+    """A bar on a terminal; elsewhere ``_tell`` writes lines."""
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]"
+    return tqdm(total=total, initial=start, desc=name, disable=None, bar_format=form)
+
+
+def _tell(name: str, bar: tqdm, done: int) -> None:
+    if bar.disable:
+        LOG.info("%s of %d/%d images", name, done, bar.total)
+
+
+def _batches(
+    split: Split,
+    chosen: Int[np.ndarray, " images"],
+    batch_size: int,
+    start: int,
+    num_devices: int,
+) -> Iterator[tuple[slice, dict[str, Any]]]:
+    """Slices of the chosen images, and those spread over the devices, filled up with the first."""
+    size = -(-batch_size // num_devices) * num_devices
+    for first in range(start, len(chosen), batch_size):
+        images = slice(first, min(first + batch_size, len(chosen)))
+        indices = np.full(size, chosen[0])
+        indices[: images.stop - first] = chosen[images]
+        labels = None if split.labels is None else split.labels[indices]
+        batch = {"image": split.images[indices], "label": labels, "index": indices}
+        yield images, jax.tree.map(lambda a: a.reshape(num_devices, -1, *a.shape[1:]), batch)
+
+
+def _calls(strata: Strata, size: int) -> Iterator[Strata]:
+    """The strata of each call, the last one's filled up with empty ones."""
+    for first in range(0, len(strata.number), size):
+        part = Strata(*(np.zeros(size, int) for _ in strata))
+        for target, source in zip(part, strata):
+            target[: len(source[first : first + size])] = source[first : first + size]
+        yield part
+
+
+def _digest(tree: PyTree) -> str:
+    return checkpoint.digest(checkpoint.flatten(tree))

@@ -1,0 +1,11 @@
+"""A number with the interval that holds the truth."""
+
+from typing import NamedTuple
+
+
+class Interval(NamedTuple):
+    """An estimate and the two ends of its confidence interval."""
+
+    value: float
+    low: float
+    high: float

@@ -1,0 +1,168 @@
+"""The sums of an evaluation: kept in a file while it goes on, summarised at its end."""
+
+import csv
+import logging
+import pathlib
+import zipfile
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from diffusion_jax.diffusion.bound import Terms
+from diffusion_jax.diffusion.schedules.schedule import Schedule
+from diffusion_jax.drawing.plots import BoundCurve
+from diffusion_jax.experiment.evaluation import EvaluationPlan
+from diffusion_jax.runtime import files
+
+LOG = logging.getLogger("diffusion_jax")
+
+
+def spread_evenly(count: int, size: int) -> Int[np.ndarray, " count"]:
+    """``count`` of the numbers 0..size-1, evenly: archives may be sorted, or easier at first."""
+    return np.arange(count) * size // count
+
+
+class Sums:
+    """What an evaluation has so far; kept in a file, so that the next start goes on from there."""
+
+    def __init__(self, plan: EvaluationPlan, num_timesteps: int) -> None:
+        num_flow = plan.flow.num_examples if plan.flow else 0
+        self.arrays = {
+            "done": np.zeros((), int),  # images of the bound
+            "flow_done": np.zeros((), int),
+            "prior": np.zeros(plan.num_examples),
+            "middle": np.zeros(plan.num_examples),
+            "decoder": np.zeros(plan.num_examples),
+            "x_0_error": np.zeros(plan.num_examples),
+            "eps_error": np.zeros(plan.num_examples),
+            "flow": np.zeros(num_flow),
+            # per timestep, over all images that were evaluated there
+            "count": np.zeros(num_timesteps, int),
+            "bits": np.zeros(num_timesteps),
+            "bits_squared": np.zeros(num_timesteps),
+            "mse_x_0": np.zeros(num_timesteps),
+            "mse_eps": np.zeros(num_timesteps),
+        }
+
+    def add(self, images: slice, positions: np.ndarray, terms: Terms, size: np.ndarray) -> None:
+        """Add terms [stratum, image]; a stratum of size 0 is only there to fill up a call."""
+        real = size > 0
+        positions, size = positions[real], size[real]
+        terms = Terms(*(np.asarray(leaf, np.float64)[real] for leaf in terms))
+        weighted = terms.bits * size[:, None]
+        is_decoder = positions == 0
+        self.arrays["decoder"][images] += np.sum(weighted * is_decoder, axis=0)
+        self.arrays["middle"][images] += np.sum(weighted * ~is_decoder, axis=0)
+        share = size / len(self.arrays["count"])  # a mean over all timesteps
+        self.arrays["x_0_error"][images] += share @ terms.mse_x_0
+        self.arrays["eps_error"][images] += share @ terms.mse_eps
+        np.add.at(self.arrays["count"], positions, 1)
+        np.add.at(self.arrays["bits_squared"], positions, terms.bits**2)
+        for name, values in terms._asdict().items():
+            np.add.at(self.arrays[name], positions, values)
+
+    def save(self, path: pathlib.Path, signature: str) -> None:
+        """Write the file."""
+        with files.replace(path) as file:
+            np.savez(file, signature=signature, **self.arrays)
+
+    def restore(self, path: pathlib.Path, signature: str) -> None:
+        """Go on from a file that belongs to the same evaluation; say so if it does not."""
+        if not path.exists():
+            return
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                saved = dict(arrays)
+            before = str(saved.pop("signature"))
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            LOG.warning("%s is damaged (%r): evaluating anew", path, error)
+            return
+        if before != signature:
+            LOG.info("%s is of another evaluation: evaluating anew", path)
+            return
+        self.arrays = saved
+        LOG.info("going on after %d images", self.arrays["done"])
+
+
+def summarise(sums: Sums, plan: EvaluationPlan, levels: int | None) -> dict[str, Any]:
+    """The numbers of an evaluation, each with its standard error over the images."""
+    arrays = sums.arrays
+    terms = {name: arrays[name] for name in ("prior", "middle", "decoder")}
+    total, error = _mean(sum(terms.values()))
+    report = {
+        "bits_per_dim": total,
+        "standard_error": error,
+        "terms": {
+            name: dict(zip(("bits_per_dim", "standard_error"), _mean(values)))
+            for name, values in {
+                "L_T": terms["prior"],
+                "L_1 to L_{T-1}": terms["middle"],
+                "L_0": terms["decoder"],
+            }.items()
+        },
+        "clip_x_0": plan.clip_x_0,
+        "levels": levels,
+        "num_examples": plan.num_examples,
+        "num_timesteps": len(arrays["count"]),
+        "num_timesteps_per_example": plan.num_timesteps,
+        "mse_x_0": float(np.mean(arrays["x_0_error"])),
+        "mse_eps": float(np.mean(arrays["eps_error"])),
+    }
+    if plan.flow is not None:
+        flow = dict(zip(("bits_per_dim", "standard_error"), _mean(arrays["flow"])))
+        same = spread_evenly(plan.flow.num_examples, plan.num_examples)
+        bound, _ = _mean(sum(terms.values())[same])
+        flow["bound_of_the_same_images"] = bound
+        report["probability_flow"] = flow | plan.flow._asdict()
+    return report
+
+
+def describe_evaluation(report: dict[str, Any]) -> str:
+    """The lines that a run prints of an evaluation."""
+    named = {"bits/dim": report, **report["terms"]}
+    if "probability_flow" in report:
+        named["flow"] = report["probability_flow"]
+    return "\n".join(
+        f"{name:14}  {numbers['bits_per_dim']:.4f}"
+        + ("" if numbers["standard_error"] is None else f" +- {numbers['standard_error']:.4f}")
+        for name, numbers in named.items()
+    )
+
+
+def _mean(values: np.ndarray) -> tuple[float, float | None]:
+    """A mean and its standard error, which one value alone does not have."""
+    if len(values) < 2:
+        return float(np.mean(values)), None
+    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def bound_curve(sums: Sums, schedule: Schedule) -> BoundCurve:
+    """The terms of the timesteps that were evaluated."""
+    count = sums.arrays["count"]
+    seen = count > 0
+    count = count[seen]
+    bits = sums.arrays["bits"][seen] / count
+    variance = np.maximum(sums.arrays["bits_squared"][seen] / count - bits**2, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = np.where(count > 1, np.sqrt(variance / (count - 1)), np.nan)  # one tells nothing
+    return BoundCurve(
+        timestep=np.flatnonzero(seen) + 1,
+        log_snr=np.asarray(schedule.log_snr)[seen],
+        bits=bits,
+        error=error,
+    )
+
+
+def write_terms(sums: Sums, schedule: Schedule, path: pathlib.Path) -> None:
+    """A line per timestep that was evaluated."""
+    timestep, log_snr, bits, error = bound_curve(sums, schedule)
+    count = sums.arrays["count"][timestep - 1]
+    errors = (sums.arrays[name][timestep - 1] / count for name in ("mse_x_0", "mse_eps"))
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["t", "log_snr", "images", "bits_per_dim", "standard_error", "mse_x_0", "mse_eps"]
+        )
+        error = ["" if np.isnan(value) else value for value in error]
+        writer.writerows(zip(timestep, log_snr, count, bits, error, *errors))

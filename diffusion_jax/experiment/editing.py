@@ -1,0 +1,143 @@
+"""What a run does with given images: which task, from which timestep, with which mask."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from ml_collections import ConfigDict
+
+from diffusion_jax.data.dataset import DatasetInfo
+from diffusion_jax.data.pixels import from_uint8, read_images
+from diffusion_jax.diffusion import editing
+from diffusion_jax.diffusion.samplers.base import Sampler
+from diffusion_jax.diffusion.schedules.schedule import Schedule
+from diffusion_jax.errors import ConfigError, choose, in_section, require
+
+# The fields of config.editing that each task has beside its images, and what they are if unset.
+OF_EDITS: dict[str, dict[str, Any]] = {
+    "image_to_image": {"timestep": None},
+    "inpaint": {"mask": None, "timestep": None, "num_resamples": 10, "jump_length": 10},
+    "interpolate": {"timestep": None},
+    "variations": {"timestep": None, "strength": 0.3},
+}
+
+
+class EditingPlan(NamedTuple):
+    """What is done with given images, see EDITS; the images themselves are read later."""
+
+    task: str
+    timestep: int | None  # from which the images are denoised; None: all of them, from noise
+    strength: float
+    num_resamples: int
+    jump_length: int
+
+    def rows(self, schedule: Schedule) -> Schedule:
+        """The part of the schedule that the chain goes through."""
+        return schedule if self.timestep is None else editing.until(schedule, self.timestep)
+
+
+class EditedImages(NamedTuple):
+    """What an edit starts from: x_0, and where it is to be made anew (1), for inpainting."""
+
+    x_0: Float[np.ndarray, "images h w c"]
+    mask: Float[np.ndarray, "h w c"]
+
+
+def create_edited_images(config: ConfigDict, dataset: DatasetInfo) -> EditedImages | None:
+    """The files of config.editing, as x_0; None where it has no task."""
+    fields = config.editing
+    if fields.task is None:
+        return None
+    shapes = {"images": dataset.shape, "mask": (*dataset.shape[:2], 1)}
+    read = {}
+    for name, shape in shapes.items():
+        if fields[name] is not None:
+            try:
+                read[name] = read_images(fields[name], shape)
+            except ValueError as error:
+                raise ConfigError(f"config.editing.{name} = {fields[name]!r}: {error}") from error
+    mask = read.get("mask", np.full((1, *shapes["mask"]), 255, np.uint8))
+    allowed = "one image, black (kept) and white (made anew) alone"
+    require(
+        len(mask) == 1 and np.isin(mask, (0, 255)).all(),
+        "config.editing.mask",
+        fields.mask,
+        allowed,
+    )
+    least = 2 if fields.task == "interpolate" else 1
+    allowed = f"at least {least} images, in an .npz"
+    require(len(read["images"]) >= least, "config.editing.images", fields.images, allowed)
+    x_0 = from_uint8(read["images"], dataset.levels)
+    return EditedImages(x_0=x_0, mask=np.float32(mask[0] / 255))
+
+
+def create_editing_plan(
+    config: ConfigDict, schedule: Schedule, dataset: DatasetInfo
+) -> EditingPlan | None:
+    """The edit of a config; None where it has no task.
+
+    Raises:
+        ConfigError: a field that the task does not have or lacks, or a value out of its range.
+    """
+    fields, section = config.editing, "config.editing"
+    if fields.task is None:
+        for name, value in fields.items():
+            allowed = "unset: there is no config.editing.task"
+            require(value is None, f"{section}.{name}", value, allowed)
+        return None
+    own = choose(f"{section}.task", fields.task, OF_EDITS, "task")
+    allowed = "unset: the data are points"
+    require(dataset.levels is not None, f"{section}.task", fields.task, allowed)
+    for name, value in fields.items():
+        if name not in ("task", "images", *own):
+            allowed = f"unset: {fields.task} has no such argument"
+            require(value is None, f"{section}.{name}", value, allowed)
+    for name in ("images", "mask") if "mask" in own else ("images",):
+        require(fields[name] is not None, f"{section}.{name}", fields[name], "the path of a file")
+    arguments = {n: v if fields[n] is None else fields[n] for n, v in own.items()}
+    timestep = arguments["timestep"]
+    if fields.task == "image_to_image":
+        allowed = "set: the image is noised up to it, and at T nothing is left of it"
+        require(timestep is not None, f"{section}.timestep", timestep, allowed)
+    if timestep is not None:
+        allowed = f"in 1..{len(schedule)}, the timesteps of the schedule"
+        require(1 <= timestep <= len(schedule), f"{section}.timestep", timestep, allowed)
+    for name in ("compared_steps", "num_frames"):
+        value = config.sampling[name]
+        allowed = "unset: given images are edited"
+        require(not value, f"config.sampling.{name}", value, allowed)
+    allowed = "set: given images have one class (config.model.class_conditional = True)"
+    label = config.sampling.label
+    is_conditional = config.model.class_conditional
+    require(not is_conditional or label is not None, "config.sampling.label", label, allowed)
+    return EditingPlan(
+        task=fields.task,
+        timestep=timestep,
+        strength=arguments.get("strength", 0.0),
+        num_resamples=arguments.get("num_resamples", 1),
+        jump_length=arguments.get("jump_length", 1),
+    )
+
+
+def check_editing(config: ConfigDict, plan: EditingPlan, sampler: Sampler, rows: Schedule) -> None:
+    """Refuse an edit that this sampler or this chain cannot make.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    section = "config.editing"
+    named = "config.sampling.sampler", config.sampling.sampler
+    if plan.task in ("interpolate", "variations"):
+        is_ddim = config.sampling.sampler == "ddim" and not config.sampling.eta
+        require(is_ddim, *named, "ddim with eta = 0: the images are inverted by it")
+        allowed = "below T: the schedule ends at zero SNR, where nothing can be inverted"
+        ends = bool(rows.alpha_bar[-1] > 0)
+        require(ends, "config.editing.timestep", plan.timestep, allowed)
+    require(0 <= plan.strength <= 1, "config.editing.strength", plan.strength, "in [0, 1]")
+    if plan.task == "inpaint":
+        allowed = "one without memory, such as ancestral, ddim or heun (inpaint)"
+        require(editing.can_wrap(sampler), *named, allowed)
+        with in_section(section):
+            editing.check_jumps(plan.num_resamples, plan.jump_length)
+            jumps = plan.num_resamples, plan.jump_length
+            editing.Inpaint(sampler, None, None, *jumps).path(len(rows))

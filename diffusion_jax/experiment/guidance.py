@@ -1,0 +1,53 @@
+"""How a run is guided: the weight, the interval of timesteps, the rescaling."""
+
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from diffusion_jax.diffusion.schedules.schedule import Schedule
+from diffusion_jax.errors import require
+
+UNCONDITIONAL = "unset: the network is told no labels (config.model.class_conditional = False)"
+
+
+class Guidance(NamedTuple):
+    """The numbers of ``guidance.guide``: leaves, so that others compile nothing anew."""
+
+    weight: float
+    interval: tuple[float, float]
+    rescale: float
+
+
+def create_guidance(config: ConfigDict, schedule: Schedule) -> Guidance | None:
+    """The guidance of a config; None where it has no weight.
+
+    Raises:
+        ConfigError: a number out of its range, or one without a weight; a network that was never
+            trained without its label, with no other network to be guided away from.
+    """
+    fields = config.guidance
+    if fields.weight is None:
+        for name, value in fields.items():
+            allowed = "unset: it says how config.guidance.weight is used, which is unset"
+            require(value is None, f"config.guidance.{name}", value, allowed)
+        return None
+    if fields.weak_workdir is None and fields.weak_step is None:
+        field = "config.guidance.weight", fields.weight
+        require(config.model.class_conditional, *field, UNCONDITIONAL)
+        require(
+            config.loss.label_dropout > 0,
+            *field,
+            "unset: the network was never trained without a label (config.loss.label_dropout = 0)",
+        )
+    interval = []
+    for name, end in (("interval_start", 1.0), ("interval_end", float(len(schedule)))):
+        value = end if fields[name] is None else fields[name]
+        allowed = f"a timestep of the schedule, in [1, {len(schedule)}]"
+        require(1 <= value <= len(schedule), f"config.guidance.{name}", value, allowed)
+        interval.append(value)
+    rescale = 0.0 if fields.rescale is None else fields.rescale
+    require(fields.weight >= 0, "config.guidance.weight", fields.weight, "at least 0")
+    require(0 <= rescale <= 1, "config.guidance.rescale", rescale, "in [0, 1]")
+    allowed = f"at least the start, {interval[0]:g}"
+    require(interval[0] <= interval[1], "config.guidance.interval_end", interval[1], allowed)
+    return Guidance(weight=fields.weight, interval=tuple(interval), rescale=rescale)

@@ -1,0 +1,108 @@
+"""The schedule of a config: a function of schedules.SCHEDULES, or one that is learned."""
+
+import inspect
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion_jax.diffusion import schedules
+from diffusion_jax.diffusion.learned_schedule import LearnedSchedule
+from diffusion_jax.diffusion.schedules.schedule import Schedule
+from diffusion_jax.errors import ConfigError, choose, in_section, require
+from diffusion_jax.experiment.arguments import arguments_of, names_of_arguments
+
+LOG_SNR_ENDS = 13.3, -5.0  # where a learned schedule begins (VDM's code)
+
+
+def create_learned_schedule(config: ConfigDict) -> LearnedSchedule | None:
+    """The recipe of schedule "learned"; every other name is a function of SCHEDULES.
+
+    It is trained by the bound in continuous time, which settles other fields.
+    """
+    fields = config.schedule
+    ends = {"log_snr_start": fields.log_snr_start, "log_snr_end": fields.log_snr_end}
+    if fields.name != "learned":
+        for name, value in ends.items():
+            require(value is None, f"config.schedule.{name}", value, "unset: only learned has it")
+        return None
+    start, end = (
+        default if value is None else value for default, value in zip(LOG_SNR_ENDS, ends.values())
+    )
+    require(-20 < start <= 20, "config.schedule.log_snr_start", start, "in (-20, 20]")
+    require(-20 <= end < start, "config.schedule.log_snr_end", end, f"in [-20, {start})")
+    require(
+        fields.num_timesteps >= 2,
+        "config.schedule.num_timesteps",
+        fields.num_timesteps,
+        "at least 2",
+    )
+    for name in (*names_of_arguments(schedules.SCHEDULES), "base_resolution"):
+        require(
+            fields[name] is None,
+            f"config.schedule.{name}",
+            fields[name],
+            "unset: learned has no such argument",
+        )
+    for field, value, wanted in (
+        ("schedule.zero_terminal_snr", fields.zero_terminal_snr, (False,)),
+        ("loss.weighting", config.loss.weighting, ("vlb",)),
+        ("loss.variance", config.loss.variance, ("beta", "posterior")),
+        ("loss.timesteps", config.loss.timesteps, ("low_discrepancy",)),
+        ("loss.prediction", config.loss.prediction, ("eps", "x_0", "v", "score")),
+    ):
+        allowed = (
+            f"{' or '.join(map(str, wanted))}: a learned schedule is trained in continuous time"
+        )
+        require(value in wanted, f"config.{field}", value, allowed)
+    return LearnedSchedule(num_timesteps=fields.num_timesteps, log_snr_start=start, log_snr_end=end)
+
+
+class NamedSchedule(NamedTuple):
+    """A schedule with what a person wants to know of it."""
+
+    schedule: Schedule
+    title: str  # "cosine(num_timesteps=1000, s=0.008, ...)"
+    num_clipped: int  # betas that were held at max_beta or min_beta
+
+
+def create_schedule(config: ConfigDict, height: int | None) -> NamedSchedule:
+    """The schedule of a config, for images of a height; None: the data are points.
+
+    Raises:
+        ConfigError: an unknown schedule, or an argument that it does not have or allow.
+    """
+    fields = config.schedule
+    names = schedules.SCHEDULES | {"learned": None}  # which create_learned_schedule has seen to
+    function = choose("config.schedule.name", fields.name, names, "schedule")
+    parameters = inspect.signature(function).parameters
+    arguments = arguments_of(schedules.SCHEDULES, fields.name, "schedule", fields)
+    shown = {"num_timesteps": fields.num_timesteps} if "num_timesteps" in parameters else {}
+    shown |= {n: p.default for n, p in parameters.items() if p.default is not p.empty} | arguments
+    if "betas" in parameters:
+        arguments["betas"] = _read_betas(fields.betas)
+    elif "num_timesteps" in parameters:
+        arguments["num_timesteps"] = fields.num_timesteps
+    with in_section("config.schedule"):
+        schedule = function(**arguments)
+    clips = [np.float32(shown[name]) for name in ("max_beta", "min_beta") if name in shown]
+    num_clipped = int(np.isin(schedule.beta, [clip for clip in clips if clip > 0]).sum())
+    base = fields.base_resolution
+    if base is not None:
+        allowed = "unset: the data have no resolution"
+        require(height is not None, "config.schedule.base_resolution", base, allowed)
+        with in_section("config.schedule"):
+            schedule = schedules.shift_log_snr(schedule, height, base)
+    if fields.zero_terminal_snr:
+        with in_section("config.schedule"):
+            schedule = schedules.zero_terminal_snr(schedule)
+    title = f"{fields.name}({', '.join(f'{name}={value}' for name, value in shown.items())})"
+    return NamedSchedule(schedule=schedule, title=title, num_clipped=num_clipped)
+
+
+def _read_betas(path: str | None) -> np.ndarray:
+    require(path is not None, "config.schedule.betas", path, "the path of a .npy file")
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config.schedule.betas = {path!r}: {error}") from error

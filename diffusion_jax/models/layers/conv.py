@@ -1,0 +1,180 @@
+"""The 3x3 convolution of stride 1, plain and by Winograd's algorithm.
+
+Two thirds of the time of a chain on a CPU are the multiplications of these convolutions.
+``winograd`` is the same function with 2.25 times fewer of them, at the price of additions and
+memory. Narrow layers can afford that for a few images in a core's cache, wide ones for many, and
+for their gradients too. Accelerators get the plain form: their libraries choose an algorithm by
+themselves.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+Images = Float[Array, "B H W C"]
+Outputs = Float[Array, "B H W D"]
+Kernel = Float[Array, "3 3 C D"]
+Weights = Float[Array, "16 C D"]
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+# F(2, 3): two outputs of a filter g of three taps on four inputs d are A'[(G g) * (B'd)], four
+# multiplications in place of six (Lavin & Gray 2016, section 4.1).
+G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
+GG = np.kron(G, G)  # of both axes
+
+# with fewer channels there is too little to multiply between the transforms
+MIN_CHANNELS, MIN_CHANNELS_IN_TRAINING = 32, 128
+MIN_TILES_IN_TRAINING = 64  # of a batch: fewer are rows of too small a matrix
+WIDE = 128  # channels: so many multiply faster with no large array put together before
+BYTES_AT_ONCE = 2**20  # of transformed images: they should stay in a core's cache
+BYTES_AT_ONCE_IF_WIDE = 2**26
+
+
+def plain(x: Images, kernel: Kernel) -> Outputs:
+    """The sum over the 3x3 neighbours of each pixel, zero outside the image."""
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
+
+
+def winograd(x: Images, kernel: Kernel) -> Outputs:
+    """``plain`` by F(2x2, 3x3), so many images at a time as ``BYTES_AT_ONCE`` allows."""
+    # one matrix product, which XLA takes out of the loop of a chain
+    weights = (jnp.asarray(GG) @ kernel.reshape(9, -1)).reshape(16, *kernel.shape[2:])
+    multiply = _products_apart if min(kernel.shape[2:]) >= WIDE else _products
+    # the most images that fit; a divisor of the batch
+    batch, height, width, channels = x.shape
+    most = BYTES_AT_ONCE_IF_WIDE if multiply is _products_apart else BYTES_AT_ONCE
+    fitting = max(1, most // (4 * height * width * channels * x.dtype.itemsize))
+    at_once = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= fitting)
+    if at_once == batch:
+        return _tiles(x, weights, multiply)
+    groups = x.reshape(batch // at_once, at_once, height, width, channels)
+    y = jax.lax.map(lambda group: _tiles(group, weights, multiply), groups)
+    return y.reshape(batch, height, width, -1)
+
+
+def _tiles(x: Images, weights: Weights, multiply: Callable[..., list[Array]]) -> Outputs:
+    """Each tile of 2x2 outputs from the 4x4 inputs around it."""
+    batch, height, width, _ = x.shape
+    rows, columns = math.ceil(height / 2), math.ceil(width / 2)
+    products = multiply(_of_tiles(x), weights)
+    m = [product.reshape(batch, rows, columns, -1) for product in products]
+    pairs = zip(*(_to_outputs(m[i::4]) for i in range(4)))
+    tiles = jnp.stack([jnp.stack(_to_outputs(list(pair)), axis=3) for pair in pairs], axis=2)
+    return tiles.reshape(batch, 2 * rows, 2 * columns, -1)[:, :height, :width]
+
+
+def _products(inputs: list[Array], weights: Weights) -> list[Array]:
+    return list(jnp.einsum("ptc,pcd->ptd", jnp.stack(inputs), weights))
+
+
+def _products_apart(inputs: list[Array], weights: Weights) -> list[Array]:
+    """The same without an array of all inputs."""
+    return [one @ weight for one, weight in zip(inputs, weights)]
+
+
+def _of_tiles(x: Images) -> list[Float[Array, "tiles C"]]:
+    """The 16 sums of each 4x4 tile of inputs, two of which have two rows or columns in common."""
+    _, height, width, channels = x.shape
+    rows, columns = math.ceil(height / 2), math.ceil(width / 2)
+    x = jnp.pad(x, ((0, 0), (1, 2 * rows - height + 1), (1, 2 * columns - width + 1), (0, 0)))
+    inputs = []
+    for d in _of_inputs([x[:, i : i + 2 * rows : 2] for i in range(4)]):
+        inputs += _of_inputs([d[:, :, j : j + 2 * columns : 2] for j in range(4)])
+    return [one.reshape(-1, channels) for one in inputs]
+
+
+def _of_inputs(d: list[Array]) -> list[Array]:
+    """B'd of four inputs."""
+    return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
+
+
+def _to_outputs(m: list[Array]) -> list[Array]:
+    """A'm of four products."""
+    return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
+
+
+def winograd_gradients(x: Images, kernel: Kernel, dy: Outputs) -> tuple[Images, Kernel]:
+    """Those of ``winograd``, by as few multiplications: the inputs' is a convolution itself.
+
+    That of each of the 16 transformed weights is inputs' products, [C, tiles] by [tiles, D], where
+    products are A dy A'; G'[...]G makes the kernel's of them.
+    """
+    x, kernel = _not_before(dy, x), _not_before(dy, kernel)
+    dx = winograd(dy, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+    of_weights = [one.T @ other for one, other in zip(_of_tiles(x), _from_outputs(dy))]
+    dk = jnp.asarray(GG.T) @ jnp.stack(of_weights).reshape(16, -1)
+    return dx, dk.reshape(kernel.shape)
+
+
+def _not_before(dy: Outputs, array: Array) -> Array:
+    """The array, so that XLA makes nothing of it before ``dy`` is there.
+
+    It would keep all layers' transforms of the forward pass, in place of making them again, and
+    make those of the kernels at once: twice the memory of a step. On a CPU it takes optimization
+    barriers out; a product with zero stays, for it is not zero where ``dy`` is not finite.
+    """
+    return array + 0 * dy[0, 0, 0, 0]
+
+
+def _from_outputs(dy: Outputs) -> list[Float[Array, "tiles D"]]:
+    """A dy A' of each 2x2 tile: the transpose of ``_to_outputs`` along both axes."""
+    _, height, width, channels = dy.shape
+    dy = jnp.pad(dy, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
+    products = []
+    for d in _to_products(dy[:, ::2], dy[:, 1::2]):
+        products += _to_products(d[:, :, ::2], d[:, :, 1::2])
+    return [one.reshape(-1, channels) for one in products]
+
+
+def _to_products(first: Array, second: Array) -> list[Array]:
+    """A y of two outputs."""
+    return [first, first + second, first - second, -second]
+
+
+def convolve(x: Images, kernel: Kernel) -> Outputs:
+    """``plain``, in the form that is fastest where it runs."""
+    if min(kernel.shape[2:]) < MIN_CHANNELS or x.dtype != jnp.float32:
+        return plain(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=winograd, default=plain)
+
+
+def convolve_in_training(x: Images, kernel: Kernel) -> Outputs:
+    """``plain``, with its gradient, in the form that is fastest where it runs; no forward mode."""
+    batch, height, width, _ = x.shape
+    tiles = batch * math.ceil(height / 2) * math.ceil(width / 2)
+    is_large = min(kernel.shape[2:]) >= MIN_CHANNELS_IN_TRAINING and tiles >= MIN_TILES_IN_TRAINING
+    return (_lean if is_large and x.dtype == jnp.float32 else plain)(x, kernel)
+
+
+def _forward(x: Images, kernel: Kernel) -> tuple[Outputs, tuple[Images, Kernel]]:
+    # what ``winograd`` makes of x is four times as large: made again for the gradient
+    return convolve(x, kernel), (x, kernel)
+
+
+def _backward(residuals: tuple[Images, Kernel], dy: Outputs) -> tuple[Images, Kernel]:
+    return jax.lax.platform_dependent(
+        *residuals, dy, cpu=winograd_gradients, default=_plain_gradients
+    )
+
+
+def _plain_gradients(x: Images, kernel: Kernel, dy: Outputs) -> tuple[Images, Kernel]:
+    return jax.vjp(plain, x, kernel)[1](dy)
+
+
+_lean = jax.custom_vjp(convolve)
+_lean.defvjp(_forward, _backward)
+
+
+class Conv3x3(nnx.Conv):
+    """The layer, with its bias."""
+
+    def __call__(self, x: Images, is_training: bool) -> Outputs:
+        """The same height and width, in the layer's dtype."""
+        function = convolve_in_training if is_training else convolve
+        y = function(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return y + self.bias[...][None, None, None].astype(self.dtype)

@@ -1,0 +1,81 @@
+"""Nearest-neighbour upsampling by 2 and the 3x3 convolution after it, as one function.
+
+A 3x3 window on the large image sees 2x2 pixels of the small one, some of them more than once.
+``plain`` has 36 products for the four outputs of a pixel, ``phases`` 16 and ``nine_products`` 9.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from diffusion_jax.models.layers import conv
+from diffusion_jax.models.layers.conv import Images, Kernel
+
+Large = Float[Array, "B 2*H 2*W D"]
+
+
+def plain(x: Images, kernel: Kernel) -> Large:
+    """Each pixel twice along both axes, then ``conv.plain``."""
+    return conv.plain(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2), kernel)
+
+
+def phases(x: Images, kernel: Kernel) -> Large:
+    """Each of the four phases of the output is a 2x2 convolution of the small image."""
+    # fold[phase, small, large]: which of the three large rows lie in each of two small rows
+    fold = jnp.array([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+    kernels = jnp.einsum("apr,bqs,rsio->abpqio", fold, fold, kernel)
+
+    # Four convolutions, not one of four times the channels: XLA:CPU takes 70 times as long for
+    # the weight gradient of that one.
+    def phase(a: int, b: int) -> Array:
+        pad = ((1 - a, a), (1 - b, b))
+        w = kernels[a, b].astype(x.dtype)
+        return jax.lax.conv_general_dilated(x, w, (1, 1), pad, dimension_numbers=conv.LAYOUT)
+
+    return _interleave([[phase(a, b) for b in (0, 1)] for a in (0, 1)])
+
+
+def nine_products(x: Images, kernel: Kernel) -> Large:
+    """Along an axis, pixels p, q, r and weights k, l, m: q's outputs from three products.
+
+    They are kp + (l + m)q = k(p - q) + (k + l + m)q and (k + l)q + mr = (k + l + m)q + m(r - q).
+    """
+    batch, height, width, channels = x.shape
+    take = jnp.array([[1.0, 0, 0], [1, 1, 1], [0, 0, 1]])
+    weights = jnp.einsum("pr,qs,rsio->pqio", take, take, kernel)
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+    def differences(x: Array, axis: int, size: int) -> list[Array]:
+        p, q, r = (jax.lax.slice_in_dim(x, i, i + size, axis=axis) for i in range(3))
+        return [p - q, q, r - q]
+
+    def sums(products: list[Array]) -> list[Array]:
+        return [products[0] + products[1], products[1] + products[2]]
+
+    def multiply(one: Array, weight: Array) -> Array:
+        return (one.reshape(-1, channels) @ weight).reshape(batch, height, width, -1)
+
+    rows = []
+    for along_rows, of_rows in zip(differences(x, 1, height), weights):
+        along_both = differences(along_rows, 2, width)
+        rows.append(sums([multiply(one, weight) for one, weight in zip(along_both, of_rows)]))
+    columns = [sums(list(column)) for column in zip(*rows)]
+    return _interleave(list(zip(*columns)))
+
+
+def _interleave(outputs: Sequence[Sequence[Array]]) -> Array:
+    """The phases [row][column] of the output, put together."""
+    rows = [jnp.stack(of_row, axis=3) for of_row in outputs]
+    h = jnp.stack(rows, axis=2)
+    batch, height, _, width, _, channels = h.shape
+    return h.reshape(batch, 2 * height, 2 * width, channels)
+
+
+def upsample(x: Images, kernel: Kernel, is_training: bool) -> Large:
+    """``plain``, in the form that is fastest where it runs."""
+    fewest = conv.MIN_CHANNELS_IN_TRAINING if is_training else conv.MIN_CHANNELS
+    if min(kernel.shape[2:]) < fewest or x.dtype != jnp.float32:
+        return phases(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=nine_products, default=phases)

@@ -1,0 +1,90 @@
+"""The samples of a long job: a file for each batch as it comes, joined into one at the end."""
+
+import json
+import logging
+import os
+import pathlib
+import shutil
+import zipfile
+
+import numpy as np
+from jaxtyping import Num
+
+from diffusion_jax.runtime import files
+
+LOG = logging.getLogger("diffusion_jax")
+
+
+class Shards:
+    """The files of a job that may be killed at any moment and go on: none repeated, none lost.
+
+    A shard's name says which samples it holds. ``job`` is what the samples depend on; shards of
+    another job are thrown away, with a warning.
+    """
+
+    def __init__(self, folder: pathlib.Path, name: str, job: dict) -> None:
+        self._folder, self._name = folder, name
+        record, job = folder / "job.json", json.dumps(job, sort_keys=True)
+        self._joined = folder.with_name(f"{folder.name}.joined")
+        shutil.rmtree(self._joined, ignore_errors=True)  # of a run killed while it removed them
+        if folder.exists() and (not record.exists() or record.read_text() != job):
+            LOG.warning("%s: of another job, begun again", folder)
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files.replace_text(record, job)
+        ranges = self._ranges()
+        self._size = ranges[-1][1] if ranges else 0
+
+    def _ranges(self) -> list[tuple[int, int, pathlib.Path]]:
+        """First and end of the shards that follow on each other from sample 0, and their files."""
+        found, end = [], 0
+        for path in sorted(self._folder.glob("*.npz")):
+            first, last = map(int, path.stem.split("-"))
+            if first != end:
+                break
+            found.append((first, last + 1, path))
+            end = last + 1
+        return found
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+        return self._size
+
+    def add(self, samples: Num[np.ndarray, "n ..."]) -> None:
+        """Write the next samples, whole or not at all."""
+        end = self._size + len(samples)
+        path = self._folder / f"{self._size:09d}-{end - 1:09d}.npz"
+        with files.replace(path) as file:
+            np.savez(file, **{self._name: samples})
+        self._size = end
+
+    def first(self, count: int) -> Num[np.ndarray, "n ..."]:
+        """The first ``count`` samples, or all if there are fewer."""
+        parts, size = [], 0
+        for _, _, path in self._ranges():
+            if size >= count:
+                break
+            with np.load(path) as arrays:
+                parts.append(arrays[self._name])
+            size += len(parts[-1])
+        return np.concatenate(parts)[:count]
+
+    def join(self, path: pathlib.Path) -> None:
+        """Make one .npz of all shards, a shard in memory at a time, and remove them."""
+        like = self.first(1)
+        header = {
+            "descr": np.lib.format.dtype_to_descr(like.dtype),
+            "fortran_order": False,
+            "shape": (len(self), *like.shape[1:]),
+        }
+        with (
+            files.replace(path) as file,
+            zipfile.ZipFile(file, "w") as archive,
+            archive.open(f"{self._name}.npy", "w", force_zip64=True) as column,
+        ):
+            np.lib.format.write_array_header_2_0(column, header)
+            for _, _, part in self._ranges():
+                with np.load(part) as arrays:
+                    column.write(np.ascontiguousarray(arrays[self._name]).tobytes())
+        os.replace(self._folder, self._joined)  # at once, whatever happens while they are removed
+        shutil.rmtree(self._joined)

@@ -1,0 +1,193 @@
+"""What sampling leaves in a workdir: arrays, grids of images, animations."""
+
+import functools
+import logging
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree, UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from diffusion_jax.data.dataset import Dataset
+from diffusion_jax.data.pixels import to_uint8, to_x_0
+from diffusion_jax.diffusion import schedules
+from diffusion_jax.diffusion.schedules.schedule import Schedule
+from diffusion_jax.drawing.images import (
+    draw_points,
+    image_grid,
+    labelled_grid,
+    save_labelled_animation,
+)
+from diffusion_jax.errors import NonFiniteSampleError
+from diffusion_jax.experiment.editing import EditedImages
+from diffusion_jax.experiment.sampling import GRID_IMAGES, SamplingPlan
+from diffusion_jax.runtime.shards import Shards
+from diffusion_jax.sampling.generator import (
+    ANIMATED_IMAGES,
+    Generator,
+    SampleGrid,
+    noising,
+    num_animated,
+)
+
+LOG = logging.getLogger("diffusion_jax")
+
+FRAME_MILLISECONDS = 80
+POINTS_SIZE = 256  # pixels of a picture of 2-D points
+POINTS_LIMIT = 1.6  # its axes
+COMPARED_IMAGES = 8  # in each row of steps.png
+CLASS_IMAGES = 10  # in each row of a conditional model's grid
+
+# Beside a run's own schedule in noising.gif; linear ends at noise for any T if it is rescaled.
+NOISING: dict[str, Callable[[int], Schedule]] = {
+    "linear": lambda num_timesteps: schedules.linear(num_timesteps, rescale=num_timesteps > 20),
+    "cosine": schedules.cosine,
+}
+
+
+def pictures(x_0: Float[np.ndarray, "images ..."], levels: int | None) -> UInt8[np.ndarray, "..."]:
+    """Images as PNGs hold them [n h w c]; 2-D points become one picture of all of them."""
+    if levels is not None:
+        return np.asarray(to_uint8(x_0, levels))
+    return draw_points(np.asarray(x_0), POINTS_LIMIT, POINTS_SIZE)[None]
+
+
+def write_grid(grid: SampleGrid, path: pathlib.Path) -> UInt8[np.ndarray, "h w c"]:
+    """Wait for a grid's images and write them as one PNG."""
+    path.parent.mkdir(exist_ok=True)
+    image = image_grid(pictures(np.concatenate(grid.x_0)[: grid.num_images], grid.levels))
+    image.save(path)
+    return np.atleast_3d(np.asarray(image))
+
+
+def grids_in_training(
+    generator: Generator, every_steps: int, folder: pathlib.Path
+) -> Callable[[int, PyTree], Callable[[], UInt8[np.ndarray, "h w c"]] | None]:
+    """What a training run calls after its steps: a grid of samples every so many; 0: none.
+
+    The grid is sampled while the training goes on. The function that is returned for it waits for
+    the images, writes them and returns the picture.
+    """
+
+    def on_step(step: int, ema: PyTree) -> Callable[[], UInt8[np.ndarray, "h w c"]] | None:
+        if not every_steps or step % every_steps:
+            return None
+        path = folder / f"step_{step:08d}.png"
+        return functools.partial(write_grid, generator.grid(ema), path)
+
+    return on_step
+
+
+class Samples(NamedTuple):
+    """What is sampled: by which generator and parameters, from which images if any."""
+
+    generator: Generator
+    params: tuple[PyTree, PyTree]  # of the network and of the weaker one
+    plan: SamplingPlan
+    schedule: Schedule
+    dataset: Dataset
+    edited: EditedImages | None = None
+
+
+def write_samples(samples: Samples, identity: dict[str, Any], folder: pathlib.Path) -> None:
+    """Sample, from where a killed run with the same ``identity`` stopped, and write everything.
+
+    samples.npz holds all samples, grid.png the first, of an edit beside what it began from.
+    denoising.gif is the way of x_t and of the predicted x_0, noising.gif that of real data under
+    the run's schedule and others, steps.png the same noise by chains of several lengths.
+    """
+    folder.mkdir(exist_ok=True)
+    plan, levels = samples.plan, samples.dataset.levels
+    shards = Shards(folder / "shards", "points" if levels is None else "images", identity)
+    _sample(samples, shards, folder)
+    _draw_grid(shards.first(GRID_IMAGES), samples).save(folder / "grid.png")
+    if plan.compared_steps:
+        compared = samples.generator.compared(samples.params, COMPARED_IMAGES).items()
+        rows = {f"{num_steps} steps": pictures(x_0, levels) for num_steps, x_0 in compared}
+        labelled_grid(list(rows.values()), list(rows)).save(folder / "steps.png")
+    if plan.num_frames:
+        _animate_noising(samples, folder / "noising.gif")
+    shards.join(folder / "samples.npz")
+    LOG.info("%d samples in %s", plan.num_images, folder)
+
+
+def _sample(samples: Samples, shards: Shards, folder: pathlib.Path) -> None:
+    """Fill the shards, and animate the first batch."""
+    generator, params, plan = samples.generator, samples.params, samples.plan
+    levels = samples.dataset.levels
+    if len(shards):
+        LOG.info("going on after %d of %d samples", len(shards), plan.num_images)
+    rows, evaluations = generator.rows(params), generator.num_evaluations(params)
+    also = "" if plan.guidance is None else ", and of the weak network in its interval"
+    LOG.info("%d steps, %d network evaluations per image%s", len(rows), evaluations, also)
+    with tqdm(total=plan.num_images, initial=len(shards), desc="samples", disable=None) as bar:
+        for batch in generator.batches(params, len(shards), samples.edited):
+            if len(shards) == 0 and plan.num_frames:
+                states = np.append(rows.timestep[::-1], 0)
+                _animate(
+                    {"x_t": batch.x_t, "predicted\nx_0": batch.predicted_x_0},
+                    states[np.linspace(0, len(rows), plan.num_frames).round().astype(int)],
+                    levels,
+                    folder / "denoising.gif",
+                )
+            if not np.isfinite(batch.x_0).all():
+                raise NonFiniteSampleError(f"samples from {len(shards)} on: not all are finite")
+            shards.add(batch.x_0 if levels is None else pictures(batch.x_0, levels))
+            bar.update(len(batch.x_0))
+            if bar.disable:
+                LOG.info("%d/%d images", len(shards), plan.num_images)
+
+
+def _animate_noising(samples: Samples, path: pathlib.Path) -> None:
+    """Real data on its way to noise, under the schedule of the run and under others."""
+    schedule, dataset, num_frames = samples.schedule, samples.dataset, samples.plan.num_frames
+    shown = slice(num_animated(dataset.levels))
+    real = jnp.asarray(to_x_0((dataset.test or dataset.train).images[shown], dataset.levels))
+    compared = {"this run": schedule} | {
+        name: function(len(schedule)) for name, function in NOISING.items()
+    }
+    noised = {
+        name: noising(rows, jax.random.key(0), real, num_frames) for name, rows in compared.items()
+    }
+    states = np.linspace(0, len(schedule), num_frames).round()
+    _animate(noised, states, dataset.levels, path)
+
+
+def _draw_grid(shown: np.ndarray, samples: Samples) -> Image.Image:
+    """The first samples: of a conditional model a row for each class, of an edit what it is of."""
+    plan, dataset, levels = samples.plan, samples.dataset, samples.dataset.levels
+    if levels is None:
+        return image_grid(pictures(shown, levels))
+    if samples.edited is not None:
+        columns = slice(ANIMATED_IMAGES)
+        ends = [0, -1] if plan.editing.task == "interpolate" else columns
+        begun = pictures(samples.edited.x_0[ends], levels)
+        rows = {"given": begun}
+        if plan.editing.task == "inpaint":
+            rows["kept"] = np.where(samples.edited.mask == 1, np.uint8(128), begun)
+        rows = {name: images[columns] for name, images in (rows | {"made": shown}).items()}
+        return labelled_grid(list(rows.values()), list(rows))
+    if plan.is_conditional and plan.label is None:
+        classes = range(min(dataset.num_classes, len(shown)))
+        rows = [shown[k :: dataset.num_classes][:CLASS_IMAGES] for k in classes]
+        return labelled_grid(rows, [str(k) for k in classes])
+    return image_grid(shown)
+
+
+def _animate(
+    frames: dict[str, Float[np.ndarray, "frames images ..."] | Float[Array, "frames images ..."]],
+    timesteps: Float[np.ndarray, " frames"],
+    levels: int | None,
+    path: pathlib.Path,
+) -> None:
+    pictured = {
+        name: np.stack([pictures(np.asarray(frame), levels) for frame in of_row])
+        for name, of_row in frames.items()
+    }
+    titles = [f"t = {timestep:.0f}" for timestep in timesteps]
+    save_labelled_animation(pictured, titles, path, FRAME_MILLISECONDS)

@@ -1,0 +1,259 @@
+"""Images out of a trained model: a plan's chain, guidance and editing, over the devices."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from diffusion_jax.diffusion import editing, guidance, process, samplers, schedules
+from diffusion_jax.diffusion.network import Network, create_predict
+from diffusion_jax.diffusion.process import Predict
+from diffusion_jax.diffusion.samplers.base import Sampler
+from diffusion_jax.diffusion.samplers.chain import Trajectory
+from diffusion_jax.diffusion.schedules.schedule import Schedule
+from diffusion_jax.diffusion.streams import Stream, stream_key
+from diffusion_jax.errors import in_section
+from diffusion_jax.experiment.editing import EditedImages
+from diffusion_jax.experiment.experiment import Experiment
+from diffusion_jax.experiment.guidance import Guidance
+from diffusion_jax.experiment.sampling import Chain
+from diffusion_jax.runtime import devices
+from diffusion_jax.sampling.edits import EDITS, EditInputs
+
+ANIMATED_IMAGES, ANIMATED_POINTS = 16, 500
+
+
+class SampleGrid(NamedTuple):
+    """Images that a device may still be sampling."""
+
+    x_0: Float[Array, "devices batch ..."]
+    num_images: int
+    levels: int | None
+
+
+class ChainInputs(NamedTuple):
+    """What all images of a call have in common, on every device."""
+
+    params: tuple[PyTree, PyTree]  # of the network and of the weaker one
+    rows: Schedule
+    native: Schedule  # the schedule that ``rows`` are of
+    sampler: Sampler
+    guidance: Guidance | None
+    key: Key[Array, ""]
+
+
+def num_animated(levels: int | None) -> int:
+    """How many images, or points, an animation shows."""
+    return ANIMATED_POINTS if levels is None else ANIMATED_IMAGES
+
+
+class Generator:
+    """Samples of a model, compiled once for each batch shape, on this process's devices.
+
+    Image i depends on the seed and i alone; a conditional model draws class i mod num_classes.
+    ``weak`` is the network that guides by being worse, None: the same one without the label.
+    """
+
+    def __init__(
+        self, experiment: Experiment, weak: Network | None, used_devices: list[jax.Device]
+    ) -> None:
+        self._network = experiment.network
+        self._weak = weak
+        self._dataset = experiment.dataset
+        self._schedule_of = experiment.schedule_of
+        self._plan = experiment.sampling
+        self._devices = [d for d in used_devices if d.process_index == jax.process_index()]
+        self._key = stream_key(experiment.seed, Stream.SAMPLING)
+        self._trajectory = jax.pmap(
+            self._of_device,
+            axis_name="device",
+            in_axes=(None, 0, 0, None),
+            static_broadcasted_argnums=3,
+            devices=self._devices,
+        )
+
+    def of_schedule(self, schedule_of: Callable[[PyTree], Schedule], seed: int) -> "Generator":
+        """The same for another schedule and seed, which are arguments of what is compiled."""
+        other = copy.copy(self)
+        other._schedule_of = schedule_of
+        other._key = stream_key(seed, Stream.SAMPLING)
+        return other
+
+    def label(self, indices: Int[Array, "..."] | Int[np.ndarray, "..."]) -> Array | None:
+        """The class of each image; None where the network is told none."""
+        if not self._plan.is_conditional:
+            return None
+        if self._plan.label is not None:
+            return jnp.full_like(indices, self._plan.label)
+        return jnp.asarray(indices % self._dataset.num_classes)
+
+    def _predict(self, inputs: ChainInputs, label: Array | None) -> Predict:
+        """The network with the plan's guidance, and then its threshold."""
+        params, weak_params = inputs.params
+        predict = create_predict(self._network, params, label)
+        if inputs.guidance is not None:
+            if self._weak is None:
+                nothing = jnp.full_like(label, self._dataset.num_classes)
+                weak = create_predict(self._network, params, nothing)
+            else:
+                weak = create_predict(self._weak, weak_params, label)
+            predict = guidance.guide(predict, weak, *inputs.guidance)
+        if self._plan.dynamic_threshold is not None:
+            return guidance.dynamic_threshold(predict, self._plan.dynamic_threshold)
+        return guidance.static_threshold(predict) if self._plan.clip_x_0 else predict
+
+    def _of_device(
+        self,
+        inputs: ChainInputs,
+        indices: Int[Array, " batch"],
+        edited: PyTree,
+        num_frames: int,
+    ) -> Trajectory:
+        predict = self._predict(inputs, self.label(indices))
+        shape = (len(indices), *self._dataset.shape)
+        key, sampler, x_T = inputs.key, inputs.sampler, None
+        if edited is not None:
+            # of their own, not those of the chain's noise
+            edit_key, key = jax.random.split(key)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(edit_key, indices)
+            edit = EDITS[self._plan.editing.task]
+            sampler, x_T = edit(
+                EditInputs(
+                    plan=self._plan.editing,
+                    keys=keys,
+                    predict=predict,
+                    rows=inputs.rows,
+                    sampler=sampler,
+                    images=edited,
+                )
+            )
+        return samplers.trajectory(
+            key,
+            predict,
+            inputs.rows,
+            sampler,
+            shape,
+            num_frames=num_frames,
+            x_T=x_T,
+            indices=indices,
+            native=inputs.native,
+        )
+
+    def _run(
+        self,
+        inputs: ChainInputs,
+        images: range,
+        *,
+        num_frames: int = 0,
+        edited: EditedImages | None = None,
+    ) -> Trajectory:
+        """The chains of the images of these numbers, as many on each device."""
+        # an uneven batch is filled up with images past its end, which are left out later
+        per_device = -(-len(images) // len(self._devices))
+        indices = images.start + np.arange(per_device * len(self._devices))
+        indices = indices.reshape(len(self._devices), per_device)
+        inputs = devices.replicate(inputs, self._devices)
+        edited = None if edited is None else self._edited(edited, indices)
+        return self._trajectory(inputs, indices, edited, num_frames)
+
+    def _inputs(self, params: tuple[PyTree, PyTree], chain: Chain) -> ChainInputs:
+        """What the plan's sampler and guidance need for a chain."""
+        return ChainInputs(
+            params=params,
+            rows=self._chain_rows(params, chain),
+            native=self._schedule_of(params[0]),
+            sampler=self._plan.sampler,
+            guidance=self._plan.guidance,
+            key=self._key,
+        )
+
+    def _edited(self, images: EditedImages, indices: Int[np.ndarray, "..."]) -> dict[str, Array]:
+        """What each image is made from: file image i mod n, or the first and the last of them."""
+        last, shape = max(self._plan.num_images - 1, 1), images.x_0.shape[1:]
+        return {
+            "x_0": images.x_0[indices % len(images.x_0)],
+            "mask": np.broadcast_to(images.mask, (*indices.shape, *images.mask.shape)),
+            "fraction": np.minimum(indices / last, 1).astype(np.float32),
+            "ends": np.broadcast_to(
+                images.x_0[[0, -1]][:, None], (len(indices), 2, indices.shape[1], *shape)
+            ),
+        }
+
+    def grid(self, params: PyTree) -> SampleGrid:
+        """Start a small DDIM grid and do not wait for it (save for a learned schedule's rows)."""
+        plan, native = self._plan, self._schedule_of(params)
+        inputs = ChainInputs(
+            params=(params, None),
+            rows=schedules.respace(native, plan.grid_steps),
+            native=native,
+            sampler=samplers.ddim(eta=0.0),
+            guidance=None,  # the weak network is read when training is over
+            key=self._key,
+        )
+        x_0 = self._run(inputs, range(plan.grid_images)).x_0
+        return SampleGrid(x_0=x_0, num_images=plan.grid_images, levels=self._dataset.levels)
+
+    def rows(self, params: PyTree) -> Schedule:
+        """The rows of the plan's chain: those up to its timestep, if it edits images."""
+        return self._chain_rows(params, self._plan.chain)
+
+    def _chain_rows(self, params: PyTree, chain: Chain) -> Schedule:
+        schedule, edit = self._schedule_of(params[0]), self._plan.editing
+        with in_section("config.sampling"):  # a learned schedule's end was not known before
+            return chain.rows(schedule if edit is None else edit.rows(schedule))
+
+    def num_evaluations(self, params: PyTree) -> int:
+        """Evaluations of the network for each image, those of inversions too.
+
+        Guidance has the weak network evaluated beside it, in its interval.
+        """
+        plan, sampler, num_steps = self._plan, self._plan.sampler, len(self.rows(params))
+        task = None if plan.editing is None else plan.editing.task
+        if task == "inpaint":
+            jumps = plan.editing.num_resamples, plan.editing.jump_length
+            sampler = editing.Inpaint(sampler, None, None, *jumps)
+        inverted = {"interpolate": 2, "variations": 1}.get(task, 0)  # images for each
+        inversions = inverted * samplers.INVERSION_ROUNDS * num_steps + (task == "variations")
+        return sampler.num_evaluations(num_steps) + inversions
+
+    def batches(
+        self, params: PyTree, first: int, edited: EditedImages | None
+    ) -> Iterator[Trajectory]:
+        """The images of the plan from number ``first`` on, a batch at a time: [image, ...].
+
+        ``params`` are those of the network and of the weak one. The frames [frame, image, ...] are
+        of the first images of the batch.
+        """
+        plan = self._plan
+        inputs = self._inputs(params, plan.chain)
+        for start in range(first, plan.num_images, plan.batch_size):
+            images = range(start, start + plan.batch_size)
+            x_0, *frames = self._run(inputs, images, num_frames=plan.num_frames, edited=edited)
+            size = min(plan.batch_size, plan.num_images - start)
+            shown = min(size, num_animated(self._dataset.levels))
+            frames = (np.concatenate(part[:, :, :shown], axis=1)[:, :shown] for part in frames)
+            yield Trajectory(np.concatenate(x_0)[:size], *frames)
+
+    def compared(self, params: PyTree, num_images: int) -> dict[int, np.ndarray]:
+        """The first images by chains of each number of steps that the plan compares: one noise."""
+        images = {}
+        for num_steps in self._plan.compared_steps:
+            inputs = self._inputs(params, self._plan.chain._replace(num_steps=num_steps))
+            x_0 = self._run(inputs, range(num_images)).x_0
+            images[num_steps] = np.concatenate(x_0)[:num_images]
+        return images
+
+
+def noising(
+    schedule: Schedule, key: Key[Array, ""], x_0: Float[Array, "batch ..."], num_frames: int
+) -> Float[Array, "frames batch ..."]:
+    """Real data on its way to noise: x_t at evenly spaced timesteps, the same eps all the way."""
+    eps = jax.random.normal(key, x_0.shape)
+    timesteps = np.linspace(0, len(schedule), num_frames)[1:].round().astype(int)
+    rows = schedule[timesteps - 1]
+    x_t = jax.vmap(process.q_sample, (0, None, None))(rows, x_0, eps)
+    return jnp.concatenate([x_0[None], x_t])

@@ -1,0 +1,107 @@
+"""A training run under way: its checkpoints, its batches and its journal."""
+
+import itertools
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from diffusion_jax.data.batches import read_batches
+from diffusion_jax.data.dataset import Dataset
+from diffusion_jax.errors import RunError
+from diffusion_jax.experiment.training import TrainingPlan
+from diffusion_jax.runtime.checkpoint import Checkpoints, Restored
+from diffusion_jax.runtime.workdir import Workdir
+from diffusion_jax.training.journal import NO_STEPS, Journal, Picture
+from diffusion_jax.training.step import Batch, StepMetrics, TrainState
+
+LOG = logging.getLogger("diffusion_jax")
+
+
+class Processes(NamedTuple):
+    """Which of how many processes share the batches of a run."""
+
+    index: int = 0
+    count: int = 1
+
+
+class Run:
+    """A training run but for its state on the devices: where it stands and its records.
+
+    It goes on from the newest intact checkpoint, if there is one: ``step`` and ``state``, on the
+    host, are those that it begins with. ``journal`` opens the records at a step with the sums that
+    the checkpoint kept.
+    """
+
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        fresh: TrainState,
+        journal: Callable[..., Journal],
+        *,
+        seed: int,
+        dataset: Dataset,
+        workdir: Workdir,
+        processes: Processes = Processes(),  # noqa: B008 (a constant)
+    ) -> None:
+        self._plan = plan
+        self._workdir = workdir  # whose lock is held while the run lives
+        self._checkpoints = Checkpoints(workdir.checkpoints, plan.keep_last, plan.keep_best)
+        # what the next record is made of is saved too: a resumed run reports as one never stopped
+        template = {**fresh._asdict(), "since_log": NO_STEPS}
+        try:
+            self.step, saved = self._checkpoints.restore(template) or Restored(0, template)
+        except RunError:
+            self._checkpoints.close()
+            raise
+        self.state = TrainState(*(saved[name] for name in TrainState._fields))
+        if self.step:
+            LOG.info("resuming at step %d", self.step)
+        self._journal = journal(workdir.path, plan, start=self.step, since_log=saved["since_log"])
+        self._batches = read_batches(
+            dataset.train,
+            plan.batch_size,
+            seed,
+            start_step=self.step,
+            flip=plan.flip,
+            process_index=processes.index,
+            process_count=processes.count,
+        )
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last step has been taken."""
+        return self.step >= self._plan.num_steps
+
+    def steps_to(self, multiple: int) -> int:
+        """Steps until the step number is a multiple, or the run ends."""
+        return min(multiple - self.step % multiple, self._plan.num_steps - self.step)
+
+    def batches(self, num_steps: int) -> Batch:
+        """The batches of the next steps: [step, example, ...]."""
+        batches = itertools.islice(self._batches, num_steps)
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+    def took(self, num_steps: int, metrics: StepMetrics, picture: Picture | None = None) -> None:
+        """Report steps that were begun; a picture is that of the state after them."""
+        self.step += num_steps
+        self._journal.add(self.step, metrics, picture)
+
+    @property
+    def is_checkpoint_due(self) -> bool:
+        """Whether the plan saves the state of this step."""
+        return self.is_done or self.step % self._plan.checkpoint_every_steps == 0
+
+    def save(self, state: TrainState) -> None:
+        """Save a state, which is on the host; nothing before its losses are known to be finite."""
+        self._journal.drain()
+        loss = self._journal.loss_since_save()
+        tree = {**state._asdict(), "since_log": self._journal.since_log}
+        self._checkpoints.save(self.step, tree, loss)
+
+    def close(self) -> None:
+        """Finish what is being saved, and the records."""
+        self._checkpoints.close()
+        self._journal.close()
