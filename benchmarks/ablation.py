@@ -14,8 +14,9 @@ import subprocess
 import sys
 import time
 
-from diffusion_jax import config as configuration
-from diffusion_jax import grid
+from diffusion_jax.__main__ import parse_arguments
+from diffusion_jax.ablation import grid
+from diffusion_jax.config import config as configuration
 
 MAIN = pathlib.Path(__file__).parent.parent / "main.py"
 NUM_SINGLES = 3  # spread over the jobs; one before the ablation, the others after it
@@ -30,7 +31,7 @@ def seconds_of(words: list[str]) -> float:
 
 def main(argv: list[str]) -> None:
     """Print the times and their ratio."""
-    arguments = configuration.parse_arguments([*argv, "--mode=ablate"], ("ablate",))
+    arguments = parse_arguments([*argv, "--mode=ablate"], ("ablate",))
     config = configuration.load(arguments.config_path, arguments.overrides)
     jobs = grid.create_jobs(config)
     path = pathlib.Path(arguments.workdir)

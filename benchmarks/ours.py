@@ -15,24 +15,26 @@ import numpy as np
 from jax import block_until_ready
 
 from benchmarks.cases import SIZES
-from diffusion_jax import config as configuration
-from diffusion_jax import data, devices
-from diffusion_jax import evaluate as evaluation
-from diffusion_jax.checkpoint import Checkpoints
-from diffusion_jax.experiment import Experiment, create_experiment
-from diffusion_jax.generate import Generator, Network
-from diffusion_jax.train import (
+from diffusion_jax.config import config as configuration
+from diffusion_jax.data.batches import read_batches
+from diffusion_jax.data.dataset import Split
+from diffusion_jax.diffusion.network import Network
+from diffusion_jax.evaluation import evaluate as evaluation
+from diffusion_jax.experiment.evaluation import fit
+from diffusion_jax.experiment.experiment import Experiment, create_experiment
+from diffusion_jax.runtime import devices
+from diffusion_jax.runtime.checkpoint import Checkpoints
+from diffusion_jax.sampling.generator import Generator
+from diffusion_jax.training.step import (
     BETWEEN_DEVICES,
     TrainState,
     compile_steps,
+    divide_batches,
     init_state,
     noise_key,
     pace,
-    spread,
 )
-from diffusion_jax.train import (
-    train_step as step_of_device,
-)
+from diffusion_jax.training.step import train_step as step_of_device
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "default.py"
 
@@ -49,7 +51,7 @@ def create(size: str, fields: dict[str, Any]) -> tuple[Experiment, list[jax.Devi
     is_training = "train.batch_size" in fields
     batch_size = config.train.batch_size if is_training else config.sampling.batch_size
     devices.start(config.num_devices, batch_size, False, divide=is_training)
-    return create_experiment(config), devices.used(config.num_devices)
+    return create_experiment(config), devices.select_devices(config.num_devices)
 
 
 def num_parameters(params: Any) -> int:
@@ -87,7 +89,7 @@ def create_step(size: str, batch_size: int, fields: dict[str, Any]) -> Step:
     indices = np.arange(batch_size).reshape(len(used), -1)
     images, _ = _images_and_labels(batch_size, experiment.dataset.shape)
     num_steps, _ = pace(plan, used)
-    batches = spread({"image": np.stack([images] * num_steps), "label": None}, len(used))
+    batches = divide_batches({"image": np.stack([images] * num_steps), "label": None}, len(used))
     choices = experiment.batch_losses, timesteps, plan, experiment.dataset.levels
     steps = compile_steps(functools.partial(step_of_device, *choices, BETWEEN_DEVICES), used)
     state, schedule, key = devices.replicate((state, schedule, noise_key(0)), used)
@@ -158,8 +160,8 @@ def sample(
 
 def read_batches(contender: str, batch_size: int, num_batches: int) -> Prepared:
     """Shuffled batches of a split that lies in memory, by the pipeline of training."""
-    split = data.Split(*_images_and_labels(60_000, (28, 28, 1)))
-    stream = data.batches(split, batch_size, seed=0)
+    split = Split(*_images_and_labels(60_000, (28, 28, 1)))
+    stream = read_batches(split, batch_size, seed=0)
 
     def run() -> None:
         for _ in range(num_batches):
@@ -177,8 +179,8 @@ def evaluate(contender: str, size: str, num_examples: int, num_timesteps: int) -
     """The evaluation of --mode=evaluate, its files too."""
     fields = {"evaluate.num_examples": num_examples, "evaluate.num_timesteps": num_timesteps}
     experiment, used = create(size, fields)
-    split = data.Split(*_images_and_labels(num_examples, experiment.dataset.shape))
-    plan = evaluation.fit(experiment.evaluation, split)
+    split = Split(*_images_and_labels(num_examples, experiment.dataset.shape))
+    plan = fit(experiment.evaluation, split)
     evaluator = evaluation.Evaluator(experiment.model, experiment.objective, plan, used)
     params = experiment.model.init(jax.random.key(0))
     folders = tempfile.TemporaryDirectory()

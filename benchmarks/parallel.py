@@ -13,9 +13,14 @@ import time
 import numpy as np
 from jax import block_until_ready
 
-from diffusion_jax import ablate, data, devices, grid
-from diffusion_jax import config as configuration
-from diffusion_jax.train import init_state, noise_key
+from diffusion_jax.__main__ import parse_arguments
+from diffusion_jax.ablation import grid
+from diffusion_jax.ablation.slots import create_slots
+from diffusion_jax.config import config as configuration
+from diffusion_jax.data.batches import read_batches
+from diffusion_jax.data.load import load_dataset
+from diffusion_jax.runtime import devices
+from diffusion_jax.training.step import init_state, noise_key
 
 WAYS = {"sequence": 1, "device": 1, "vmap": 2}  # jobs on a device
 ROUNDS, STEPS = 5, 5
@@ -23,22 +28,22 @@ ROUNDS, STEPS = 5, 5
 
 def main(argv: list[str]) -> None:
     """Print a line for each way."""
-    arguments = configuration.parse_arguments([*argv, "--mode=ablate"], ("ablate",))
+    arguments = parse_arguments([*argv, "--mode=ablate"], ("ablate",))
     config = configuration.load(arguments.config_path, arguments.overrides)
     devices.start(config.num_devices, config.train.batch_size, False, divide=True)
-    used = devices.used(config.num_devices)
+    used = devices.select_devices(config.num_devices)
     job = grid.create_jobs(config)[0]
-    dataset = data.load(config.dataset)
+    dataset = load_dataset(config.dataset)
     devices.start_compilation_cache(config.compilation_cache)
     experiment, plan = job.experiment, job.experiment.training
     schedule, timesteps = experiment.schedule, experiment.objective.timesteps
     state = init_state(experiment.model, plan.optimizer, timesteps, len(schedule), job.seed)
-    stream = data.batches(dataset.train, plan.batch_size, job.seed)
+    stream = read_batches(dataset.train, plan.batch_size, job.seed)
     batch = {name: array[None] for name, array in next(stream).items()}
 
     begun = {}
     for way, per_device in WAYS.items():
-        slots = ablate.create_slots(way, per_device, [job], dataset.levels, used)
+        slots = create_slots(way, per_device, [job], dataset.levels, used)
         inputs = slots.put([(state, schedule, noise_key(job.seed))] * slots.num)
         begun[way] = slots, inputs, slots.put_batches([batch] * slots.num)
 

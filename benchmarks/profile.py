@@ -23,7 +23,7 @@ from jax import block_until_ready
 from jax.extend.core import jaxprs_in_params
 
 from benchmarks import ours
-from diffusion_jax import devices
+from diffusion_jax.runtime import devices
 
 ROUNDS, CALLS = 7, 3
 PRODUCTS = 10  # that are under way, so that none waits for Python

@@ -15,11 +15,19 @@ import sys
 
 import numpy as np
 
-from diffusion_jax import config as configuration
-from diffusion_jax import data, devices, quality, samplers
-from diffusion_jax.checkpoint import restore_average
-from diffusion_jax.experiment import create_experiment
-from diffusion_jax.generate import Chain, Generator, Network
+from diffusion_jax.__main__ import parse_arguments
+from diffusion_jax.config import config as configuration
+from diffusion_jax.data.load import load_dataset
+from diffusion_jax.data.pixels import to_x_0
+from diffusion_jax.diffusion import samplers
+from diffusion_jax.diffusion.network import Network
+from diffusion_jax.evaluation.classifier import features, load_classifier
+from diffusion_jax.evaluation.distances import with_interval
+from diffusion_jax.experiment.experiment import create_experiment
+from diffusion_jax.experiment.sampling import Chain
+from diffusion_jax.runtime import devices
+from diffusion_jax.runtime.checkpoint import restore_average
+from diffusion_jax.sampling.generator import Generator
 
 MODES = ("sample",)
 BUDGETS = (10, 20, 50)  # evaluations of the network, about
@@ -36,26 +44,26 @@ def chain_of(name: str, num_steps: int) -> Chain:
 
 def main(argv: list[str]) -> None:
     """Print a row for each sampler."""
-    arguments = configuration.parse_arguments([*argv, "--mode=sample"], MODES)
+    arguments = parse_arguments([*argv, "--mode=sample"], MODES)
     config = configuration.load(arguments.config_path, arguments.overrides)
     devices.start(config.num_devices, config.sampling.batch_size, False, divide=False)
     experiment = create_experiment(config)
-    dataset = data.load(config.dataset)
+    dataset = load_dataset(config.dataset)
     devices.start_compilation_cache(config.compilation_cache)
     ema, step = restore_average(
         experiment.model, "--workdir", pathlib.Path(arguments.workdir), None
     )
-    classifier = quality.load_classifier(dataset, 0, pathlib.Path(arguments.workdir))
-    real = quality.features(classifier, data.to_x_0(dataset.test.images[:], dataset.levels))
+    classifier = load_classifier(dataset, 0, pathlib.Path(arguments.workdir))
+    real = features(classifier, to_x_0(dataset.test.images[:], dataset.levels))
 
     def cell(x_0: np.ndarray) -> str:
-        found = quality.with_interval("frechet", quality.features(classifier, x_0), real, seed=0)
+        found = with_interval("frechet", features(classifier, x_0), real, seed=0)
         return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
     num_images = config.sampling.num_images
     # at random: neighbours in MNIST's training archive are of two populations by turns
     drawn = np.random.default_rng(0).permutation(len(dataset.train))[:num_images]
-    training = data.to_x_0(dataset.train.images[drawn], dataset.levels)
+    training = to_x_0(dataset.train.images[drawn], dataset.levels)
     print(f"step {step}, {num_images} images, classifier {classifier.test_accuracy:.4f} right")
     print(f"as many training images: {cell(training)}\n")
     print("| sampler | grid | " + " | ".join(f"{n} calls" for n in BUDGETS) + " |")
@@ -76,7 +84,7 @@ def main(argv: list[str]) -> None:
                 experiment.schedule_of,
                 plan,
                 experiment.seed,
-                devices.used(config.num_devices),
+                devices.select_devices(config.num_devices),
             )
             params = ema, None
             x_0 = [batch.x_0 for batch in generator.batches(params, 0, None)]

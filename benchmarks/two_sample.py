@@ -14,8 +14,11 @@ import sys
 import numpy as np
 from sklearn.neighbors import NearestNeighbors
 
-from diffusion_jax import config as configuration
-from diffusion_jax import data
+from diffusion_jax.__main__ import parse_arguments
+from diffusion_jax.config import config as configuration
+from diffusion_jax.data.dataset import Split
+from diffusion_jax.data.load import load_dataset
+from diffusion_jax.data.pixels import to_uint8, to_x_0
 
 DRAWS = 10  # of as many samples as there are held-out images, or half of them
 MODES = ("train",)  # the flags of main.py are parsed, of which there is no mode to choose
@@ -38,16 +41,16 @@ def nearest_distance(points: np.ndarray, training: np.ndarray) -> float:
 
 def main(argv: list[str]) -> None:
     """Print the figures of a run's samples.npz."""
-    arguments = configuration.parse_arguments(argv, MODES)
+    arguments = parse_arguments(argv, MODES)
     config = configuration.load(arguments.config_path, arguments.overrides)
-    dataset = data.load(config.dataset)
+    dataset = load_dataset(config.dataset)
 
     def flat(images: np.ndarray) -> np.ndarray:
         return images.reshape(len(images), -1).astype(np.float64)
 
-    def pixels(split: data.Split) -> np.ndarray:
-        x_0 = data.to_x_0(split.images[:], dataset.levels)
-        return flat(data.to_uint8(x_0, dataset.levels))
+    def pixels(split: Split) -> np.ndarray:
+        x_0 = to_x_0(split.images[:], dataset.levels)
+        return flat(to_uint8(x_0, dataset.levels))
 
     held_out, training = pixels(dataset.test), pixels(dataset.train)
     with np.load(pathlib.Path(arguments.workdir) / "samples" / "samples.npz") as arrays:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.process import Prediction
+from diffusion_jax.diffusion.process import Prediction
 
 # beta_1 .. beta_T as the papers define them, in float64
 

@@ -15,7 +15,7 @@ from unittest import mock
 import conftest
 import numpy as np
 
-from diffusion_jax.checkpoint import Arrays, Checkpoints
+from diffusion_jax.runtime.checkpoint import Arrays, Checkpoints
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 TIMEOUT = 120  # seconds, of any run here
@@ -24,10 +24,8 @@ TIMEOUT = 120  # seconds, of any run here
 # the package imports where it is used, and what this module needs, is imported there too.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    [
-        f"diffusion_jax.{name}"
-        for name in ("ablate", "datasets.builder", "evaluate", "experiment", "gallery", "plots")
-    ]
+    ["diffusion_jax.commands", "diffusion_jax.ablation.ablate"]
+    + ["diffusion_jax.data.sources.builder"]
     + ["grain", "matplotlib.figure", "matplotlib.backends.backend_agg", "sklearn.datasets"]
     + ["jax.experimental.multihost_utils", "runs"]
 )

@@ -1,0 +1,382 @@
+import itertools
+import json
+import re
+import textwrap
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion_jax.__main__ import parse_arguments
+from diffusion_jax.config.config import differences, load, to_json
+from diffusion_jax.errors import ConfigError, choose, require
+
+MODES = ("train", "sample")
+PATHS = ["--config=configs/default.py", "--workdir=runs/x"]
+
+ONE_FILE = """
+    from ml_collections import ConfigDict
+    from configs import default
+    def get_config():
+        config = default.get_config()
+        {}
+        return config
+"""
+
+
+@pytest.fixture(scope="module")
+def default_path(repository):
+    return str(repository / "configs" / "default.py")
+
+
+@pytest.fixture(scope="module")
+def default(default_path):
+    return load(default_path, [])
+
+
+@pytest.fixture
+def write(tmp_path, default):  # default: the repository is on the module path from here on
+    def write(source):
+        path = tmp_path / "mine.py"
+        path.write_text(textwrap.dedent(source))
+        return str(path)
+
+    return write
+
+
+def message_of(error):
+    message = str(error.value)
+    assert message.splitlines() == [message]
+    return message
+
+
+def leaves(config, prefix=""):
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+BAD_ARGUMENTS = [
+    (["--config=a.py"], "--workdir"),
+    (["--workdir=runs/x"], "--config"),
+    ([], "--config"),
+    (["--config", "--workdir", "runs/x"], "--config"),
+    (["--config=", "--workdir=x"], "--config"),
+    (["--config=a.py", "--workdir"], "--workdir"),
+    ([*PATHS, "--mode"], "--mode"),
+    ([*PATHS, "--mode="], "--mode"),
+    ([*PATHS, "--mode=trian"], "did you mean 'train'? (sample, train)"),
+    ([*PATHS, "--mode=evaluate"], "--mode = 'evaluate'"),
+    ([*PATHS, "--wordkir=y"], "did you mean '--workdir'?"),
+    ([*PATHS, "--conifg=y"], "did you mean '--config'?"),
+    ([*PATHS, "-mode=train"], "did you mean '--mode'?"),
+    ([*PATHS, "--num_steps=3"], "--num_steps"),
+    ([*PATHS, "--seed", "3"], "--seed"),
+    ([*PATHS, "train"], "train"),
+    ([*PATHS, "config.seed=3"], "config.seed"),
+    ([*PATHS, "--config=b.py"], "--config: given twice"),
+    ([*PATHS, "--workdir=b"], "--workdir: given twice"),
+    ([*PATHS, "--config.seed=1", "--config.seed=2"], "--config.seed: given twice"),
+    ([*PATHS, "--config.seed"], "--config.seed"),
+    ([*PATHS, "--config.seed="], "--config.seed"),
+    ([*PATHS, "--config.seed", "--config.ema.decay=0.9"], "--config.seed: needs a value"),
+]
+
+BAD_OVERRIDES = [
+    ("schedule.nme", "cosine", "config.schedule.nme: no such field; did you mean 'name'? ("),
+    ("shedule.name", "cosine", "config.shedule: no such field; did you mean 'schedule'? ("),
+    ("num_timesteps", "3", "config.num_timesteps"),
+    ("", "3", "config."),
+    (".seed", "3", "config."),
+    ("schedule.", "3", "config.schedule."),
+    ("seed.value", "3", "config.seed.value"),
+    ("schedule", "cosine", "config.schedule: a section"),
+    ("model", "(1, 2)", "config.model: a section"),
+    ("model.channel_multipliers[0]", "3", "config.model.channel_multipliers[0]"),
+    ("model.__class__", "3", "config.model.__class__"),
+    ("train.num_steps", "abc", "config.train.num_steps = 'abc': must be an integer"),
+    ("train.num_steps", "1.5", "config.train.num_steps"),
+    ("train.num_steps", "1e3", "config.train.num_steps"),
+    ("train.num_steps", "none", "config.train.num_steps"),
+    ("train.num_steps", "true", "config.train.num_steps"),
+    ("train.num_steps", "1 2", "config.train.num_steps"),
+    ("train.num_steps", "9" * 5000, "config.train.num_steps"),
+    ("ema.decay", "high", "config.ema.decay = 'high': must be a finite number"),
+    ("ema.decay", "nan", "config.ema.decay"),
+    ("ema.decay", "-inf", "config.ema.decay"),
+    ("ema.decay", "1e999", "config.ema.decay"),
+    ("ema.decay", "0,5", "config.ema.decay"),
+    ("ema.decay", "1/2", "config.ema.decay"),
+    ("ema.warmup", "1", "config.ema.warmup = '1': must be true or false"),
+    ("ema.warmup", "yes", "config.ema.warmup"),
+    ("ema.warmup", "none", "config.ema.warmup"),
+    ("model.channel_multipliers", "3", "config.model.channel_multipliers"),
+    ("model.channel_multipliers", "(1, 2.5)", "config.model.channel_multipliers = (1, 2.5): must"),
+    ("model.channel_multipliers", "(1, 'a')", "config.model.channel_multipliers"),
+    ("model.channel_multipliers", "(1, (2, 3))", "config.model.channel_multipliers"),
+    ("model.channel_multipliers", "(1, True)", "config.model.channel_multipliers"),
+    ("model.channel_multipliers", "(1, 2", "config.model.channel_multipliers"),
+    ("model.channel_multipliers", "'12'", "config.model.channel_multipliers"),
+    ("model.channel_multipliers", "{[]: 1}", "config.model.channel_multipliers"),
+    ("model.channel_multipliers", "range(3)", "config.model.channel_multipliers"),
+    ("schedule.s", "small", "config.schedule.s = 'small': must be a finite number or none"),
+    ("schedule.s", "nan", "config.schedule.s"),
+    ("schedule.s", "0.1\n0.2", "config.schedule.s"),
+    ("schedule.rescale", "0", "config.schedule.rescale"),
+    ("num_devices", "2.0", "config.num_devices = '2.0': must be an integer or none"),
+]
+
+BAD_LINES = [
+    ("config.schedule.nme = 'cosine'", "config.schedule.nme: no such field; did you mean 'name'?"),
+    ("config.speed = 3", "config.speed: no such field; did you mean 'seed'?"),
+    ("config.extra = ConfigDict({'a': 1})", "config.extra"),
+    ("config.shedule.name = 'cosine'", "shedule"),
+    ("config.train.num_steps = 'many'", "num_steps"),
+    ("config.train.num_steps = 1.5", "num_steps"),
+    ("config.train.num_steps = True", "config.train.num_steps = True: must be an integer"),
+    ("config.train.num_steps = None", "config.train.num_steps = None: must be an integer"),
+    ("config.ema.decay = float('nan')", "config.ema.decay = nan: must be a finite number"),
+    ("config.ema.warmup = 1", "warmup"),
+    ("config.schedule.s = 'small'", "small"),
+    ("config.schedule.name = 3", "name"),
+    ("config.model.channel_multipliers = (1, 'a')", "config.model.channel_multipliers"),
+    ("config.model.channel_multipliers = 3", "channel_multipliers"),
+    ("config.model = ConfigDict({'name': 'mlp', 'width': 'wide'})", "config.model.width = 'wide'"),
+    ("config.model = ConfigDict({'name': 'mlp', 'act': {1, 2}})", "config.model.act"),
+    ("config.model = ConfigDict({'name': 'mlp', 'act': ((1, 2),)})", "config.model.act"),
+    ("config.model = ConfigDict({'width': 3})", "config.model.name: missing"),
+    ("config.train = ConfigDict({'num_steps': 3})", "config.train.batch_size: missing"),
+    ("config = ConfigDict({'seed': 3})", "missing"),
+    ("config = ConfigDict({'schedule': 3})", "config.schedule: a section"),
+    ("del config.seed", "config.seed: missing"),
+]
+
+BAD_FILES = [
+    ("", "must have a get_config()"),
+    ("get_config = 3", "TypeError"),
+    ("def get_config(): pass", "returns a ConfigDict"),
+    ("def get_config(): return {'seed': 3}", "returns a ConfigDict"),
+    ("def get_config(size): return size", "TypeError"),
+    ("def get_config(:\n  pass", "SyntaxError"),
+    ("\n\nimport no_such_module", "line 3: ModuleNotFoundError"),
+    ("def get_config():\n    raise ValueError('two\\nlines')", "line 2: ValueError: two lines"),
+]
+
+
+@pytest.mark.parametrize(("argv", "expected"), BAD_ARGUMENTS)
+def test_a_mistake_on_the_command_line_is_one_line(argv, expected):
+    with pytest.raises(ConfigError) as error:
+        parse_arguments(argv, MODES)
+    assert expected in message_of(error)
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), BAD_OVERRIDES)
+def test_a_mistake_in_a_field_is_one_line(default_path, name, text, expected):
+    with pytest.raises(ConfigError) as error:
+        load(default_path, [(name, text)])
+    assert expected in message_of(error)
+
+
+@pytest.mark.parametrize(("line", "expected"), BAD_LINES)
+def test_a_mistake_in_a_config_is_one_line(write, line, expected):
+    with pytest.raises(ConfigError) as error:
+        load(write(ONE_FILE.format(line)), [])
+    assert expected in message_of(error)
+
+
+@pytest.mark.parametrize(("source", "expected"), BAD_FILES)
+def test_a_file_that_is_no_config_is_one_line(write, source, expected):
+    path = write(source)
+    with pytest.raises(ConfigError) as error:
+        load(path, [])
+    message = message_of(error)
+    assert message.startswith(f"--config={path}: ")
+    assert expected in message
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, write):
+    path = write("")
+    cases = [
+        (str(tmp_path / "mime.py"), f"mime.py: no such file; did you mean {path!r}?"),
+        (str(tmp_path / "none" / "mine.py"), "mine.py: no such file"),
+        (str(tmp_path), "directory"),
+    ]
+    (tmp_path / "bytes.py").write_bytes(b"\x00\xff\xfe")
+    cases.append((str(tmp_path / "bytes.py"), "SyntaxError"))
+    for bad, expected in cases:
+        with pytest.raises(ConfigError) as error:
+            load(bad, [])
+        message = message_of(error)
+        assert message.startswith(f"--config={bad}: ")
+        assert expected in message
+
+
+def test_a_bad_config_writes_nothing(tmp_path, write):
+    path = write(ONE_FILE.format("config.speed = 3"))
+    with pytest.raises(ConfigError):
+        load(path, [])
+    assert [str(file) for file in tmp_path.iterdir()] == [path]
+
+
+def test_arguments_may_be_one_word_or_two():
+    one = ["--config=a.py", "--workdir=runs/x", "--mode=sample", "--config.schedule.s=0.02"]
+    two = [part for word in one for part in word.split("=", 1)]
+    expected = ("a.py", "runs/x", "sample", (("schedule.s", "0.02"),))
+    assert parse_arguments(one, MODES) == parse_arguments(two, MODES) == expected
+
+
+def test_arguments_keep_what_follows_the_first_equals_sign():
+    argv = ["--config=a=b.py", "--workdir", "x", "--config.dataset.archives=a=b"]
+    assert parse_arguments(argv, MODES) == ("a=b.py", "x", "train", (("dataset.archives", "a=b"),))
+    argv = ["--config=a", "--workdir=x", "--config.schedule.start", "-3"]
+    assert parse_arguments(argv, MODES).overrides == (("schedule.start", "-3"),)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("seed", "-3", -3),
+        ("train.num_steps", "1_000", 1000),
+        ("ema.decay", "1", 1.0),
+        ("optimizer.learning_rate", "3e-4", 3e-4),
+        ("dataset.flip", "TRUE", True),
+        ("ema.warmup", "false", False),
+        ("schedule.name", "none", "none"),
+        ("schedule.name", "12", "12"),
+        ("model.channel_multipliers", "1,2,2", (1, 2, 2)),
+        ("model.channel_multipliers", "(1, 2)", (1, 2)),
+        ("model.channel_multipliers", "3,", (3,)),
+        ("model.attention_resolutions", "()", ()),
+        ("num_devices", "2", 2),
+        ("num_devices", "none", None),
+        ("dataset.archives", "../shared data", "../shared data"),
+        ("dataset.archives", "None", None),
+        ("schedule.s", "0.02", 0.02),
+        ("schedule.s", "0", 0.0),
+        ("schedule.rescale", "true", True),
+        ("schedule.betas", "betas.npy", "betas.npy"),
+    ],
+)
+def test_a_field_is_set_with_its_own_type(default_path, default, name, text, value):
+    config = load(default_path, [(name, text)])
+    expected = dict(leaves(default)) | {name: value}
+    assert dict(leaves(config)) == expected
+    assert type(dict(leaves(config))[name]) is type(value)
+
+
+def test_the_command_line_overrides_and_unsets_what_a_config_sets(write):
+    path = write(
+        ONE_FILE.format("config.schedule.s, config.model.attention_resolutions = 0.02, ()")
+    )
+    assert load(path, []).schedule.s == 0.02
+    assert load(path, [("schedule.s", "0.1")]).schedule.s == 0.1
+    assert load(path, [("schedule.s", "none")]).schedule.s is None
+    assert load(path, [("model.attention_resolutions", "7,")]).model.attention_resolutions == (7,)
+
+
+def test_the_fields_of_another_model_take_its_types(write):
+    path = write(
+        ONE_FILE.format("config.model = ConfigDict({'name': 'x', 'layers': 3, 'dropout': 0})")
+    )
+    config = load(path, [("model.layers", "4"), ("model.dropout", "0.5")])
+    assert config.model.to_dict() == {"name": "x", "layers": 4, "dropout": 0.5}
+    with pytest.raises(ConfigError, match=r"config\.model\.layers"):
+        load(path, [("model.layers", "4.0")])
+
+
+def test_a_config_gets_no_new_field_by_a_slip_in_the_code(default):
+    with pytest.raises(AttributeError):
+        default.schedule.nme = "cosine"
+
+
+def test_every_default_set_to_its_own_text_changes_nothing(default_path, default):
+    texts = [(name, str(value)) for name, value in leaves(default)]
+    assert to_json(load(default_path, texts)) == to_json(default)
+    for name, text in texts:
+        assert to_json(load(default_path, [(name, text)])) == to_json(default)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.lists(st.integers()).map(tuple),
+)
+def test_a_value_survives_the_command_line_and_the_record(default_path, integer, number, integers):
+    values = {"seed": integer, "schedule.s": number, "model.channel_multipliers": integers}
+    config = load(default_path, [(name, str(value)) for name, value in values.items()])
+    assert values.items() <= dict(leaves(config)).items()
+    assert differences(config, json.loads(to_json(config))) == {}
+
+
+def test_every_default_has_a_comment(repository, default):
+    lines = (repository / "configs" / "default.py").read_text().splitlines()
+    bare = [
+        line.strip()
+        for above, line in itertools.pairwise(lines)
+        if re.match(r"\s+config\.[\w.]+ = (?!ConfigDict)", line)
+        and "#" not in line
+        and not above.strip().startswith("#")
+    ]
+    assert bare == []
+    comments = " ".join(line.partition("#")[2] for line in lines)
+    named = " ".join(re.findall(r"config\.([\w.]+) = ", "\n".join(lines)))
+    for name, _ in leaves(default):
+        assert name in named.split() or re.search(rf"\b{name.split('.')[-1]}\b", comments), name
+
+
+def test_the_record_of_a_config_is_json_with_null_for_unset(default):
+    record = json.loads(to_json(default))
+    assert record["schedule"]["s"] is None
+    assert record["model"]["channel_multipliers"] == list(default.model.channel_multipliers)
+    assert to_json(default) == to_json(default.copy_and_resolve_references())
+
+
+def test_differences_name_the_fields_that_changed(default_path, default):
+    recorded = json.loads(to_json(default))
+    assert differences(default, recorded) == {}
+    config = load(
+        default_path,
+        [("schedule.s", "0.02"), ("seed", "7"), ("model.channel_multipliers", "(1, 2)")],
+    )
+    assert differences(config, recorded) == {
+        "config.model.channel_multipliers": ([*default.model.channel_multipliers], [1, 2]),
+        "config.schedule.s": (None, 0.02),
+        "config.seed": (default.seed, 7),
+    }
+
+
+def test_differences_take_a_field_that_is_absent_for_the_default(default_path, default):
+    """A run recorded before there was such a field goes on as long as it is what it was."""
+    recorded = json.loads(to_json(default))
+    del recorded["schedule"]["s"], recorded["loss"]["label_dropout"]
+    recorded["old"] = {"field": 1}
+    assert differences(default, recorded) == {"config.old.field": (1, None)}
+    changed = load(default_path, [("loss.label_dropout", "0.1")])
+    assert differences(changed, recorded)["config.loss.label_dropout"] == (0.0, 0.1)
+
+
+def test_choose_gives_the_entry_of_a_registry_or_the_name_in_a_list():
+    assert choose("config.schedule.name", "b", {"a": 1, "b": 2}, "schedule") == 2
+    assert choose("config.loss.prediction", "b", ("a", "b"), "prediction") == "b"
+
+
+@pytest.mark.parametrize("options", [{"linear": 1, "cosine": 2}, ("linear", "cosine")])
+def test_choose_names_the_field_the_value_and_the_choices(options):
+    with pytest.raises(ConfigError) as error:
+        choose("config.schedule.name", "cosin", options, "schedule")
+    assert message_of(error) == (
+        "config.schedule.name = 'cosin': unknown schedule; did you mean 'cosine'? (cosine, linear)"
+    )
+    with pytest.raises(ConfigError) as error:
+        choose("config.schedule.name", "zzz", options, "schedule")
+    assert message_of(error) == ("config.schedule.name = 'zzz': unknown schedule (cosine, linear)")
+
+
+def test_require_names_the_field_the_value_and_what_is_allowed():
+    require(True, "config.train.batch_size", 1, "at least 1")
+    with pytest.raises(ConfigError) as error:
+        require(False, "config.train.batch_size", 0, "at least 1")
+    assert message_of(error) == "config.train.batch_size = 0: must be at least 1"

@@ -1,0 +1,344 @@
+"""Every sampler as a numerical method: its order, its statistics, its evaluations, its peers."""
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+from gaussian import gaussian, mixture
+from hypothesis import strategies
+from scipy.integrate import solve_ivp
+
+from diffusion_jax.diffusion import samplers, schedules
+from diffusion_jax.diffusion.process import Prediction
+from diffusion_jax.diffusion.samplers import SAMPLERS
+from diffusion_jax.diffusion.samplers.chain import invert, sample
+from diffusion_jax.diffusion.schedules.spacings import GRIDS, SPACINGS
+
+KEY = jax.random.key(5)
+WEIGHTS, MEANS, VARIANCE = (0.6, 0.4), ((-0.7,), (0.9,)), 0.05
+MIXTURE = mixture(WEIGHTS, MEANS, VARIANCE)
+
+# --- orders of convergence ------------------------------------------------------------------
+
+HIGH, LOW = 4.0, -5.0  # log SNR where the flow ends, and where it begins
+STARTS = np.linspace(-2, 2, 9).reshape(9, 1)  # of x_T
+
+
+@pytest.fixture(scope="module")
+def exact_flow():
+    """x_t at the end of the probability flow, by an adaptive solver of order 8 in float64."""
+
+    def slope(u, y):  # dy/du = sigma eps, u = log sigma
+        sigma = np.exp(u)
+        alpha_bar = 1 / (1 + sigma**2)
+        x_t = np.sqrt(alpha_bar) * y[:, None]
+        total = alpha_bar * VARIANCE + (1 - alpha_bar)
+        gaps = x_t - np.sqrt(alpha_bar) * np.ravel(MEANS)
+        log_share = np.log(WEIGHTS) - gaps**2 / (2 * total)
+        share = np.exp(log_share - log_share.max(axis=1, keepdims=True))
+        share /= share.sum(axis=1, keepdims=True)
+        return sigma * np.sqrt(1 - alpha_bar) * (share * gaps).sum(axis=1) / total
+
+    starts = STARTS[:, 0] * np.sqrt(1 + np.exp(-LOW))
+    ends = -LOW / 2, -HIGH / 2
+    y = solve_ivp(slope, ends, starts, method="DOP853", rtol=1e-11, atol=1e-12).y[:, -1]
+    return y / np.sqrt(1 + np.exp(-HIGH))
+
+
+@jax.jit
+def along(sampler, log_snr, x_T):
+    """A chain over a grid that ends above sigma = 0: its intervals, without the step to x_0."""
+    rows = schedules.from_log_snr(log_snr, jnp.arange(1.0, len(log_snr) + 1))
+    keys = jax.random.split(KEY, len(x_T))
+
+    def step(carry, interval):
+        x_t, state = sampler.step(keys, MIXTURE, carry[1], carry[0], *interval)
+        return (x_t, state), None
+
+    intervals = rows[1:][::-1], rows[:-1][::-1]
+    return jax.lax.scan(step, (x_T, sampler.init(x_T, rows, rows)), intervals)[0][0]
+
+
+# 3M starts with a step of first order, which in the end is what is left of the error.
+ORDERS = {
+    "ddim": (0.9, 1.1),
+    "euler": (0.9, 1.1),
+    "dpmpp_1s": (0.9, 1.1),
+    "heun": (1.9, 2.1),
+    "dpmpp_2s": (1.9, 2.1),
+    "dpmpp_2m": (1.9, 2.1),
+    "plms": (1.9, 2.1),
+    "pndm": (1.9, 2.1),
+    "dpmpp_3m": (2.6, 3.3),
+    "unipc": (2.8, 3.1),
+}
+STOCHASTIC = ("ancestral", "euler_ancestral", "edm", "dpmpp_2m_sde", "predictor_corrector")
+
+
+def test_every_sampler_has_an_order_or_is_stochastic():
+    assert {*ORDERS, *STOCHASTIC} == set(SAMPLERS)
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_order_of_convergence_to_the_exact_flow(exact_flow, name):
+    with jax.enable_x64(True):
+        num_steps, errors = [40, 80, 160], []
+        for n in num_steps:
+            found = along(SAMPLERS[name](), jnp.linspace(HIGH, LOW, n + 1), jnp.asarray(STARTS))
+            assert found.dtype == jnp.float64
+            errors.append(np.abs(np.asarray(found)[:, 0] - exact_flow).max())
+    order = -np.polyfit(np.log(num_steps), np.log(errors), 1)[0]
+    low, high = ORDERS[name]
+    assert low < order < high, (order, errors)
+
+
+@pytest.mark.parametrize("h", [1e-6, 1e-3, 0.1, 0.9, 0.999, 1.001, 3.0, 30.0])
+def test_phi_is_exact_in_float32(h):
+    h = float(np.float32(h))
+    with mpmath.workdps(40):
+        two = mpmath.expm1(-mpmath.mpf(h)) / h + 1
+        three = two / h - mpmath.mpf(1) / 2
+        found = samplers.phi(jnp.float32(h))
+        np.testing.assert_allclose(found, [float(two), float(three)], rtol=5e-7)
+
+
+# --- the maps of other codes, in float64 numpy -----------------------------------------------
+
+
+def k_diffusion_step(sigma, sigma_prev, denoised, x, eta, z):
+    """k-diffusion's sample_euler_ancestral in its coordinates y (eta = 0: sample_euler)."""
+    up = min(sigma_prev, eta * np.sqrt(sigma_prev**2 * (sigma**2 - sigma_prev**2) / sigma**2))
+    down = np.sqrt(sigma_prev**2 - up**2)
+    return x + (x - denoised) / sigma * (down - sigma) + up * z
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_euler_in_k_diffusions_sense(eta):
+    schedule = schedules.cosine(20)
+    rows = schedules.with_terminal_row(schedule)
+    sampler = samplers.euler() if eta == 0 else samplers.euler_ancestral(eta)
+    x_t = jnp.linspace(-1.5, 1.5, 6).reshape(2, 3)
+    keys = jax.random.split(KEY, 2)
+    data = gaussian(0.3, 0.1)
+    for i in range(len(schedule)):
+        row, row_prev = rows[i + 1], rows[i]
+        found, _ = sampler.step(keys, data, (), x_t, row, row_prev)
+        signal, signal_prev = (np.sqrt(float(r.alpha_bar)) for r in (row, row_prev))
+        z = np.asarray(samplers.normal(keys, x_t), np.float64)
+        denoised = np.asarray(data(x_t, row).x_0, np.float64)
+        y = k_diffusion_step(
+            float(row.sigma), float(row_prev.sigma), denoised, np.asarray(x_t) / signal, eta, z
+        )
+        np.testing.assert_allclose(found, signal_prev * y, rtol=2e-5, atol=2e-5)
+
+
+def test_dpmpp_2m_is_the_papers_formula():
+    # DPM-Solver++, algorithm 2, its log alphas and sigmas taken from the betas in float64
+    schedule = schedules.respace(schedules.linear(1000), 6)
+    alpha_bar = 1 / (1 + np.exp(-np.asarray(schedule.log_snr, np.float64)))
+    lam = np.log(alpha_bar / (1 - alpha_bar)) / 2
+    x_t, data = 0.7, gaussian(0.3, 0.1)
+    x, before = x_t, None
+    for i in range(5, 0, -1):
+        d = float(data(jnp.full((1, 1), x), schedule[i]).x_0[0, 0])
+        h = lam[i - 1] - lam[i]
+        if before is None:
+            mixed = d
+        else:
+            r = (lam[i] - lam[i + 1]) / h
+            mixed = (1 + 1 / (2 * r)) * d - before / (2 * r)
+        sigma, sigma_prev = np.sqrt(1 - alpha_bar[i]), np.sqrt(1 - alpha_bar[i - 1])
+        x = sigma_prev / sigma * x - np.sqrt(alpha_bar[i - 1]) * np.expm1(-h) * mixed
+        before = d
+    expected = float(data(jnp.full((1, 1), x), schedule[0]).x_0[0, 0])
+    found = sample(KEY, data, schedule, samplers.dpmpp_2m(), (1, 1), jnp.full((1, 1), x_t))
+    np.testing.assert_allclose(found[0, 0], expected, rtol=1e-5)
+
+
+def test_no_noise_is_the_deterministic_method():
+    schedule = schedules.respace(schedules.cosine(100), 9, "karras", sigma_max=80.0)
+    draw = jax.jit(lambda sampler: sample(KEY, MIXTURE, schedule, sampler, (4, 1)))
+    np.testing.assert_array_equal(draw(samplers.dpmpp_2m_sde(0.0)), draw(samplers.dpmpp_2m()))
+    np.testing.assert_allclose(draw(samplers.edm(churn=0.0)), draw(samplers.heun()), atol=2e-6)
+    np.testing.assert_array_equal(draw(samplers.euler_ancestral(0.0)), draw(samplers.euler()))
+
+
+# --- the statistics of whole chains -----------------------------------------------------------
+
+MEANS_2D = np.array([[-0.8, -0.5], [0.7, -0.4], [0.1, 0.8]])
+WEIGHTS_2D = np.array([0.5, 0.3, 0.2])
+NUM_POINTS = 2000
+# steps enough for a method of first order; the chains of DDPM need more
+NUM_STEPS = dict.fromkeys(ORDERS, 100) | dict.fromkeys(STOCHASTIC, 250)
+
+
+def energy_distance(x, y):
+    """Szekely & Rizzo 2013: 2 E|x - y| - E|x - x'| - E|y - y'|, 0 for one distribution alone."""
+
+    def mean_distance(a, b):
+        return np.linalg.norm(a[:, None] - b[None], axis=-1).mean()
+
+    n, m = len(x), len(y)
+    within = mean_distance(x, x) * n / (n - 1) + mean_distance(y, y) * m / (m - 1)
+    return 2 * mean_distance(x, y) - within
+
+
+def exact_points(seed, n=NUM_POINTS):
+    source = np.random.default_rng(seed)
+    which = source.choice(len(WEIGHTS_2D), n, p=WEIGHTS_2D)
+    return MEANS_2D[which] + np.sqrt(0.02) * source.normal(size=(n, 2))
+
+
+@jax.jit
+def points_of(sampler, chain):
+    """Samples of the mixture; two names of one map are compiled once."""
+    predict = mixture(WEIGHTS_2D, MEANS_2D, 0.02)
+    return sample(KEY, predict, chain, sampler, (NUM_POINTS, 2))
+
+
+@pytest.fixture(scope="module")
+def unlike():
+    """The energy distances of exact samples from exact ones: what chance makes of equals."""
+    return [energy_distance(exact_points(2 * i), exact_points(2 * i + 1)) for i in range(8)]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samples_are_those_of_a_mixture(name, unlike):
+    spacing = "log_snr" if name in ORDERS else "trailing"
+    chain = schedules.respace(schedules.linear(1000), NUM_STEPS[name], spacing)
+    points = np.asarray(points_of(SAMPLERS[name](), chain), np.float64)
+    exact = exact_points(99)
+    # what remains of the discretisation, 0.003, is that of moving 1 point in 20 by a deviation
+    assert energy_distance(points, exact) < np.mean(unlike) + 4 * np.std(unlike) + 0.003
+    mean = WEIGHTS_2D @ MEANS_2D
+    centred = MEANS_2D - mean
+    covariance = (WEIGHTS_2D * centred.T) @ centred + 0.02 * np.eye(2)
+    # 4 deviations of a mean and of a covariance, and 0.02 and 5 % for the chain
+    error = 4 * np.sqrt(np.diag(covariance) / NUM_POINTS) + 0.02
+    assert (np.abs(points.mean(axis=0) - mean) < error).all()
+    scale = np.sqrt(np.outer(np.diag(covariance), np.diag(covariance)))
+    gap = np.abs(np.cov(points.T) - covariance) / scale
+    assert gap.max() < 4 * np.sqrt(2 / NUM_POINTS) + 0.05
+
+
+def test_the_energy_distance_sees_a_wrong_distribution(unlike):
+    # points moved by a tenth, or weights off by a tenth, are outside
+    least = np.mean(unlike) + 4 * np.std(unlike) + 0.003
+    points, source = exact_points(1), np.random.default_rng(2)
+    moved = points - np.sign(points - points.mean(axis=0)) * 0.1
+    assert energy_distance(moved, exact_points(99)) > least
+    is_first = np.linalg.norm(points - MEANS_2D[0], axis=1) < 0.5
+    fewer = points[~is_first | (source.uniform(size=len(points)) < 0.67)]  # 0.5 becomes 0.4
+    assert energy_distance(fewer, exact_points(99)) > least
+
+
+# --- evaluations ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_evaluations_are_those_that_are_counted(name):
+    calls = []
+
+    def predict(x_t, row):
+        jax.debug.callback(lambda t: calls.append(float(t)), row.timestep)
+        return Prediction(x_t, x_t)
+
+    sampler = SAMPLERS[name]()
+    for num_steps in (1, 5):
+        calls.clear()
+        chain = schedules.respace(schedules.linear(100), num_steps)
+        jax.block_until_ready(sample(KEY, predict, chain, sampler, (2, 1)))
+        jax.effects_barrier()
+        assert len(calls) == sampler.num_evaluations(num_steps)
+
+
+# --- grids ------------------------------------------------------------------------------------
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(
+    num_timesteps=strategies.integers(2, 120),
+    share=strategies.floats(0, 1),
+    spacing=strategies.sampled_from([*SPACINGS, *GRIDS]),
+)
+def test_a_chain_of_any_number_of_steps_is_a_chain(num_timesteps, share, spacing):
+    num_steps = 1 + round(share * (num_timesteps - 1))
+    full = schedules.cosine(num_timesteps)
+    short = schedules.respace(full, num_steps, spacing)
+    assert len(short) == num_steps
+    beta = np.asarray(short.beta)
+    assert ((beta > 0) & (beta <= 1)).all()
+    assert (np.diff(short.timestep) > 0).all()
+    if spacing not in ("leading", "quadratic"):  # these begin short of T, as published
+        assert short.timestep[-1] == num_timesteps
+        np.testing.assert_allclose(short.alpha_bar[-1], full.alpha_bar[-1], rtol=1e-5)
+    # the last step lands on x_0: the row before the first is t = 0
+    assert short.alpha_bar_prev[0] == 1
+    assert short.beta[0] == short.one_minus_alpha_bar[0]
+    product = np.cumprod(1 - beta.astype(np.float64))
+    np.testing.assert_allclose(short.one_minus_alpha_bar, 1 - product, rtol=1e-4)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_grids_are_even_in_their_own_coordinate(grid):
+    full = schedules.linear(1000)
+    rows = schedules.respace(full, 12, grid, rho=5.0, sigma_min=0.02, sigma_max=50.0)
+    sigma = np.asarray(rows.sigma, np.float64)
+    np.testing.assert_allclose(sigma[[0, -1]], [0.02, 50.0], rtol=2e-6)
+    coordinate = {"log_snr": np.log(sigma), "karras": sigma ** (1 / 5)}[grid]
+    np.testing.assert_allclose(np.diff(coordinate), np.diff(coordinate).mean(), rtol=1e-4)
+    # what the network is told is that of the schedule at this noise
+    told = np.interp(np.log(sigma), np.log(np.asarray(full.sigma, np.float64)), full.timestep)
+    np.testing.assert_allclose(rows.timestep, told, rtol=1e-4)
+    many = schedules.respace(full, 3000, grid)
+    assert (np.diff(np.asarray(many.log_snr)) < 0).all()
+    assert bool(jnp.isfinite(sample(KEY, MIXTURE, many[::100], samplers.heun(), (2, 1))).all())
+
+
+# --- DDIM backwards ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_steps", [100, 400])
+def test_inversion_followed_by_sampling_returns_the_image(num_steps):
+    chain = schedules.respace(schedules.linear(1000), num_steps)
+    x_0 = jnp.array([[-1.0], [-0.7], [-0.2], [0.3], [0.9], [1.2]])
+    errors = []
+    for num_iterations in (1, 5, 20):
+        x_T = invert(MIXTURE, chain, x_0, num_iterations)
+        again = sample(KEY, MIXTURE, chain, samplers.ddim(0.0), x_0.shape, x_T)
+        errors.append(np.abs(again - x_0).max())
+    assert errors[0] > 2 * errors[1]  # the published inversion is not exact
+    assert errors[2] < 1e-4
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "call"),
+    [
+        ("snr", lambda: samplers.predictor_corrector(snr=0.0)),
+        ("num_corrections", lambda: samplers.predictor_corrector(num_corrections=0)),
+        ("variance", lambda: samplers.predictor_corrector(variance="fixed")),
+        ("eta", lambda: samplers.euler_ancestral(-0.1)),
+        ("eta", lambda: samplers.dpmpp_2m_sde(-0.1)),
+        ("churn", lambda: samplers.edm(churn=-1.0)),
+        ("churn_min", lambda: samplers.edm(churn_min=-1.0)),
+        ("churn_max", lambda: samplers.edm(churn_max=float("nan"))),
+        ("noise", lambda: samplers.edm(noise=0.0)),
+        ("num_iterations", lambda: invert(MIXTURE, schedules.cosine(3), jnp.zeros((1, 1)), 0)),
+        ("rho", lambda: schedules.respace(schedules.cosine(9), 3, "karras", rho=0.0)),
+        ("sigma_min", lambda: schedules.respace(schedules.cosine(9), 3, "karras", sigma_min=0.0)),
+        ("sigma_max", lambda: schedules.respace(schedules.cosine(9), 3, "karras", sigma_max=1e9)),
+        (
+            "spacing",
+            lambda: schedules.respace(schedules.jsd(9), 3, "log_snr"),
+        ),
+    ],
+)
+def test_refused(field, call):
+    with pytest.raises(ValueError, match=rf"^{field} = .*: must be ") as error:
+        call()
+    assert "\n" not in str(error.value)
