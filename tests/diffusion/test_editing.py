@@ -29,7 +29,7 @@ def split(number, count, key=KEY):
 
 @jax.jit
 def draw(sampler, schedule, like, key=KEY, x_T=None, indices=None):
-    return sample(key, DATA, schedule, sampler, like.shape, x_T, indices)
+    return sample(key, DATA, schedule, sampler, like.shape, x_T=x_T, indices=indices)
 
 
 @jax.jit
@@ -137,7 +137,7 @@ def test_a_step_down_and_one_up_are_the_papers():
     @jax.jit
     def step(mask, row, row_prev):
         wrapped = inpaint(ancestral("beta"), x_0, mask, num_resamples=2, jump_length=1)
-        return wrapped.step(keys, DATA, (), x_t, row, row_prev)[0]
+        return wrapped.step(samplers.Step(keys, DATA, (), x_t, row, row_prev))[0]
 
     mean = process.posterior_mean(upper, DATA(x_t, upper).x_0, x_t)
     everything, nothing = (jnp.full((1, 6), value) for value in (True, False))

@@ -12,7 +12,7 @@ from runs import TOY2D, arguments, run
 
 from diffusion_jax.diffusion import learned_schedule, process, schedules, timesteps
 from diffusion_jax.diffusion.learned_schedule import LearnedSchedule
-from diffusion_jax.diffusion.losses import Objective
+from diffusion_jax.diffusion.losses import Examples, LossInputs, Objective
 from diffusion_jax.diffusion.parametrisations import PREDICTIONS
 from diffusion_jax.diffusion.timesteps import TIMESTEP_SAMPLERS
 from diffusion_jax.diffusion.variances import VARIANCES
@@ -96,10 +96,10 @@ def batch_losses(params, x_0, apply, seed=0, indices=None, kind="eps", levels=No
     size = 64
     indices = jnp.arange(size) if indices is None else indices
     schedule = schedules.cosine(RECIPE.num_timesteps)  # not looked at
-    inputs = schedule, (), jax.random.key(seed), x_0, None, indices, size
-    return learned_schedule.batch_losses(
-        objective(levels, kind), RECIPE, apply, {"schedule": params}, *inputs
-    )
+    examples = Examples(x_0=x_0, label=None, indices=indices, batch_size=size)
+    inputs = LossInputs(schedule, (), jax.random.key(seed), examples)
+    losses_of = learned_schedule.continuous_time(objective(levels, kind), apply, RECIPE)
+    return losses_of({"schedule": params}, inputs)
 
 
 def exact(params, kind="eps"):

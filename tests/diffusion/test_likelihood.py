@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gaussian import BETAS, columns, cosine_betas, gaussian, linear_betas, mixture
-from ml_collections import ConfigDict
 from scipy import stats
 
 from diffusion_jax.diffusion import likelihood, losses, process, schedules
 from diffusion_jax.diffusion.likelihood import DIVERGENCES, SOLVERS, decoder_log_likelihood
-from diffusion_jax.diffusion.losses import NoisedExample, Objective
+from diffusion_jax.diffusion.losses import Examples, LossInputs, NoisedExample, Objective
 from diffusion_jax.diffusion.parametrisations import NEEDS_SIGNAL, PREDICTIONS
 from diffusion_jax.diffusion.schedules.families import SCHEDULES
 from diffusion_jax.diffusion.timesteps import TIMESTEP_SAMPLERS, TimestepSampler
@@ -292,11 +291,11 @@ def test_the_flow_of_a_gaussian_has_its_density(solver, num_steps, divergence):
     found = likelihood.flow_log_likelihood(
         gaussian(MEAN, VARIANCE),
         schedule,
-        num_steps,
-        solver,
-        divergence,
         jax.random.split(jax.random.key(0), 5),
         jnp.asarray(x_0, jnp.float32),
+        num_steps=num_steps,
+        solver=solver,
+        divergence=divergence,
     )
     sigma2 = float(schedule.sigma[0]) ** 2  # the flow begins there
     expected = stats.norm(MEAN, np.sqrt(VARIANCE + sigma2)).logpdf(x_0).sum(axis=1)
@@ -311,11 +310,11 @@ def test_the_flow_of_a_mixture_has_its_density():
     found = likelihood.flow_log_likelihood(
         mixture(weights, means, variance),
         schedule,
-        200,
-        "rk4",
-        "exact",
         jax.random.split(jax.random.key(0), 6),
         jnp.asarray(x_0, jnp.float32),
+        num_steps=200,
+        solver="rk4",
+        divergence="exact",
     )
     total = variance + float(schedule.sigma[0]) ** 2
     squares = np.sum((x_0[:, None] - means) ** 2, axis=-1)
@@ -331,12 +330,9 @@ def test_solvers_have_their_order(solver, order):
         fine = schedules.from_log_snr(np.linspace(6, -6, 4001), np.arange(1.0, 4002.0))
         schedule = jax.tree.map(lambda column: jnp.asarray(column, jnp.float64), fine)
         x_0 = jnp.array([[0.7], [-0.4]], jnp.float64)
-        inputs = gaussian(MEAN, VARIANCE), schedule
-        keys = jax.random.split(jax.random.key(0), 2)
-        found = [
-            np.float64(likelihood.flow_log_likelihood(*inputs, int(n), solver, "exact", keys, x_0))
-            for n in (*steps, 1000)
-        ]
+        inputs = gaussian(MEAN, VARIANCE), schedule, jax.random.split(jax.random.key(0), 2), x_0
+        flow = functools.partial(likelihood.flow_log_likelihood, solver=solver, divergence="exact")
+        found = [np.float64(flow(*inputs, num_steps=int(n))) for n in (*steps, 1000)]
     errors = [np.abs(one - found[-1]).max() for one in found[:-1]]
     rate = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
     assert abs(rate - order) < 0.3
@@ -368,14 +364,18 @@ def test_dequantised_pixels_have_the_bits_of_their_levels():
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [((0, "heun", "exact"), "num_steps = 0"), ((5, "euler", "exact"), "solver = 'euler'")],
+    [
+        ({"num_steps": 0}, "num_steps = 0: must be at least 1"),
+        ({"solver": "euler"}, "solver = 'euler': unknown solver"),
+        ({"divergence": "none"}, "divergence = 'none': unknown divergence"),
+    ],
 )
 def test_impossible_flows_are_named(arguments, named):
-    inputs = gaussian(0.0, 1.0), schedules.cosine(10)
+    keys = jax.random.split(jax.random.key(0), 1)
+    inputs = gaussian(0.0, 1.0), schedules.cosine(10), keys, jnp.zeros((1, 1))
+    arguments = {"num_steps": 5, "solver": "heun", "divergence": "exact"} | arguments
     with pytest.raises(ValueError, match=named):
-        likelihood.flow_log_likelihood(
-            *inputs, *arguments, jax.random.split(jax.random.key(0), 1), jnp.zeros((1, 1))
-        )
+        likelihood.flow_log_likelihood(*inputs, **arguments)
 
 
 def test_every_solver_is_consistent():
@@ -455,20 +455,18 @@ def test_every_objective_is_finite_at_both_ends(kind, variance, outer_rows):
 @pytest.mark.slow
 def test_a_network_in_bfloat16_has_finite_gradients_at_both_ends():
     """A small U-Net with a learned variance, at t = 1 and t = T, by the bound."""
-    config = ConfigDict(
-        {
-            "name": "unet",
-            "width": 8,
-            "channel_multipliers": (1,),
-            "num_blocks": 1,
-            "attention_resolutions": (),
-            "head_channels": 8,
-            "dropout": 0.0,
-            "class_conditional": False,
-            "dtype": "bfloat16",
-        }
-    )
-    model = create_model(config, (4, 4, 1), None, learned_variance=True)
+    fields = {
+        "name": "unet",
+        "width": 8,
+        "channel_multipliers": (1,),
+        "num_blocks": 1,
+        "attention_resolutions": (),
+        "head_channels": 8,
+        "dropout": 0.0,
+        "class_conditional": False,
+        "dtype": "bfloat16",
+    }
+    model = create_model(fields, (4, 4, 1), None, learned_variance=True)
     ends = TimestepSampler(lambda T: (), lambda *_: (jnp.array([0, 999]), jnp.ones(2)), None)
     objective = Objective(
         PREDICTIONS["eps"],
@@ -482,13 +480,15 @@ def test_a_network_in_bfloat16_has_finite_gradients_at_both_ends():
         0.0,
     )
     x_0 = jnp.array([-1.0, 0.5])[:, None, None, None] * jnp.ones((2, 4, 4, 1))
-    key, indices, schedule = jax.random.key(0), jnp.arange(2), schedules.cosine(1000)
+    examples = Examples(x_0=x_0, label=None, indices=jnp.arange(2), batch_size=2)
+    key = jax.random.key(0)
+    inputs = LossInputs(schedules.cosine(1000), (), key, examples)
+    losses_of = losses.discrete_time(objective, model.apply)
 
     @jax.jit
     @jax.value_and_grad
     def loss(params):
-        inputs = params, schedule, (), key, x_0, None, indices, 2
-        return jnp.sum(losses.batch_losses(objective, model.apply, *inputs).losses)
+        return jnp.sum(losses_of(params, inputs).losses)
 
     params = jax.tree.map(lambda leaf: leaf + 0.01, model.init(key))  # the last layer is 0
     value, gradient = loss(params)

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gaussian import cosine_betas, gaussian, rows
-from ml_collections import ConfigDict
 
 from diffusion_jax.diffusion import learned_schedule, losses, process, schedules
 from diffusion_jax.diffusion.learned_schedule import LearnedSchedule
-from diffusion_jax.diffusion.losses import NoisedExample, Objective
+from diffusion_jax.diffusion.losses import Examples, LossInputs, NoisedExample, Objective
 from diffusion_jax.diffusion.parametrisations import PREDICTIONS
 from diffusion_jax.diffusion.timesteps import TIMESTEP_SAMPLERS
 from diffusion_jax.diffusion.variances import VARIANCES
@@ -70,14 +69,19 @@ def batch_losses(objective, apply=half, seed=0, x_0=None, indices=None, size=BAT
     indices = jnp.arange(size) if indices is None else indices
     x_0 = images(size)[indices] if x_0 is None else x_0
     params, key, state = {"scale": jnp.float32(0.5)}, jax.random.key(seed), objective.timesteps
-    found = losses.batch_losses(
-        objective, apply, params, schedule, state.init(T), key, x_0, label, indices, size
-    )
+    examples = Examples(x_0=x_0, label=label, indices=indices, batch_size=size)
+    inputs = LossInputs(schedule, state.init(T), key, examples)
+    found = losses.discrete_time(objective, apply)(params, inputs)
     return found.losses, found.rows
 
 
 def images(size=BATCH):
     return jax.random.uniform(jax.random.key(9), (size, *SHAPE), minval=-1.0)
+
+
+def examples_of(x_0, label=None):
+    """A whole batch on one device."""
+    return Examples(x_0=x_0, label=label, indices=jnp.arange(len(x_0)), batch_size=len(x_0))
 
 
 def recorded(calls):
@@ -209,10 +213,9 @@ def test_under_jit_with_the_schedule_as_an_argument():
 
     def loss(schedule, key):
         traces.append(())
-        params, indices = {"scale": jnp.float32(0.5)}, jnp.arange(BATCH)
-        return losses.batch_losses(
-            objective("v"), half, params, schedule, (), key, images(), None, indices, BATCH
-        ).losses
+        inputs = LossInputs(schedule, (), key, examples_of(images()))
+        losses_of = losses.discrete_time(objective("v"), half)
+        return losses_of({"scale": jnp.float32(0.5)}, inputs).losses
 
     compiled = jax.jit(loss)
     inputs = [(0, 0.0), (0, 0.008), (0, 0.1), (1, 0.1)]
@@ -308,29 +311,31 @@ def test_dropping_labels_changes_nothing_else():
 def test_a_learned_schedule_drops_the_same_labels():
     calls, recipe = [], LearnedSchedule(T, 8.0, -6.0)
     params = {"scale": 0.5, "schedule": learned_schedule.init(recipe, KEY)}
-    inputs = schedules.cosine(T), (), jax.random.key(0), images(), labels(BATCH), jnp.arange(BATCH)
+    examples = examples_of(images(), labels(BATCH))
+    inputs = LossInputs(schedules.cosine(T), (), jax.random.key(0), examples)
     for label_dropout in (0.0, 0.5):
         chosen = objective(label_dropout=label_dropout)
-        learned_schedule.batch_losses(chosen, recipe, recorded(calls), params, *inputs, BATCH)
+        learned_schedule.continuous_time(chosen, recorded(calls), recipe)(params, inputs)
     np.testing.assert_array_equal(calls[0][2], labels(BATCH))
     np.testing.assert_array_equal(calls[1][2], told(0.5, BATCH)[2])
 
 
 def test_the_embedding_of_no_class_is_trained_if_and_only_if_labels_are_dropped():
     fields = {"name": "mlp", "width": 4, "num_layers": 1, "class_conditional": True}
-    model = create_model(ConfigDict(fields), (2,), NUM_CLASSES)
+    model = create_model(fields, (2,), NUM_CLASSES)
     noise = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: jnp.float32(noise.standard_normal(leaf.shape)),
         jax.eval_shape(model.init, KEY),
     )
-    x_0, indices, schedule = jnp.ones((BATCH, 2)), jnp.arange(BATCH), schedules.cosine(T)
+    examples = examples_of(jnp.ones((BATCH, 2)), labels(BATCH))
+    inputs = LossInputs(schedules.cosine(T), (), KEY, examples)
 
     def gradient(label_dropout):
+        losses_of = losses.discrete_time(objective(label_dropout=label_dropout), model.apply)
+
         def mean_loss(params):
-            inputs = params, schedule, (), KEY, x_0, labels(BATCH), indices, BATCH
-            chosen = objective(label_dropout=label_dropout)
-            return jnp.mean(losses.batch_losses(chosen, model.apply, *inputs).losses)
+            return jnp.mean(losses_of(params, inputs).losses)
 
         return np.asarray(jax.jit(jax.grad(mean_loss))(params)["embedding"]["label"]["embedding"])
 

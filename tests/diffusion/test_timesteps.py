@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from diffusion_jax.diffusion import timesteps
-from diffusion_jax.diffusion.timesteps import HISTORY, TIMESTEP_SAMPLERS, UNIFORM_SHARE, LossHistory
+from diffusion_jax.diffusion.timesteps import (
+    HISTORY,
+    TIMESTEP_SAMPLERS,
+    UNIFORM_SHARE,
+    LossHistory,
+    TimestepDraw,
+)
 
 
 @functools.cache
@@ -21,7 +27,8 @@ def drawn(name, num_batches, batch_size, num_timesteps):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
         sampler = TIMESTEP_SAMPLERS[name]
         state = sampler.init(num_timesteps)
-        return sampler.draw(state, key, keys, indices, batch_size, num_timesteps)[0]
+        draw = TimestepDraw(key, keys, indices, batch_size)
+        return sampler.draw(state, draw, num_timesteps)[0]
 
     return np.asarray(jax.jit(jax.vmap(of_batch))(jax.random.split(jax.random.key(0), num_batches)))
 
@@ -73,15 +80,9 @@ def test_low_discrepancy_keeps_to_the_rows_at_the_end_of_the_interval(monkeypatc
     for offset in (0.0, np.nextafter(np.float32(1), np.float32(0))):
         monkeypatch.setattr(jax.random, "uniform", lambda key, value=offset: jnp.float32(value))
         for num_timesteps in (1, 10, 1000, 4000):
-            indices = jnp.arange(16)
-            position, weights = timesteps.low_discrepancy(
-                (),
-                jax.random.key(0),
-                jax.random.split(jax.random.key(0), 16),
-                indices,
-                16,
-                num_timesteps,
-            )
+            key = jax.random.key(0)
+            draw = TimestepDraw(key, jax.random.split(key, 16), jnp.arange(16), 16)
+            position, weights = timesteps.low_discrepancy((), draw, num_timesteps)
             assert position.min() >= 0
             assert position.max() < num_timesteps
             np.testing.assert_array_equal(weights, 1)
@@ -135,9 +136,8 @@ def test_importance_is_the_root_of_the_second_moment():
 def test_importance_draws_what_it_says_and_its_weights_undo_that():
     state, size, num_timesteps = warm(20), 200_000, 20
     keys = jax.random.split(jax.random.key(0), size)
-    rows, weights = timesteps.importance(
-        state, keys[0], keys, jnp.arange(size), size, num_timesteps
-    )
+    draw = TimestepDraw(keys[0], keys, jnp.arange(size), size)
+    rows, weights = timesteps.importance(state, draw, num_timesteps)
     p = np.float64(timesteps.importance_probabilities(state))
     expected = size * p
     chi_square = np.sum((np.bincount(rows, minlength=num_timesteps) - expected) ** 2 / expected)

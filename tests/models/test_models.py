@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from ml_collections import ConfigDict
 
 from diffusion_jax.diffusion.network import Model
 from diffusion_jax.errors import ConfigError
@@ -38,7 +37,8 @@ NUM_CLASSES = 3
 def create(name, learned_variance=False, shape=None, **changes):
     fields, default_shape = CASES[name]
     shape = shape or default_shape
-    model = create_model(ConfigDict(fields | changes), shape, NUM_CLASSES, learned_variance)
+    fields = fields | changes
+    model = create_model(fields, shape, NUM_CLASSES, learned_variance=learned_variance)
     return Model(model.init, jax.jit(model.apply)), shape
 
 
@@ -395,7 +395,7 @@ def test_wrong_fields_are_named(name, changes, message):
     fields, shape = CASES[name]
     fields = {key: value for key, value in (fields | changes).items() if value is not None}
     with pytest.raises(ConfigError, match=message) as error:
-        create_model(ConfigDict(fields), shape, None)
+        create_model(fields, shape, None)
     assert "\n" not in str(error.value)
 
 

@@ -65,7 +65,8 @@ def ddim_chain(betas, eta):
 @partial(jax.jit, static_argnames=("shape", "num_frames"))
 def run(schedule, sampler, shape, num_frames=0, key=KEY, x_T=None, indices=None):
     """The trajectory with the data's denoiser, compiled once for all tests that fit."""
-    return trajectory(key, DATA, schedule, sampler, shape, num_frames, x_T, indices)
+    options = {"num_frames": num_frames, "x_T": x_T, "indices": indices}
+    return trajectory(key, DATA, schedule, sampler, shape, **options)
 
 
 MANY = (16, 1024)  # independent samples: all dimensions are alike
@@ -85,12 +86,11 @@ chains = pytest.mark.parametrize(("sampler", "exact_chain"), CHAINS, ids=CHAIN_N
 @jax.jit
 def every_step(sampler, schedule, x_t):
     """One step from x_t at every row, T first, each with the same keys: [T, ...]."""
-    keys = jax.random.split(KEY, len(x_t))
+    keys, state = jax.random.split(KEY, len(x_t)), sampler.init(x_t, schedule, schedule)
 
     def step(row, row_prev):
-        return sampler.step(keys, DATA, sampler.init(x_t, schedule, schedule), x_t, row, row_prev)[
-            0
-        ]
+        now = samplers.Step(keys, DATA, state, x_t, row, row_prev)
+        return sampler.step(now)[0]
 
     return jax.vmap(step)(schedule[::-1], schedules.with_terminal_row(schedule)[:-1][::-1])
 
@@ -319,9 +319,8 @@ def test_a_chain_from_zero_terminal_snr(sampler):
 
     if sampler.needs_signal:
         pytest.skip("its sigma is infinite there: refused, see test_main")
-    x_0, frames, _ = jax.jit(lambda rows: trajectory(KEY, predict, rows, sampler, (8, 500), 3))(
-        schedule
-    )
+    draw = partial(trajectory, KEY, predict, sampler=sampler, shape=(8, 500), num_frames=3)
+    x_0, frames, _ = jax.jit(draw)(schedule=schedule)
     assert bool(jnp.isfinite(frames).all())
     assert abs(x_0.mean() - MEAN) < 0.02
     assert abs(x_0.var() / VARIANCE - 1) < 0.25
@@ -356,7 +355,8 @@ def test_states_are_steps_of_the_solver():
     rows_prev = schedules.with_terminal_row(SCHEDULE)[:-1]
     for n, i in enumerate(reversed(range(len(SCHEDULE)))):
         keys = jax.random.split(KEY, 3)
-        after, _ = ddim().step(keys, DATA, (), states[n], SCHEDULE[i], rows_prev[i])
+        now = samplers.Step(keys, DATA, (), states[n], SCHEDULE[i], rows_prev[i])
+        after, _ = ddim().step(now)
         np.testing.assert_allclose(states[n + 1], after, rtol=1e-5, atol=1e-6)
         said = DATA(states[n], SCHEDULE[i]).x_0
         np.testing.assert_allclose(predicted[n], said, rtol=1e-5, atol=1e-6)
@@ -416,10 +416,10 @@ def scans(jaxpr):
 
 @pytest.mark.parametrize("num_frames", [0, 4])
 def test_the_chain_is_one_scan(sampler, num_frames):
-    jaxpr = jax.make_jaxpr(
-        lambda key, schedule: trajectory(key, DATA, schedule, sampler, (2, 3), num_frames)
-    )(KEY, SCHEDULE)
-    assert scans(jaxpr.jaxpr) == 1
+    def draw(key, schedule):
+        return trajectory(key, DATA, schedule, sampler, (2, 3), num_frames=num_frames)
+
+    assert scans(jax.make_jaxpr(draw)(KEY, SCHEDULE).jaxpr) == 1
 
 
 @pytest.mark.parametrize("name", ["ancestral", "dpmpp_3m", "pndm"])
@@ -429,8 +429,9 @@ def test_memory_does_not_grow_with_the_steps(name):
 
     def temporary(num_timesteps):
         schedule = schedules.linear(num_timesteps)
-        draw = jax.jit(lambda s: trajectory(KEY, DATA, s, sampler, shape, num_frames))
-        return draw.lower(schedule).compile().memory_analysis().temp_size_in_bytes
+        draw = partial(trajectory, KEY, DATA, sampler=sampler, shape=shape, num_frames=num_frames)
+        compiled = jax.jit(draw).lower(schedule=schedule).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
 
     state = 4 * np.prod(shape)
     # a step costs its row (the schedule is reversed: 16 numbers), nothing the size of an image
@@ -448,9 +449,9 @@ def test_memory_does_not_grow_with_the_steps(name):
         ("eta", lambda: ddim(eta=-0.1)),
         ("eta", lambda: ddim(eta=1.5)),
         ("eta", lambda: ddim(eta=float("nan"))),
-        ("num_frames", lambda: trajectory(KEY, DATA, SCHEDULE, ddim(), (2, 3), 1)),
-        ("num_frames", lambda: trajectory(KEY, DATA, SCHEDULE, ddim(), (2, 3), 14)),
-        ("num_frames", lambda: trajectory(KEY, DATA, SCHEDULE, ddim(), (2, 3), -2)),
+        ("num_frames", lambda: trajectory(KEY, DATA, SCHEDULE, ddim(), (2, 3), num_frames=1)),
+        ("num_frames", lambda: trajectory(KEY, DATA, SCHEDULE, ddim(), (2, 3), num_frames=14)),
+        ("num_frames", lambda: trajectory(KEY, DATA, SCHEDULE, ddim(), (2, 3), num_frames=-2)),
     ],
 )
 def test_refused(field, call):

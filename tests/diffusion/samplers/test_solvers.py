@@ -54,11 +54,10 @@ def along(sampler, log_snr, x_T):
     keys = jax.random.split(KEY, len(x_T))
 
     def step(carry, interval):
-        x_t, state = sampler.step(keys, MIXTURE, carry[1], carry[0], *interval)
-        return (x_t, state), None
+        return sampler.step(samplers.Step(keys, MIXTURE, *carry, *interval))[::-1], None
 
     intervals = rows[1:][::-1], rows[:-1][::-1]
-    return jax.lax.scan(step, (x_T, sampler.init(x_T, rows, rows)), intervals)[0][0]
+    return jax.lax.scan(step, (sampler.init(x_T, rows, rows), x_T), intervals)[0][1]
 
 
 # 3M starts with a step of first order, which in the end is what is left of the error.
@@ -124,7 +123,7 @@ def test_euler_in_k_diffusions_sense(eta):
     data = gaussian(0.3, 0.1)
     for i in range(len(schedule)):
         row, row_prev = rows[i + 1], rows[i]
-        found, _ = sampler.step(keys, data, (), x_t, row, row_prev)
+        found, _ = sampler.step(samplers.Step(keys, data, (), x_t, row, row_prev))
         signal, signal_prev = (np.sqrt(float(r.alpha_bar)) for r in (row, row_prev))
         z = np.asarray(samplers.normal(keys, x_t), np.float64)
         denoised = np.asarray(data(x_t, row).x_0, np.float64)
@@ -153,7 +152,8 @@ def test_dpmpp_2m_is_the_papers_formula():
         x = sigma_prev / sigma * x - np.sqrt(alpha_bar[i - 1]) * np.expm1(-h) * mixed
         before = d
     expected = float(data(jnp.full((1, 1), x), schedule[0]).x_0[0, 0])
-    found = sample(KEY, data, schedule, samplers.dpmpp_2m(), (1, 1), jnp.full((1, 1), x_t))
+    x_T = jnp.full((1, 1), x_t)
+    found = sample(KEY, data, schedule, samplers.dpmpp_2m(), (1, 1), x_T=x_T)
     np.testing.assert_allclose(found[0, 0], expected, rtol=1e-5)
 
 
@@ -307,7 +307,7 @@ def test_inversion_followed_by_sampling_returns_the_image(num_steps):
     errors = []
     for num_iterations in (1, 5, 20):
         x_T = invert(MIXTURE, chain, x_0, num_iterations)
-        again = sample(KEY, MIXTURE, chain, samplers.ddim(0.0), x_0.shape, x_T)
+        again = sample(KEY, MIXTURE, chain, samplers.ddim(0.0), x_0.shape, x_T=x_T)
         errors.append(np.abs(again - x_0).max())
     assert errors[0] > 2 * errors[1]  # the published inversion is not exact
     assert errors[2] < 1e-4
