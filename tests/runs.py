@@ -141,7 +141,7 @@ def checkpoint(workdir: pathlib.Path, step: int | None = None) -> Arrays:
     """The arrays of a run's checkpoint, the newest unless ``step`` says which."""
     checkpoints = Checkpoints(workdir / "checkpoints", 1, 0)
     try:
-        return checkpoints._load(checkpoints.steps[-1] if step is None else step)
+        return checkpoints.load(checkpoints.steps[-1] if step is None else step)
     finally:
         checkpoints.close()
 

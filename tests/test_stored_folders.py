@@ -1,6 +1,6 @@
 """Folders that commit 0a48fca wrote go on: a run resumes, an ablation reports.
 
-tests/data/0a48fca/make.sh says how they were made. Processors round differently, and so does a
+tests/stored/make.sh says how they were made. Processors round differently, and so does a
 compiler told to optimize less, as the tests' is: the numbers agree within the tolerances here.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from runs import REPOSITORY, run
 
-STORED = REPOSITORY / "tests" / "data" / "0a48fca"
+STORED = REPOSITORY / "tests" / "stored"
 ROUNDING = 1e-3  # relative, of losses and bits/dim after 20 more steps
 GREY_LEVEL = 255 / 16  # between two grey levels of the digits
 

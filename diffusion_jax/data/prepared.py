@@ -87,7 +87,7 @@ def prepare(name: str, source: Source, archives_given: str | None, folder: Path)
         for remains in folder.parent.glob(f"incomplete.*_{folder.name}"):
             shutil.rmtree(remains)  # of a process that was killed
         print(f"preparing {name} in {data_dir} ...", file=sys.stderr, flush=True)
-        from diffusion_jax.datasets.builder import ImageBuilder
+        from diffusion_jax.data.sources.builder import ImageBuilder
 
         ImageBuilder(name, data_dir, source.num_classes, splits).download_and_prepare()
 

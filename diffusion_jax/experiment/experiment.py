@@ -87,7 +87,7 @@ def create_experiment(config: ConfigDict) -> Experiment:
     schedule = named.schedule
     objective = create_objective(config, schedule, dataset)
     model = create_model(
-        config.model,
+        config.model.to_dict(),
         dataset.shape,
         dataset.num_classes,
         learned_variance=objective.variance.is_learned,

@@ -52,7 +52,7 @@ def create_weak(config: ConfigDict, experiment: Experiment, path: pathlib.Path) 
     objective = create_objective(other, experiment.schedule, experiment.dataset)
     dataset = experiment.dataset
     model = create_model(
-        other.model,
+        other.model.to_dict(),
         dataset.shape,
         dataset.num_classes,
         learned_variance=objective.variance.is_learned,

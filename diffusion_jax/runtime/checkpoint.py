@@ -138,7 +138,7 @@ class Checkpoints:
         steps, self._damaged = [s for s in self.steps if step in (None, s)], []
         for step in reversed(steps):
             try:
-                arrays = self._load(step)
+                arrays = self.load(step)
             except Exception as error:  # damage shows as any exception of orbax or tensorstore
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 LOG.warning("checkpoint %d is damaged (%s), trying an older one", step, reason)
@@ -149,7 +149,12 @@ class Checkpoints:
             raise NoIntactCheckpointError(f"none of the checkpoints {steps} is intact")
         return None
 
-    def _load(self, step: int) -> Arrays:
+    def load(self, step: int) -> Arrays:
+        """The arrays of one step, by their paths.
+
+        Raises:
+            Exception: the step is damaged; which one depends on where.
+        """
         saved = ocp.metadata(self._path(step))
         abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved.metadata)
         arrays = ocp.load(self._path(step), abstract)

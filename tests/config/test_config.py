@@ -1,5 +1,5 @@
+import inspect
 import itertools
-import json
 import re
 import textwrap
 
@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion_jax.__main__ import parse_arguments
-from diffusion_jax.config.config import differences, load, to_json
+from diffusion_jax.config.config import differences, load, to_record
+from diffusion_jax.diffusion import samplers, schedules, weightings
 from diffusion_jax.errors import ConfigError, choose, require
 
-MODES = ("train", "sample")
 PATHS = ["--config=configs/default.py", "--workdir=runs/x"]
 
 ONE_FILE = """
@@ -67,8 +67,8 @@ BAD_ARGUMENTS = [
     (["--config=a.py", "--workdir"], "--workdir"),
     ([*PATHS, "--mode"], "--mode"),
     ([*PATHS, "--mode="], "--mode"),
-    ([*PATHS, "--mode=trian"], "did you mean 'train'? (sample, train)"),
-    ([*PATHS, "--mode=evaluate"], "--mode = 'evaluate'"),
+    ([*PATHS, "--mode=trian"], "did you mean 'train'? (ablate, evaluate, sample, train)"),
+    ([*PATHS, "--mode=export"], "--mode = 'export'"),
     ([*PATHS, "--wordkir=y"], "did you mean '--workdir'?"),
     ([*PATHS, "--conifg=y"], "did you mean '--config'?"),
     ([*PATHS, "-mode=train"], "did you mean '--mode'?"),
@@ -168,7 +168,7 @@ BAD_FILES = [
 @pytest.mark.parametrize(("argv", "expected"), BAD_ARGUMENTS)
 def test_a_mistake_on_the_command_line_is_one_line(argv, expected):
     with pytest.raises(ConfigError) as error:
-        parse_arguments(argv, MODES)
+        parse_arguments(argv)
     assert expected in message_of(error)
 
 
@@ -224,14 +224,14 @@ def test_arguments_may_be_one_word_or_two():
     one = ["--config=a.py", "--workdir=runs/x", "--mode=sample", "--config.schedule.s=0.02"]
     two = [part for word in one for part in word.split("=", 1)]
     expected = ("a.py", "runs/x", "sample", (("schedule.s", "0.02"),))
-    assert parse_arguments(one, MODES) == parse_arguments(two, MODES) == expected
+    assert parse_arguments(one) == parse_arguments(two) == expected
 
 
 def test_arguments_keep_what_follows_the_first_equals_sign():
     argv = ["--config=a=b.py", "--workdir", "x", "--config.dataset.archives=a=b"]
-    assert parse_arguments(argv, MODES) == ("a=b.py", "x", "train", (("dataset.archives", "a=b"),))
+    assert parse_arguments(argv) == ("a=b.py", "x", "train", (("dataset.archives", "a=b"),))
     argv = ["--config=a", "--workdir=x", "--config.schedule.start", "-3"]
-    assert parse_arguments(argv, MODES).overrides == (("schedule.start", "-3"),)
+    assert parse_arguments(argv).overrides == (("schedule.start", "-3"),)
 
 
 @pytest.mark.parametrize(
@@ -293,9 +293,9 @@ def test_a_config_gets_no_new_field_by_a_slip_in_the_code(default):
 
 def test_every_default_set_to_its_own_text_changes_nothing(default_path, default):
     texts = [(name, str(value)) for name, value in leaves(default)]
-    assert to_json(load(default_path, texts)) == to_json(default)
+    assert to_record(load(default_path, texts)) == to_record(default)
     for name, text in texts:
-        assert to_json(load(default_path, [(name, text)])) == to_json(default)
+        assert to_record(load(default_path, [(name, text)])) == to_record(default)
 
 
 @settings(deadline=None, max_examples=30)
@@ -308,11 +308,11 @@ def test_a_value_survives_the_command_line_and_the_record(default_path, integer,
     values = {"seed": integer, "schedule.s": number, "model.channel_multipliers": integers}
     config = load(default_path, [(name, str(value)) for name, value in values.items()])
     assert values.items() <= dict(leaves(config)).items()
-    assert differences(config, json.loads(to_json(config))) == {}
+    assert differences(config, to_record(config)) == {}
 
 
 def test_every_default_has_a_comment(repository, default):
-    lines = (repository / "configs" / "default.py").read_text().splitlines()
+    lines = (repository / "diffusion_jax/config/default.py").read_text().splitlines()
     bare = [
         line.strip()
         for above, line in itertools.pairwise(lines)
@@ -327,15 +327,41 @@ def test_every_default_has_a_comment(repository, default):
         assert name in named.split() or re.search(rf"\b{name.split('.')[-1]}\b", comments), name
 
 
+REGISTRIES = {
+    "schedule": schedules.SCHEDULES,
+    "loss": weightings.WEIGHTINGS,
+    "sampling": samplers.SAMPLERS,
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "function"),
+    [(section, name) for section, registry in REGISTRIES.items() for name in registry],
+)
+def test_every_argument_of_a_registered_function_is_a_field(default, section, function):
+    """It is unset by default, and of the type that the function declares."""
+    fields = default[section]
+    types = {bool: bool, int: int, str: str, float: float}
+    for name, parameter in inspect.signature(REGISTRIES[section][function]).parameters.items():
+        if name == "num_timesteps":
+            continue
+        assert name in fields, name
+        assert fields[name] is None
+        reference = fields.get_ref(name)
+        array = "betas"  # in a config the path of its file
+        expected = str if name == array else types.get(parameter.annotation, float)
+        assert reference.get_type() is expected, name
+
+
 def test_the_record_of_a_config_is_json_with_null_for_unset(default):
-    record = json.loads(to_json(default))
+    record = to_record(default)
     assert record["schedule"]["s"] is None
     assert record["model"]["channel_multipliers"] == list(default.model.channel_multipliers)
-    assert to_json(default) == to_json(default.copy_and_resolve_references())
+    assert to_record(default) == to_record(default.copy_and_resolve_references())
 
 
 def test_differences_name_the_fields_that_changed(default_path, default):
-    recorded = json.loads(to_json(default))
+    recorded = to_record(default)
     assert differences(default, recorded) == {}
     config = load(
         default_path,
@@ -350,7 +376,7 @@ def test_differences_name_the_fields_that_changed(default_path, default):
 
 def test_differences_take_a_field_that_is_absent_for_the_default(default_path, default):
     """A run recorded before there was such a field goes on as long as it is what it was."""
-    recorded = json.loads(to_json(default))
+    recorded = to_record(default)
     del recorded["schedule"]["s"], recorded["loss"]["label_dropout"]
     recorded["old"] = {"field": 1}
     assert differences(default, recorded) == {"config.old.field": (1, None)}

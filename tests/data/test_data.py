@@ -23,12 +23,11 @@ import numpy as np
 import pytest
 import sklearn.datasets
 import tensorflow_datasets as tfds
-from ml_collections import ConfigDict
 from PIL import Image
 
-from diffusion_jax.data import load as data
+from diffusion_jax.data import prepared
 from diffusion_jax.data.batches import read_batches
-from diffusion_jax.data.dataset import Records, Split
+from diffusion_jax.data.dataset import DatasetChoice, Records, Split
 from diffusion_jax.data.load import describe_dataset, load_dataset
 from diffusion_jax.data.pixels import to_uint8, to_x_0
 from diffusion_jax.data.sources import DATASETS, archives, cifar10, idx, toy2d
@@ -36,7 +35,7 @@ from diffusion_jax.data.sources.source import VERSION
 from diffusion_jax.errors import ConfigError
 
 ARCHIVES = pathlib.Path(
-    os.environ.get("DIFFUSION_JAX_ARCHIVES", pathlib.Path(__file__).parents[2] / "shared" / "data")
+    os.environ.get("DIFFUSION_JAX_ARCHIVES", pathlib.Path(__file__).parents[3] / "shared" / "data")
 )
 LEVELS = sorted({source.levels for source in DATASETS.values() if source.levels})
 
@@ -45,15 +44,15 @@ real = functools.partial(
 )
 
 
-def config_of(name, data_dir, archives=None, flip=False):
-    values = {"name": name, "archives": archives, "data_dir": data_dir, "flip": flip}
-    return ConfigDict({key: str(v) if key != "flip" and v else v for key, v in values.items()})
+def choice_of(name, data_dir, archives=None, flip=False):
+    archives = None if archives is None else str(archives)
+    return DatasetChoice(name=name, archives=archives, data_dir=str(data_dir), flip=flip)
 
 
 @pytest.fixture(scope="module")
 def digits_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
-    load_dataset(config_of("digits", folder))
+    load_dataset(choice_of("digits", folder))
     return folder
 
 
@@ -78,7 +77,7 @@ def labels_of(batches):
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_describe_needs_and_writes_nothing(name, tmp_path):
-    info = describe_dataset(config_of(name, tmp_path / "sets"))
+    info = describe_dataset(choice_of(name, tmp_path / "sets"))
     assert info.name == name
     assert info.num_classes >= 2
     assert (info.levels is None) == (len(info.shape) == 1)
@@ -86,7 +85,7 @@ def test_describe_needs_and_writes_nothing(name, tmp_path):
 
 
 def test_digits_are_those_of_scikit_learn(digits_dir):
-    loaded = load_dataset(config_of("digits", digits_dir))
+    loaded = load_dataset(choice_of("digits", digits_dir))
     assert (len(loaded.train), len(loaded.test)) == (1497, 300)
     ours = np.concatenate([loaded.train.images, loaded.test.images])
     ours = np.column_stack([ours.reshape(1797, 64), *[[*loaded.train.labels, *loaded.test.labels]]])
@@ -97,8 +96,8 @@ def test_digits_are_those_of_scikit_learn(digits_dir):
 
 
 def test_toy2d_is_the_mixture_that_it_names(tmp_path):
-    loaded = load_dataset(config_of("toy2d", tmp_path))
-    again = load_dataset(config_of("toy2d", tmp_path))
+    loaded = load_dataset(choice_of("toy2d", tmp_path))
+    again = load_dataset(choice_of("toy2d", tmp_path))
     assert not list(tmp_path.iterdir())
     np.testing.assert_array_equal(loaded.train.images, again.train.images)
     train, test = (set(map(tuple, split.images.tolist())) for split in loaded[-2:])
@@ -136,7 +135,7 @@ def test_real_archives_have_the_published_counts(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [real("mnist")])
 def test_real_archives_come_back_from_tfds_unchanged(name, tmp_path):
-    loaded = load_dataset(config_of(name, tmp_path, ARCHIVES / name))
+    loaded = load_dataset(choice_of(name, tmp_path, ARCHIVES / name))
     original = idx.read(name, ARCHIVES / name)
     for split in ("train", "test"):
         np.testing.assert_array_equal(getattr(loaded, split).images, original[split][0])
@@ -144,25 +143,25 @@ def test_real_archives_come_back_from_tfds_unchanged(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("choice", "message"),
     [
-        (config_of("mnits", "{}"), r"config\.dataset\.name = 'mnits'.*did you mean 'mnist'"),
-        (config_of("", "{}"), r"config\.dataset\.name = ''"),
-        (config_of("toy2d", "{}", flip=True), r"config\.dataset\.flip = True: toy2d"),
-        (config_of("mnist", "{}", "/no/such"), r"config\.dataset\.archives = '/no/such'"),
+        (choice_of("mnits", "{}"), r"config\.dataset\.name = 'mnits'.*did you mean 'mnist'"),
+        (choice_of("", "{}"), r"config\.dataset\.name = ''"),
+        (choice_of("toy2d", "{}", flip=True), r"config\.dataset\.flip = True: toy2d"),
+        (choice_of("mnist", "{}", "/no/such"), r"config\.dataset\.archives = '/no/such'"),
     ],
 )
-def test_describe_refuses(config, message, tmp_path):
-    config.data_dir = str(tmp_path)
+def test_describe_refuses(choice, message, tmp_path):
+    choice = choice._replace(data_dir=str(tmp_path))
     with pytest.raises(ConfigError, match=message):
-        describe_dataset(config)
+        describe_dataset(choice)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_data_dir_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ConfigError, match=r"config\.dataset\.data_dir = .*can be written"):
-        load_dataset(config_of("digits", tmp_path / "file" / "sets"))
+        load_dataset(choice_of("digits", tmp_path / "file" / "sets"))
 
 
 # Archives
@@ -199,7 +198,7 @@ def test_idx_archives_come_back_unchanged(unpacked, small_mnist, tmp_path):
         for path in list(folder.iterdir()):
             path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
             path.unlink()
-    loaded = load_dataset(config_of("mnist", tmp_path / "sets", folder))
+    loaded = load_dataset(choice_of("mnist", tmp_path / "sets", folder))
     np.testing.assert_array_equal(loaded.train.images[..., 0], arrays[0])
     np.testing.assert_array_equal(loaded.train.labels, arrays[1])
     np.testing.assert_array_equal(loaded.test.images[..., 0], arrays[2])
@@ -241,7 +240,7 @@ def test_a_bad_archive_is_named_and_nothing_written(name, damage, message, small
     folder, _ = small_mnist
     damage(folder / name)
     with pytest.raises(ConfigError, match=message.format(name.removesuffix(".gz"))) as caught:
-        load_dataset(config_of("mnist", tmp_path / "sets", folder))
+        load_dataset(choice_of("mnist", tmp_path / "sets", folder))
     assert str(caught.value).startswith(f"config.dataset.archives = '{folder}': ")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "sets").exists()
@@ -250,13 +249,13 @@ def test_a_bad_archive_is_named_and_nothing_written(name, damage, message, small
 @pytest.mark.parametrize("name", [real("fashion_mnist")])
 def test_archives_of_another_set_are_recognised(name, tmp_path):
     with pytest.raises(ConfigError, match=f"train-images.*that of {name}"):
-        load_dataset(config_of("mnist", tmp_path / "sets", ARCHIVES / name))
+        load_dataset(choice_of("mnist", tmp_path / "sets", ARCHIVES / name))
 
 
 def test_kmnist_is_compared_with_the_sums_of_the_compressed_files(small_mnist, tmp_path):
     folder, _ = small_mnist
     with pytest.raises(ConfigError, match=r"train-images-idx3-ubyte\.gz: wrong content"):
-        load_dataset(config_of("kmnist", tmp_path / "sets", folder))
+        load_dataset(choice_of("kmnist", tmp_path / "sets", folder))
 
 
 @pytest.fixture
@@ -370,7 +369,7 @@ def test_archives_are_fetched(small_mnist, mnist_at, tmp_path):
     folder, arrays = small_mnist
     with serve(folder) as url:
         mnist_at(url)
-        loaded = load_dataset(config_of("mnist", tmp_path / "sets"))
+        loaded = load_dataset(choice_of("mnist", tmp_path / "sets"))
     np.testing.assert_array_equal(loaded.train.images[..., 0], arrays[0])
 
 
@@ -381,14 +380,14 @@ def test_a_bad_download_is_named_and_nothing_written(damage, small_mnist, mnist_
     with serve(folder) as url:
         mnist_at(url)
         with pytest.raises(ConfigError, match=re.escape(idx.FILES[2])):
-            load_dataset(config_of("mnist", tmp_path / "sets"))
+            load_dataset(choice_of("mnist", tmp_path / "sets"))
     assert not (tmp_path / "sets").exists()
 
 
 def test_without_a_network_the_way_out_is_named_at_once(mnist_at, tmp_path):
     mnist_at("http://127.0.0.1:9")
     with pytest.raises(ConfigError) as caught:
-        load_dataset(config_of("mnist", tmp_path / "sets"))
+        load_dataset(choice_of("mnist", tmp_path / "sets"))
     message = str(caught.value)
     assert all(name in message for name in ("--config.dataset.archives=", *idx.FILES))
     assert "\n" not in message
@@ -400,7 +399,7 @@ def test_a_server_that_never_answers_is_left(mnist_at, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         mnist_at(f"http://127.0.0.1:{server.getsockname()[1]}")
         with pytest.raises(ConfigError, match=r"no answer within 0\.3 s"):
-            load_dataset(config_of("mnist", tmp_path / "sets"))
+            load_dataset(choice_of("mnist", tmp_path / "sets"))
 
 
 def test_the_urls_can_be_parsed():
@@ -414,18 +413,19 @@ def test_the_urls_can_be_parsed():
 
 LOAD = """
 import sys
-from ml_collections import ConfigDict
-from diffusion_jax import data
+from diffusion_jax.data.batches import read_batches
+from diffusion_jax.data.dataset import DatasetChoice
+from diffusion_jax.data.load import load_dataset
 assert "tensorflow_datasets" not in sys.modules and "grain" not in sys.modules
-config = ConfigDict({"name": "digits", "archives": None, "data_dir": sys.argv[1], "flip": False})
-loaded = data.load(config)
-next(data.batches(loaded.train, 32, seed=0))
+choice = DatasetChoice(name="digits", data_dir=sys.argv[1])
+loaded = load_dataset(choice)
+next(read_batches(loaded.train, 32, seed=0))
 print(int(loaded.train.images.sum()))
 """
 
 DIE = """
 import os, signal
-from diffusion_jax.datasets import builder
+from diffusion_jax.data.sources import builder
 generate = builder.ImageBuilder._generate_examples
 def die(self, images, labels):
     yield from generate(self, images[:20], labels[:20])
@@ -456,7 +456,7 @@ def test_two_processes_may_start_at_once_and_neither_needs_tensorflow(start, tmp
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     original = int(sklearn.datasets.load_digits().data.sum())
-    test = int(load_dataset(config_of("digits", tmp_path / "sets")).test.images.sum())
+    test = int(load_dataset(choice_of("digits", tmp_path / "sets")).test.images.sum())
     assert [int(out) for out, _ in outputs] == [original - test] * 2
     said = "".join(err for _, err in outputs)
     assert said.count("preparing digits") == said.count("decoding digits") == 1
@@ -467,23 +467,23 @@ def test_preparing_that_was_killed_is_done_again(start, tmp_path):
     _, said = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, said
     assert list((tmp_path / "digits").glob("incomplete*"))
-    assert len(load_dataset(config_of("digits", tmp_path)).train) == 1497
+    assert len(load_dataset(choice_of("digits", tmp_path)).train) == 1497
     assert not list((tmp_path / "digits").glob("incomplete*"))
 
 
 def test_decoded_arrays_are_kept_until_the_set_changes(digits_dir, tmp_path):
     shutil.copytree(digits_dir / "digits", tmp_path / "digits")
-    config = config_of("digits", tmp_path)
+    choice = choice_of("digits", tmp_path)
     folder = tmp_path / "digits" / VERSION
-    load_dataset(config)
+    load_dataset(choice)
     (decoded,) = folder.glob("decod*")
     kept = np.load(decoded / "train_images.npy")
     np.save(decoded / "train_images.npy", 16 - kept)
-    np.testing.assert_array_equal(load_dataset(config).train.images, 16 - kept)
+    np.testing.assert_array_equal(load_dataset(choice).train.images, 16 - kept)
 
     (folder / "decoding-1").mkdir()  # what a process that was killed leaves
     os.utime(next(folder.glob("*-train.array_record*")), ns=(0, 0))
-    np.testing.assert_array_equal(load_dataset(config).train.images, kept)
+    np.testing.assert_array_equal(load_dataset(choice).train.images, kept)
     (anew,) = folder.glob("decod*")
     assert anew != decoded
 
@@ -494,17 +494,17 @@ def test_a_prepared_set_need_not_be_writable(digits_dir, tmp_path, capsys):
     folder = tmp_path / "digits" / VERSION
     shutil.rmtree(next(folder.glob("decoded-*")))
     folder.chmod(0o500)
-    assert len(load_dataset(config_of("digits", tmp_path)).train) == 1497
+    assert len(load_dataset(choice_of("digits", tmp_path)).train) == 1497
     assert "cannot be written" in capsys.readouterr().err
 
 
 def test_a_set_too_large_for_the_memory_gives_the_same_batches(digits_dir, tmp_path, monkeypatch):
-    config = config_of("digits", digits_dir)
-    in_memory = load_dataset(config).train
+    choice = choice_of("digits", digits_dir)
+    in_memory = load_dataset(choice).train
     shutil.copytree(digits_dir / "digits", tmp_path / "digits")
     shutil.rmtree(next((tmp_path / "digits" / VERSION).glob("decoded-*")))
-    monkeypatch.setattr(data, "MAX_BYTES_IN_MEMORY", 1000)
-    on_disk = load_dataset(config_of("digits", tmp_path)).train
+    monkeypatch.setattr(prepared, "MAX_BYTES_IN_MEMORY", 1000)
+    on_disk = load_dataset(choice_of("digits", tmp_path)).train
     assert isinstance(on_disk.images, Records)
     assert not list((tmp_path / "digits" / VERSION).glob("decoded-*"))
     np.testing.assert_array_equal(on_disk.images[5], in_memory.images[5])
@@ -546,16 +546,16 @@ def prepare(builder_class, data_dir):
 
 def test_a_set_that_tfds_prepared_is_found_by_its_name(tmp_path):
     old = prepare(Stripes, tmp_path)
-    loaded = load_dataset(config_of("stripes", tmp_path))
+    loaded = load_dataset(choice_of("stripes", tmp_path))
     assert loaded[:4] == ("stripes", (4, 6, 3), 256, 5)
     np.testing.assert_array_equal(loaded.train.images[:, 0, 0, 0], 20 * np.arange(10))
     np.testing.assert_array_equal(loaded.test.labels, np.arange(10) % 5)
 
     shutil.copytree(old, old.with_name("1.10.0"))
     shutil.rmtree(next(old.with_name("1.10.0").glob("decoded-*")))
-    load_dataset(config_of("stripes", tmp_path))
+    load_dataset(choice_of("stripes", tmp_path))
     assert list(old.with_name("1.10.0").glob("decoded-*"))  # the newest, as numbers go
-    load_dataset(config_of("stripes:1.9.0", tmp_path))
+    load_dataset(choice_of("stripes:1.9.0", tmp_path))
 
 
 def test_a_set_may_lack_labels_and_a_test_split(tmp_path):
@@ -565,7 +565,7 @@ def test_a_set_may_lack_labels_and_a_test_split(tmp_path):
 
     prepare(Plain, tmp_path)
     for _ in range(2):  # decoded, then kept
-        loaded = load_dataset(config_of("plain", tmp_path))
+        loaded = load_dataset(choice_of("plain", tmp_path))
         assert loaded.num_classes is loaded.train.labels is loaded.test is None
         (batch,) = take(loaded.train, 1, 4)
         assert batch["label"] is None
@@ -584,7 +584,7 @@ def test_a_set_that_cannot_be_used_is_refused(old, new, message, tmp_path):
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ConfigError, match=message):
-        describe_dataset(config_of("stripes", tmp_path))
+        describe_dataset(choice_of("stripes", tmp_path))
 
 
 def test_a_set_of_images_of_many_sizes_is_refused(tmp_path):
@@ -593,7 +593,7 @@ def test_a_set_of_images_of_many_sizes_is_refused(tmp_path):
 
     prepare(Ragged, tmp_path)
     with pytest.raises(ConfigError, match="no feature 'image' of uint8 and a fixed shape"):
-        describe_dataset(config_of("ragged", tmp_path))
+        describe_dataset(choice_of("ragged", tmp_path))
 
 
 # Batches

@@ -1,7 +1,6 @@
 """Evaluations as a process, and of data whose bits are known."""
 
 import csv
-import functools
 import itertools
 import json
 import signal
@@ -17,14 +16,14 @@ from runs import DIGITS, TOY2D, Run, arguments, assert_same, checkpoint, run
 from diffusion_jax.data.dataset import Split
 from diffusion_jax.diffusion import schedules
 from diffusion_jax.diffusion.bound import Strata, bound_terms, stratify
-from diffusion_jax.diffusion.losses import Objective
-from diffusion_jax.diffusion.network import Model
+from diffusion_jax.diffusion.losses import Examples, Objective
+from diffusion_jax.diffusion.network import Model, Network
 from diffusion_jax.diffusion.parametrisations import PREDICTIONS
 from diffusion_jax.diffusion.timesteps import TIMESTEP_SAMPLERS
 from diffusion_jax.diffusion.variances import VARIANCES
 from diffusion_jax.diffusion.weightings import WEIGHTINGS
 from diffusion_jax.errors import NonFiniteLossError
-from diffusion_jax.evaluation.evaluate import Evaluator
+from diffusion_jax.evaluation.evaluate import Evaluator, Trained
 from diffusion_jax.experiment.evaluation import EvaluationPlan, FlowPlan
 
 SMALL = {
@@ -195,7 +194,7 @@ def test_points_are_never_clipped_and_ctrl_c_is_one_line(tmp_path):
 
 def test_a_term_that_is_not_finite_is_named(tmp_path):
     """A network that is certain of what is wrong; nothing of it is kept."""
-    plan = EvaluationPlan(8, 10, 8, 5, False, None)
+    plan = _plan(num_examples=8, num_timesteps=10, batch_size=8)
     schedule = schedules.cosine(10)
 
     def certain(params, x_t, timestep, label, keys):
@@ -203,9 +202,10 @@ def test_a_term_that_is_not_finite_is_named(tmp_path):
 
     model = Model(lambda key: {"none": jnp.zeros(1)}, certain)
     split = Split(np.ones((8, 2), np.float32), None)
-    evaluator = Evaluator(model, _objective(), plan, jax.devices()[:1])
+    evaluator = Evaluator(Network(model, _objective()), plan, jax.devices()[:1])
+    trained = Trained(params={"none": jnp.zeros(1)}, step=1, schedule=schedule, seed=0)
     with pytest.raises(NonFiniteLossError, match=r"image \d+ at t = \d+"):
-        evaluator.evaluate(schedule, 0, {"none": jnp.zeros(1)}, 1, split, {}, tmp_path)
+        evaluator.evaluate(trained, split, about={}, folder=tmp_path)
     assert not (tmp_path / "evaluation.npz").exists()
 
 
@@ -268,11 +268,13 @@ def test_the_bound_of_the_exact_chain_is_the_entropy(tmp_path, num_timesteps):
     schedule = schedules.cosine(num_timesteps)
     points = MEAN + np.sqrt(VARIANCE) * np.random.default_rng(0).standard_normal((512, 8))
     points = points.astype(np.float32)
-    plan = EvaluationPlan(512, num_timesteps, 256, 5, False, FlowPlan(64, 50, "rk4", "exact"))
+    flow = FlowPlan(num_examples=64, num_steps=50, solver="rk4", divergence="exact")
+    plan = _plan(num_examples=512, num_timesteps=num_timesteps, batch_size=256, flow=flow)
     model = of_gaussian(schedule)
     params = model.init(jax.random.key(0))
-    evaluator = Evaluator(model, _objective(), plan, jax.devices()[:2])
-    found = evaluator.evaluate(schedule, 0, params, 1, Split(points, None), {}, tmp_path)
+    evaluator = Evaluator(Network(model, _objective()), plan, jax.devices()[:2])
+    trained = Trained(params=params, step=1, schedule=schedule, seed=0)
+    found = evaluator.evaluate(trained, Split(points, None), about={}, folder=tmp_path)
     entropy = np.log2(2 * np.pi * np.e * VARIANCE) / 2
     assert found["standard_error"] < 0.06
     assert abs(found["bits_per_dim"] - entropy) < 4 * found["standard_error"]
@@ -295,9 +297,13 @@ def test_strata_cover_every_timestep_once_and_keep_the_first_apart():
 def test_draws_are_uniform_in_each_stratum():
     schedule, size = schedules.cosine(10), 3000
     strata = stratify(10, 3)  # rows 0, 1..4 or 5, the rest
-    terms = functools.partial(bound_terms, of_gaussian(schedule), _objective(), False, {}, schedule)
-    inputs = jax.random.key(0), jnp.zeros((size, 1)), None, jnp.arange(size)
-    positions, _ = terms(*inputs, Strata(*map(jnp.asarray, strata)))
+    network = Network(of_gaussian(schedule), _objective())
+    examples = Examples(
+        x_0=jnp.zeros((size, 1)), label=None, indices=jnp.arange(size), batch_size=size
+    )
+    inputs = network, {}, schedule, jax.random.key(0), examples
+    on_device = Strata(*map(jnp.asarray, strata))
+    positions, _ = bound_terms(*inputs, strata=on_device, clip_x_0=False)
     for drawn, first, count in zip(np.asarray(positions), strata.first, strata.size):
         seen = np.bincount(drawn - first, minlength=count)
         assert len(seen) == count
@@ -305,15 +311,19 @@ def test_draws_are_uniform_in_each_stratum():
         assert np.sum((seen - expected) ** 2 / expected) <= count - 1 + 6 * np.sqrt(2 * count)
 
 
+def _plan(**fields):
+    return EvaluationPlan(**({"timesteps_per_call": 5, "clip_x_0": False, "flow": None} | fields))
+
+
 def _objective():
     return Objective(
-        PREDICTIONS["eps"],
-        WEIGHTINGS["simple"](),
-        False,
-        VARIANCES["learned"],
-        0.001,
-        TIMESTEP_SAMPLERS["uniform"],
-        None,
-        None,
-        0.0,
+        parametrisation=PREDICTIONS["eps"],
+        weighting=WEIGHTINGS["simple"](),
+        is_vlb=False,
+        variance=VARIANCES["learned"],
+        vlb_scale=0.001,
+        timesteps=TIMESTEP_SAMPLERS["uniform"],
+        levels=None,
+        num_classes=None,
+        label_dropout=0.0,
     )

@@ -12,11 +12,11 @@ from math import comb
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from diffusion_jax.data.dataset import Split
+from diffusion_jax.data.dataset import DatasetChoice, Split
 from diffusion_jax.data.load import load_dataset
 from diffusion_jax.data.pixels import to_x_0
+from diffusion_jax.evaluation import classifier as classifier_module
 from diffusion_jax.evaluation import quality
 from diffusion_jax.evaluation.classifier import (
     features,
@@ -32,14 +32,13 @@ from diffusion_jax.evaluation.distances import (
 )
 
 ARCHIVES = pathlib.Path(
-    os.environ.get("DIFFUSION_JAX_ARCHIVES", pathlib.Path(__file__).parents[2] / "shared" / "data")
+    os.environ.get("DIFFUSION_JAX_ARCHIVES", pathlib.Path(__file__).parents[3] / "shared" / "data")
 )
 DISTANCES = {"frechet": frechet_distance, "kernel": kernel_distance}
 
 
 def load(name, folder, archives=None):
-    fields = {"name": name, "archives": archives, "data_dir": str(folder), "flip": False}
-    return load_dataset(ConfigDict(fields))
+    return load_dataset(DatasetChoice(name=name, archives=archives, data_dir=str(folder)))
 
 
 def with_moments(mean, covariance, n=100, seed=0):
@@ -126,7 +125,7 @@ def test_kernel_is_the_double_sum():
 def test_kernel_does_not_depend_on_how_it_is_cut(monkeypatch):
     x, y = np.random.default_rng(0).normal(size=(2, 50, 3))
     whole = kernel_distance(x, y)
-    monkeypatch.setattr(quality, "BLOCK", 7)
+    monkeypatch.setattr(classifier_module, "BLOCK", 7)
     assert kernel_distance(x, y) == pytest.approx(whole, rel=1e-10)
 
 
@@ -149,7 +148,8 @@ def test_kernel_is_unbiased(shift):
 
 def simulate(distance, draw, reference, num_draws=50, **kwargs):
     found = [
-        with_interval(distance, draw(seed), reference, seed, **kwargs) for seed in range(num_draws)
+        with_interval(distance, draw(seed), reference, seed=seed, **kwargs)
+        for seed in range(num_draws)
     ]
     return np.array(found).T
 
@@ -217,11 +217,11 @@ def test_the_interval_of_a_kernel_distance_holds_the_truth():
 def test_a_level_is_kept_apart_from_others(distance):
     x, y = np.random.default_rng(0).normal(size=(2, 80, 3))
     estimate = functools.partial(with_interval, distance, x + 0.3, y, num_resamples=200)
-    narrow, wide = estimate(0, level=0.5), estimate(0, level=0.9)
+    narrow, wide = estimate(seed=0, level=0.5), estimate(seed=0, level=0.9)
     assert wide.low < narrow.low < narrow.value < narrow.high < wide.high
     assert narrow.value == wide.value
-    assert estimate(0, level=0.5) == narrow
-    assert estimate(1, level=0.5) != narrow
+    assert estimate(seed=0, level=0.5) == narrow
+    assert estimate(seed=1, level=0.5) != narrow
     # no more than the correction away from the distance itself
     assert narrow.value == pytest.approx(DISTANCES[distance](x + 0.3, y), rel=0.5)
 
@@ -234,10 +234,10 @@ def test_pairs_tell_arms_apart_that_lie_close_together(distance):
     noise = source.normal(size=(n, d))
     a = 1.25 * noise + 0.2 + 0.02 * source.normal(size=(n, d))
     b = 1.20 * noise + 0.2 + 0.02 * source.normal(size=(n, d))
-    paired = paired_difference(distance, a, b, reference, 0, num_resamples=100)
-    alone = [with_interval(distance, arm, reference, 0, num_resamples=100) for arm in (a, b)]
+    paired = paired_difference(distance, a, b, reference, seed=0, num_resamples=100)
+    alone = [with_interval(distance, arm, reference, seed=0, num_resamples=100) for arm in (a, b)]
     unpaired = paired_difference(
-        distance, a, source.permutation(b), reference, 0, num_resamples=100
+        distance, a, source.permutation(b), reference, seed=0, num_resamples=100
     )
     combined = np.hypot(*(arm.high - arm.low for arm in alone))
     assert paired.high - paired.low < 0.4 * combined
@@ -245,9 +245,9 @@ def test_pairs_tell_arms_apart_that_lie_close_together(distance):
     assert paired.low > 0
     # the same resamples, so that the values are those of the arms
     assert paired.value == pytest.approx(alone[0].value - alone[1].value, rel=1e-9)
-    swapped = paired_difference(distance, b, a, reference, 0, num_resamples=100)
+    swapped = paired_difference(distance, b, a, reference, seed=0, num_resamples=100)
     np.testing.assert_allclose(swapped, (-paired.value, -paired.high, -paired.low), rtol=1e-9)
-    same = paired_difference(distance, a, a, reference, 0, num_resamples=100)
+    same = paired_difference(distance, a, a, reference, seed=0, num_resamples=100)
     assert same == (0, 0, 0)
 
 
@@ -260,7 +260,7 @@ def test_the_interval_of_a_difference_holds_the_truth():
         a, b = np.random.default_rng((seed, 4)).normal(size=(2, n, d))
         b = 0.9 * a + np.sqrt(1 - 0.9**2) * b
         pair = 1.2 * a, 1.1 * b, reference
-        found.append(paired_difference("frechet", *pair, seed, num_resamples=60))
+        found.append(paired_difference("frechet", *pair, seed=seed, num_resamples=60))
     value, low, high = np.array(found).T
     assert covers(truth, low, high) >= 0.85
     assert np.mean(high - low) == pytest.approx(2 * 1.96 * np.std(value), rel=0.35)
@@ -274,11 +274,11 @@ X = np.random.default_rng(0).normal(size=(30, 2))
     [
         (lambda: frechet_distance(X[:1], X), "1 and 30 samples"),
         (lambda: kernel_distance(X, X[:1]), "30 and 1 samples"),
-        (lambda: with_interval("frechett", X, X, 0), "did you mean 'frechet'"),
-        (lambda: paired_difference("fid", X, X, X, 0), "unknown distance"),
-        (lambda: paired_difference("kernel", X, X[1:], X, 0), "30 and 29 samples"),
-        (lambda: with_interval("kernel", X, X, 0, level=1.0), "level = 1.0"),
-        (lambda: with_interval("kernel", X, X, 0, num_resamples=39), "40 or more"),
+        (lambda: with_interval("frechett", X, X, seed=0), "did you mean 'frechet'"),
+        (lambda: paired_difference("fid", X, X, X, seed=0), "unknown distance"),
+        (lambda: paired_difference("kernel", X, X[1:], X, seed=0), "30 and 29 samples"),
+        (lambda: with_interval("kernel", X, X, seed=0, level=1.0), "level = 1.0"),
+        (lambda: with_interval("kernel", X, X, seed=0, num_resamples=39), "40 or more"),
     ],
 )
 def test_what_cannot_be_is_refused(call, message):
@@ -299,16 +299,16 @@ def digits(tmp_path_factory):
 def classifier(digits):
     """Trained on small batches: what runs the tests is not compiled to be fast."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quality, "BATCH_SIZE", 16)
-        patch.setattr(quality, "MIN_STEPS", 320)
-        patch.setattr(quality, "LEARNING_RATE", 4e-3)
+        patch.setattr(classifier_module, "BATCH_SIZE", 16)
+        patch.setattr(classifier_module, "MIN_STEPS", 320)
+        patch.setattr(classifier_module, "LEARNING_RATE", 4e-3)
         return train_classifier(digits, 0)
 
 
 @pytest.fixture
 def few_digits(digits, monkeypatch):
     """Digits on which a training takes four steps."""
-    monkeypatch.setattr(quality, "MIN_STEPS", 4)
+    monkeypatch.setattr(classifier_module, "MIN_STEPS", 4)
     some = Split(digits.train.images[:100], digits.train.labels[:100])
     return digits._replace(train=some)
 
@@ -320,13 +320,13 @@ def x_0_of(split, levels):
 def test_the_classifier_knows_digits(digits, classifier):
     assert classifier.test_accuracy >= 0.95
     held_out = x_0_of(digits.test, digits.levels)
-    probabilities = probabilities(classifier, held_out)
-    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
-    accuracy = np.mean(probabilities.argmax(axis=1) == digits.test.labels)
+    of_classes = probabilities(classifier, held_out)
+    np.testing.assert_allclose(of_classes.sum(axis=1), 1, rtol=1e-5)
+    accuracy = np.mean(of_classes.argmax(axis=1) == digits.test.labels)
     assert accuracy == pytest.approx(classifier.test_accuracy)
-    features = features(classifier, held_out)
-    assert features.dtype == np.float32
-    assert features.var(axis=0).mean() == pytest.approx(1, rel=1e-4)
+    of_images = features(classifier, held_out)
+    assert of_images.dtype == np.float32
+    assert of_images.var(axis=0).mean() == pytest.approx(1, rel=1e-4)
 
 
 @pytest.mark.parametrize("distance", DISTANCES.values())
@@ -370,7 +370,7 @@ def test_images_are_rounded_to_the_levels_and_batches_do_not_matter(
     ).astype(np.float32)
     found = features(classifier, real)
     np.testing.assert_array_equal(features(classifier, near), found)
-    monkeypatch.setattr(quality, "FORWARD_BATCH", 4)
+    monkeypatch.setattr(classifier_module, "FORWARD_BATCH", 4)
     np.testing.assert_allclose(features(classifier, jax.numpy.asarray(real)), found, 1e-4, 1e-4)
 
 
@@ -399,7 +399,7 @@ def trained(classifier, monkeypatch):
         seeds.append(seed)
         return classifier
 
-    monkeypatch.setattr(quality, "train_classifier", train)
+    monkeypatch.setattr(classifier_module, "train_classifier", train)
     return seeds
 
 
@@ -506,10 +506,11 @@ def test_sets_without_what_it_takes_are_refused(change, reason, digits, tmp_path
 
 TRAIN = """
 import pathlib, sys
-from ml_collections import ConfigDict
-from diffusion_jax import data, quality
-fields = {"name": sys.argv[1], "archives": None, "data_dir": sys.argv[2], "flip": False}
-quality.load_classifier(data.load(ConfigDict(fields)), 0, pathlib.Path(sys.argv[3]))
+from diffusion_jax.data.dataset import DatasetChoice
+from diffusion_jax.data.load import load_dataset
+from diffusion_jax.evaluation.classifier import load_classifier
+dataset = load_dataset(DatasetChoice(name=sys.argv[1], data_dir=sys.argv[2]))
+load_classifier(dataset, 0, pathlib.Path(sys.argv[3]))
 """
 
 
@@ -535,5 +536,5 @@ def test_real_images_are_closer_to_held_out_ones_than_noised_ones(
     noised = x_0 + source.normal(scale=0.1, size=x_0.shape).astype(np.float32)
     reference = features(classifier, x_0_of(dataset.test, 256))
     arms = [features(classifier, images) for images in (noised, x_0)]
-    assert with_interval("frechet", arms[1], reference, 0).value < 0.5
-    assert paired_difference("frechet", *arms, reference, 0).low > 0
+    assert with_interval("frechet", arms[1], reference, seed=0).value < 0.5
+    assert paired_difference("frechet", *arms, reference, seed=0).low > 0

@@ -1,3 +1,4 @@
+import functools
 import json
 import signal
 import socket
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from runs import DIGITS, REPOSITORY, TOY2D, Run, arguments, checkpoint, run
 
-from diffusion_jax.config import config as configuration
+from diffusion_jax.config.config import load
 from diffusion_jax.data.batches import read_batches
 from diffusion_jax.data.dataset import Split
 from diffusion_jax.errors import ConfigError
@@ -17,9 +18,11 @@ from diffusion_jax.experiment.experiment import create_experiment
 from diffusion_jax.runtime import devices
 from diffusion_jax.training.step import (
     BETWEEN_DEVICES,
+    Constants,
     TrainState,
     compile_steps,
     init_state,
+    step_choices,
     train_step,
 )
 
@@ -33,7 +36,7 @@ SMALL = DIGITS | {
 @pytest.fixture(scope="module")
 def experiment():
     overrides = [(name, str(value)) for name, value in SMALL.items()]
-    config = configuration.load(str(REPOSITORY / "configs" / "digits.py"), overrides)
+    config = load(str(REPOSITORY / "configs" / "digits.py"), overrides)
     return create_experiment(config)
 
 
@@ -45,14 +48,10 @@ def batches_of(count):
 
 def create_steps(experiment, used):
     """The compiled step, and what it is called with first."""
-    plan = experiment.training
-
-    def step(*inputs):
-        losses, timesteps = experiment.batch_losses, experiment.objective.timesteps
-        return train_step(losses, timesteps, plan, 17, BETWEEN_DEVICES, *inputs)
-
-    state = init_state(experiment.model, plan.optimizer, experiment.objective.timesteps, 10, 0)
-    inputs = devices.replicate((state, experiment.schedule, jax.random.key(1)), used)
+    step = functools.partial(train_step, step_choices(experiment, BETWEEN_DEVICES))
+    state = init_state(experiment, seed=0, num_timesteps=10)
+    constants = Constants(experiment.schedule, jax.random.key(1))
+    inputs = devices.replicate((state, constants), used)
     return compile_steps(step, used), inputs, np.arange(16).reshape(len(used), -1)
 
 
@@ -67,11 +66,11 @@ def share(batches, used):
 def losses_of(experiment, num_devices, calls):
     """The losses of steps that are called several at a time, and the state after them."""
     used = jax.devices()[:num_devices]
-    steps, (state, schedule, key), indices = create_steps(experiment, used)
+    steps, (state, constants), indices = create_steps(experiment, used)
     batches, found, first = batches_of(sum(calls)), [], 0
     for count in calls:
         part = {name: leaf[first : first + count] for name, leaf in batches.items()}
-        state, metrics = steps(state, schedule, key, indices, share(part, used))
+        state, metrics = steps(state, constants, indices, share(part, used))
         found.extend(np.asarray(metrics.loss))  # read at once: see MAX_IN_FLIGHT_ON_CPU
         first += count
     return np.array(found), devices.local_copy(state)
@@ -102,7 +101,7 @@ def test_several_steps_per_call_are_the_same_steps(experiment, on_one):
 def test_the_step_compiles_once_and_moves_nothing_by_itself(experiment):
     """From fresh arrays and from those of a checkpoint alike; no transfer that nobody asked for."""
     used = jax.devices()[:2]
-    steps, (state, schedule, key), indices = create_steps(experiment, used)
+    steps, (state, constants), indices = create_steps(experiment, used)
     mesh = jax.sharding.Mesh(np.array(used), ("device",))
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("device"))
     batch = jax.device_put(share(batches_of(1), used), spread)
@@ -113,7 +112,7 @@ def test_the_step_compiles_once_and_moves_nothing_by_itself(experiment):
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(event)
 
-    state, _ = steps(state, schedule, key, indices, batch)
+    state, _ = steps(state, constants, indices, batch)
     jax.block_until_ready(state)
     restored = TrainState(*devices.local_copy(state))
     restored = devices.replicate(restored, used)
@@ -121,9 +120,9 @@ def test_the_step_compiles_once_and_moves_nothing_by_itself(experiment):
     try:
         with jax.transfer_guard("disallow"):
             for _ in range(3):
-                state, metrics = steps(state, schedule, key, indices, batch)
+                state, metrics = steps(state, constants, indices, batch)
                 jax.block_until_ready(metrics)
-            restored, metrics = steps(restored, schedule, key, indices, batch)
+            restored, metrics = steps(restored, constants, indices, batch)
             jax.block_until_ready(metrics)
         assert not compiled
         jax.jit(lambda x: x * 3.25)(jnp.ones(7)).block_until_ready()
@@ -215,7 +214,7 @@ def test_two_processes_read_each_its_share():
     images = np.arange(64, dtype=np.float32).reshape(32, 2)
     split = Split(images, None)
     whole = read_batches(split, 8, 0)
-    halves = [read_batches(split, 8, 0, 0, False, i, 2) for i in range(2)]
+    halves = [read_batches(split, 8, 0, process_index=i, process_count=2) for i in range(2)]
     for _ in range(5):
         parts = [next(half)["image"] for half in halves]
         np.testing.assert_array_equal(np.concatenate(parts), next(whole)["image"])

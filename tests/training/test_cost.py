@@ -4,6 +4,7 @@ That it compiles once and moves nothing between host and devices is in test_devi
 chain of any sampler is one scan in test_samplers.py.
 """
 
+import functools
 import platform
 import subprocess
 import sys
@@ -15,12 +16,13 @@ import numpy as np
 import pytest
 from runs import DIGITS, REPOSITORY
 
-from diffusion_jax.config import config as configuration
+from diffusion_jax.config.config import load
 from diffusion_jax.diffusion import samplers, schedules
 from diffusion_jax.diffusion.process import Prediction
+from diffusion_jax.diffusion.streams import Stream, stream_key
 from diffusion_jax.experiment.experiment import create_experiment
 from diffusion_jax.runtime import devices
-from diffusion_jax.training.step import ALONE, init_state, noise_key, train_step
+from diffusion_jax.training.step import ALONE, Constants, init_state, step_choices, train_step
 
 BATCH_SIZE = 16
 MODEL = {"model.width": 16, "model.channel_multipliers": (1, 2), "train.batch_size": BATCH_SIZE}
@@ -30,23 +32,19 @@ MODEL = {"model.width": 16, "model.channel_multipliers": (1, 2), "train.batch_si
 def experiment():
     fields = DIGITS | MODEL
     overrides = [(name, str(value)) for name, value in fields.items()]
-    return create_experiment(configuration.load(str(REPOSITORY / "configs/digits.py"), overrides))
+    return create_experiment(load(str(REPOSITORY / "configs/digits.py"), overrides))
 
 
 @pytest.fixture(scope="module")
 def step(experiment):
     """The step of a device that has the whole batch, compiled."""
-    plan, timesteps = experiment.training, experiment.objective.timesteps
-
-    def step(state, schedule, key, indices, batch):
-        choices = experiment.batch_losses, timesteps, plan, experiment.dataset.levels, ALONE
-        return train_step(*choices, state, schedule, key, indices, batch)
-
+    step = functools.partial(train_step, step_choices(experiment, ALONE))
     schedule = experiment.schedule
-    state = init_state(experiment.model, plan.optimizer, timesteps, len(schedule), 0)
+    state = init_state(experiment, seed=0, num_timesteps=len(schedule))
     images = np.zeros((BATCH_SIZE, *experiment.dataset.shape), np.uint8)
     batch = {"image": images, "label": None}
-    inputs = state, schedule, noise_key(0), np.arange(BATCH_SIZE), batch
+    constants = Constants(schedule, stream_key(0, Stream.TRAINING))
+    inputs = state, constants, np.arange(BATCH_SIZE), batch
     return jax.jit(step, donate_argnums=0).lower(*inputs).compile(), state
 
 
@@ -125,7 +123,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax import devices
+from diffusion_jax.runtime import devices
 
 devices.start(1, 1, False, divide=True)
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])
@@ -148,7 +146,7 @@ import sys
 import jax
 import numpy as np
 
-from diffusion_jax import devices
+from diffusion_jax.runtime import devices
 
 devices.start(1, 1, False, divide=False)
 
@@ -169,7 +167,7 @@ import ctypes
 
 import jax
 
-from diffusion_jax import devices
+from diffusion_jax.runtime import devices
 
 devices.start(1, 1, False, divide=True)
 libc = ctypes.CDLL(None)
@@ -187,7 +185,7 @@ import os
 
 import jax
 
-from diffusion_jax import devices
+from diffusion_jax.runtime import devices
 
 devices.start(None, 1, False, divide=False)
 jax.jit(lambda x: x + 1)(1.0).block_until_ready()

@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
-from diffusion_jax.training import metrics
+from diffusion_jax.runtime import files
 from diffusion_jax.training.metrics import DamagedRecordError, MetricsWriter, Progress
 
 
@@ -98,7 +98,7 @@ def test_a_kill_at_any_byte_of_the_last_record(tmp_path):
     for end in range(last, len(whole) + 1):
         for resume_step in (20, 30):
             path.write_bytes(whole[:end])
-            metrics._drop_after(path, resume_step)
+            MetricsWriter(path.parent, resume_step).close()
             # A whole record that lacks only its newline was not lost.
             complete = end >= len(whole) - 1 and resume_step == 30
             assert path.read_bytes() == (whole if complete else whole[:last])
@@ -140,7 +140,7 @@ def test_a_kill_while_old_records_are_dropped_keeps_the_old_file(tmp_path, monke
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(metrics.os, "replace", killed)
+    monkeypatch.setattr(files.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         MetricsWriter(tmp_path, resume_step=1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
@@ -151,7 +151,7 @@ def test_a_kill_while_old_records_are_dropped_keeps_the_old_file(tmp_path, monke
 
 def test_a_file_that_needs_no_change_is_not_rewritten(tmp_path, monkeypatch):
     train(tmp_path, [1, 2])
-    monkeypatch.setattr(metrics.os, "replace", None)
+    monkeypatch.setattr(files.os, "replace", None)
     train(tmp_path, [3], resume_step=2)
     assert [record["step"] for record in read_records(tmp_path)] == [1, 2, 3]
 
@@ -225,5 +225,5 @@ def test_on_a_terminal_a_bar_with_loss_and_speed(monkeypatch, caplog):
 
 def test_metrics_does_not_import_jax():
     # jaxtyping is asked for shapes only; a run that logs to a file needs no accelerator.
-    code = "import sys; from diffusion_jax import metrics; sys.exit('jax' in sys.modules)"
+    code = "import sys; from diffusion_jax.training import metrics; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

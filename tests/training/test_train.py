@@ -11,7 +11,7 @@ import optax
 import pytest
 from runs import REPOSITORY, TOY2D, Run, arguments, assert_same, checkpoint, run
 
-from diffusion_jax.config import config as configuration
+from diffusion_jax.config.config import load
 from diffusion_jax.experiment.experiment import create_experiment
 from diffusion_jax.experiment.training import create_optimizer
 from diffusion_jax.training.step import ema_decay
@@ -28,7 +28,7 @@ def records(workdir):
 
 def create_config(**fields):
     overrides = [(name, str(value)) for name, value in (TOY2D | fields).items()]
-    return configuration.load(str(REPOSITORY / "configs" / "toy2d.py"), overrides)
+    return load(str(REPOSITORY / "configs" / "toy2d.py"), overrides)
 
 
 @pytest.fixture(scope="module")

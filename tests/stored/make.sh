@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Wrote the archives here, in a checkout of the commit that this folder is named after with this
-# folder put into it. It is kept to say how they were made; do not run it again.
+# Wrote the archives here, in a checkout of commit 0a48fca with this folder put into it. It is kept to say how they were made; do not run it again.
 #   run.tar.gz          run/: half of a training run, 20 of its 40 steps
 #                       finished/: the rest by the same commit: losses, samples and evaluation
 #   ablation.tar.gz     ablation/: the table and the classifier of two arms with two seeds each
@@ -8,11 +7,11 @@
 # Left out are pictures, the report, locks, and tensorboard/, whose file names hold that of a host.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-cd "$here/../../.."
+cd "$here/../.."
 rm -rf runs/stored
 mkdir -p runs/stored
 export JAX_PLATFORMS=cpu TFDS_DATA_DIR=runs/data
-main() { python main.py --config=tests/data/0a48fca/config.py "$@"; }
+main() { python main.py --config=tests/stored/config.py "$@"; }
 
 main --workdir=runs/stored/run --config.train.num_steps=20
 cp -r runs/stored/run runs/stored/finished
