@@ -16,7 +16,7 @@ import time
 
 from diffusion_jax.__main__ import parse_arguments
 from diffusion_jax.ablation import grid
-from diffusion_jax.config import config as configuration
+from diffusion_jax.config.config import load
 
 MAIN = pathlib.Path(__file__).parent.parent / "main.py"
 NUM_SINGLES = 3  # spread over the jobs; one before the ablation, the others after it
@@ -31,8 +31,8 @@ def seconds_of(words: list[str]) -> float:
 
 def main(argv: list[str]) -> None:
     """Print the times and their ratio."""
-    arguments = parse_arguments([*argv, "--mode=ablate"], ("ablate",))
-    config = configuration.load(arguments.config_path, arguments.overrides)
+    arguments = parse_arguments([*argv, "--mode=ablate"])
+    config = load(arguments.config_path, arguments.overrides)
     jobs = grid.create_jobs(config)
     path = pathlib.Path(arguments.workdir)
     flags = [f"--config={arguments.config_path}"]

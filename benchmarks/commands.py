@@ -189,7 +189,7 @@ COMMANDS = {
     "import-training": Command(
         "import all that training needs; the peers' models and samplers",
         imports(
-            [PYTHON, "from diffusion_jax import experiment, train"],
+            [PYTHON, "from diffusion_jax.training import train"],
             IMPORTED_PEERS,
         ),
     ),

@@ -15,10 +15,10 @@ import numpy as np
 from jax import block_until_ready
 
 from benchmarks.cases import SIZES
-from diffusion_jax.config import config as configuration
-from diffusion_jax.data.batches import read_batches
+from diffusion_jax.config.config import load
+from diffusion_jax.data import batches as batches_of
 from diffusion_jax.data.dataset import Split
-from diffusion_jax.diffusion.network import Network
+from diffusion_jax.diffusion.streams import Stream, stream_key
 from diffusion_jax.evaluation import evaluate as evaluation
 from diffusion_jax.experiment.evaluation import fit
 from diffusion_jax.experiment.experiment import Experiment, create_experiment
@@ -27,12 +27,13 @@ from diffusion_jax.runtime.checkpoint import Checkpoints
 from diffusion_jax.sampling.generator import Generator
 from diffusion_jax.training.step import (
     BETWEEN_DEVICES,
+    Constants,
     TrainState,
     compile_steps,
     divide_batches,
     init_state,
-    noise_key,
     pace,
+    step_choices,
 )
 from diffusion_jax.training.step import train_step as step_of_device
 
@@ -47,7 +48,7 @@ def create(size: str, fields: dict[str, Any]) -> tuple[Experiment, list[jax.Devi
     model = "width", "channel_multipliers", "num_blocks", "attention_resolutions", "head_channels"
     all_fields = {f"model.{name}": getattr(chosen, name) for name in (*model, "dropout")}
     all_fields |= {"dataset.name": chosen.dataset, "loss.timesteps": "uniform"} | fields
-    config = configuration.load(str(CONFIG), [(n, str(v)) for n, v in all_fields.items()])
+    config = load(str(CONFIG), [(n, str(v)) for n, v in all_fields.items()])
     is_training = "train.batch_size" in fields
     batch_size = config.train.batch_size if is_training else config.sampling.batch_size
     devices.start(config.num_devices, batch_size, False, divide=is_training)
@@ -74,26 +75,33 @@ class Step(NamedTuple):
 
     steps: Callable[..., Any]
     state: TrainState
-    constants: tuple[Any, ...]  # schedule, key, indices, batches
+    inputs: tuple[Any, ...]  # constants, indices, batches
     num_steps: int  # of a call
     about: dict[str, Any]
 
 
 def create_step(size: str, batch_size: int, fields: dict[str, Any]) -> Step:
     """A step of ``train.train``, on random images."""
-    experiment, used = create(size, {"train.batch_size": batch_size} | fields)
-    plan, timesteps = experiment.training, experiment.objective.timesteps
+    experiment, used_devices = create(size, {"train.batch_size": batch_size} | fields)
     schedule = experiment.schedule
-    state = init_state(experiment.model, plan.optimizer, timesteps, len(schedule), 0)
+    state = init_state(experiment, seed=0, num_timesteps=len(schedule))
     about = {"num_parameters": num_parameters(state.params)}
-    indices = np.arange(batch_size).reshape(len(used), -1)
+    indices = np.arange(batch_size).reshape(len(used_devices), -1)
     images, _ = _images_and_labels(batch_size, experiment.dataset.shape)
-    num_steps, _ = pace(plan, used)
-    batches = divide_batches({"image": np.stack([images] * num_steps), "label": None}, len(used))
-    choices = experiment.batch_losses, timesteps, plan, experiment.dataset.levels
-    steps = compile_steps(functools.partial(step_of_device, *choices, BETWEEN_DEVICES), used)
-    state, schedule, key = devices.replicate((state, schedule, noise_key(0)), used)
-    return Step(steps, state, (schedule, key, indices, batches), num_steps, about)
+    num_steps, _ = pace(experiment.training, used_devices[0])
+    batches = {"image": np.stack([images] * num_steps), "label": None}
+    batches = divide_batches(batches, len(used_devices))
+    choices = step_choices(experiment, BETWEEN_DEVICES)
+    steps = compile_steps(functools.partial(step_of_device, choices), used_devices)
+    constants = Constants(schedule, stream_key(0, Stream.TRAINING))
+    state, constants = devices.replicate((state, constants), used_devices)
+    return Step(
+        steps=steps,
+        state=state,
+        inputs=(constants, indices, batches),
+        num_steps=num_steps,
+        about=about,
+    )
 
 
 def train_step(
@@ -106,14 +114,14 @@ def train_step(
 ) -> Prepared:
     """Steps as ``train.train`` takes them: on a CPU each waits for the loss before its own."""
     all_fields = {"model.dtype": dtype} | (fields or {})
-    steps, state, constants, per_call, about = create_step(size, batch_size, all_fields)
+    steps, state, inputs, per_call, about = create_step(size, batch_size, all_fields)
     assert num_steps % per_call == 0
 
     def run() -> None:
         nonlocal state
         before = None
         for _ in range(num_steps // per_call):
-            state, metrics = steps(state, *constants)
+            state, metrics = steps(state, *inputs)
             block_until_ready(before)
             before = metrics.loss
         block_until_ready((before, state))
@@ -138,18 +146,9 @@ def sample(
         "sampling.batch_size": batch_size,
         "sampling.num_frames": 0,
     }
-    experiment, used = create(size, fields)
+    experiment, used_devices = create(size, fields)
     params = experiment.model.init(jax.random.key(0))
-    network = Network(experiment.model, experiment.objective)
-    generator = Generator(
-        network,
-        None,
-        experiment.dataset,
-        experiment.schedule_of,
-        experiment.sampling,
-        0,
-        used,
-    )
+    generator = Generator(experiment, None, used_devices)
 
     def run() -> None:
         for batch in generator.batches((params, None), 0, None):
@@ -161,7 +160,7 @@ def sample(
 def read_batches(contender: str, batch_size: int, num_batches: int) -> Prepared:
     """Shuffled batches of a split that lies in memory, by the pipeline of training."""
     split = Split(*_images_and_labels(60_000, (28, 28, 1)))
-    stream = read_batches(split, batch_size, seed=0)
+    stream = batches_of.read_batches(split, batch_size, seed=0)
 
     def run() -> None:
         for _ in range(num_batches):
@@ -178,25 +177,24 @@ def _images_and_labels(count: int, shape: tuple[int, ...]) -> tuple[np.ndarray, 
 def evaluate(contender: str, size: str, num_examples: int, num_timesteps: int) -> Prepared:
     """The evaluation of --mode=evaluate, its files too."""
     fields = {"evaluate.num_examples": num_examples, "evaluate.num_timesteps": num_timesteps}
-    experiment, used = create(size, fields)
+    experiment, used_devices = create(size, fields)
     split = Split(*_images_and_labels(num_examples, experiment.dataset.shape))
     plan = fit(experiment.evaluation, split)
-    evaluator = evaluation.Evaluator(experiment.model, experiment.objective, plan, used)
+    evaluator = evaluation.Evaluator(experiment.network, plan, used_devices)
     params = experiment.model.init(jax.random.key(0))
+    trained = evaluation.Trained(params=params, step=0, schedule=experiment.schedule, seed=0)
     folders = tempfile.TemporaryDirectory()
 
     def run() -> None:
         folder = pathlib.Path(tempfile.mkdtemp(dir=folders.name))  # another would go on
-        evaluator.evaluate(experiment.schedule, 0, params, 0, split, {}, folder)
+        evaluator.evaluate(trained, split, about={}, folder=folder)
 
     return run, {"num_parameters": num_parameters(params)}
 
 
 def _state(size: str) -> tuple[TrainState, pathlib.Path]:
     experiment, _ = create(size, {"train.batch_size": 16})
-    model, plan = experiment.model, experiment.training
-    timesteps = experiment.objective.timesteps
-    state = init_state(model, plan.optimizer, timesteps, len(experiment.schedule), 0)
+    state = init_state(experiment, seed=0, num_timesteps=len(experiment.schedule))
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
     return jax.tree.map(np.asarray, state), pathlib.Path(folder)

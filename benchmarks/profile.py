@@ -144,20 +144,20 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of the model and of the products")
     arguments = parser.parse_args()
     dtype = arguments.dtype
-    steps, state, constants, per_call, _ = ours.create_step(
+    steps, state, inputs, per_call, _ = ours.create_step(
         arguments.size, arguments.batch_size, {"model.dtype": dtype}
     )
     count, platform = jax.local_device_count(), jax.default_backend()
-    needed = count * operations(jax.make_jaxpr(steps)(state, *constants).jaxpr) / per_call
+    needed = count * operations(jax.make_jaxpr(steps)(state, *inputs).jaxpr) / per_call
     side, copied = GEMM[platform], COPIED[platform]
     peak = rate(lambda x: x @ x, (side, side), dtype, 2 * side**3)
     bandwidth = rate(lambda x: x + 1, (copied,), "float32", 8 * copied)
-    compiled = steps.lower(state, *constants).compile()
+    compiled = steps.lower(state, *inputs).compile()
 
     def run() -> None:
         nonlocal state
         for _ in range(CALLS):
-            state, metrics = compiled(state, *constants)
+            state, metrics = compiled(state, *inputs)
             block_until_ready(metrics)
 
     run()

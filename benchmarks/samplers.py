@@ -4,9 +4,9 @@ r"""Sample quality of every sampler by its number of steps, on a trained model.
         --config.sampling.num_images=500
 
 with the FLAGS that trained the model. Writes a Markdown table of the classifier Frechet distance
-to the test split (quality.py; smaller is better), each with its 95 % interval, as it goes. All
-chains begin with the same noise. Samplers that evaluate twice a step take half of the steps, so
-that a column compares equal work. Chains of samplers that solve the flow stand on EDM's grid up
+to the test split (evaluation/distances.py; smaller is better), each with its 95 % interval, as it
+goes. All chains begin with the same noise. Samplers that evaluate twice a step take half of the
+steps, so that a column compares equal work. Chains of samplers that solve the flow stand on EDM's grid up
 to sigma = 80, the others on the timesteps, "trailing".
 """
 
@@ -16,43 +16,46 @@ import sys
 import numpy as np
 
 from diffusion_jax.__main__ import parse_arguments
-from diffusion_jax.config import config as configuration
+from diffusion_jax.config.config import load
 from diffusion_jax.data.load import load_dataset
 from diffusion_jax.data.pixels import to_x_0
 from diffusion_jax.diffusion import samplers
-from diffusion_jax.diffusion.network import Network
 from diffusion_jax.evaluation.classifier import features, load_classifier
 from diffusion_jax.evaluation.distances import with_interval
+from diffusion_jax.experiment.dataset import create_dataset_choice
 from diffusion_jax.experiment.experiment import create_experiment
 from diffusion_jax.experiment.sampling import Chain
 from diffusion_jax.runtime import devices
 from diffusion_jax.runtime.checkpoint import restore_average
 from diffusion_jax.sampling.generator import Generator
 
-MODES = ("sample",)
 BUDGETS = (10, 20, 50)  # evaluations of the network, about
 ON_TIMESTEPS = ("ancestral", "ddim", "predictor_corrector")
-SAME = ("euler", "dpmpp_1s", "euler_ancestral")  # as ddim and ancestral, see tests/test_solvers.py
+SAME = (
+    "euler",
+    "dpmpp_1s",
+    "euler_ancestral",
+)  # as ddim and ancestral, see tests/diffusion/samplers
 
 
 def chain_of(name: str, num_steps: int) -> Chain:
     """The grid on which a sampler is at home."""
     if name in ON_TIMESTEPS:
-        return Chain(num_steps, "trailing", 7.0, None, None)
-    return Chain(num_steps, "karras", 7.0, None, 80.0)
+        spacing, sigma_max = "trailing", None
+    else:
+        spacing, sigma_max = "karras", 80.0
+    return Chain(num_steps=num_steps, spacing=spacing, rho=7.0, sigma_min=None, sigma_max=sigma_max)
 
 
 def main(argv: list[str]) -> None:
     """Print a row for each sampler."""
-    arguments = parse_arguments([*argv, "--mode=sample"], MODES)
-    config = configuration.load(arguments.config_path, arguments.overrides)
+    arguments = parse_arguments([*argv, "--mode=sample"])
+    config = load(arguments.config_path, arguments.overrides)
     devices.start(config.num_devices, config.sampling.batch_size, False, divide=False)
     experiment = create_experiment(config)
-    dataset = load_dataset(config.dataset)
+    dataset = load_dataset(create_dataset_choice(config))
     devices.start_compilation_cache(config.compilation_cache)
-    ema, step = restore_average(
-        experiment.model, "--workdir", pathlib.Path(arguments.workdir), None
-    )
+    ema, step = restore_average(experiment.template, pathlib.Path(arguments.workdir), None)
     classifier = load_classifier(dataset, 0, pathlib.Path(arguments.workdir))
     real = features(classifier, to_x_0(dataset.test.images[:], dataset.levels))
 
@@ -77,15 +80,8 @@ def main(argv: list[str]) -> None:
             plan = experiment.sampling._replace(
                 sampler=create(), chain=chain_of(name, num_steps), num_frames=0
             )
-            generator = Generator(
-                Network(experiment.model, experiment.objective),
-                None,
-                experiment.dataset,
-                experiment.schedule_of,
-                plan,
-                experiment.seed,
-                devices.select_devices(config.num_devices),
-            )
+            used_devices = devices.select_devices(config.num_devices)
+            generator = Generator(experiment._replace(sampling=plan), None, used_devices)
             params = ema, None
             x_0 = [batch.x_0 for batch in generator.batches(params, 0, None)]
             cells.append(f"{cell(np.concatenate(x_0))}, {num_steps} steps")

@@ -15,13 +15,13 @@ import numpy as np
 from sklearn.neighbors import NearestNeighbors
 
 from diffusion_jax.__main__ import parse_arguments
-from diffusion_jax.config import config as configuration
+from diffusion_jax.config.config import load
 from diffusion_jax.data.dataset import Split
 from diffusion_jax.data.load import load_dataset
 from diffusion_jax.data.pixels import to_uint8, to_x_0
+from diffusion_jax.experiment.dataset import create_dataset_choice
 
 DRAWS = 10  # of as many samples as there are held-out images, or half of them
-MODES = ("train",)  # the flags of main.py are parsed, of which there is no mode to choose
 
 
 def accuracy(first: np.ndarray, second: np.ndarray) -> float:
@@ -41,9 +41,9 @@ def nearest_distance(points: np.ndarray, training: np.ndarray) -> float:
 
 def main(argv: list[str]) -> None:
     """Print the figures of a run's samples.npz."""
-    arguments = parse_arguments(argv, MODES)
-    config = configuration.load(arguments.config_path, arguments.overrides)
-    dataset = load_dataset(config.dataset)
+    arguments = parse_arguments(argv)
+    config = load(arguments.config_path, arguments.overrides)
+    dataset = load_dataset(create_dataset_choice(config))
 
     def flat(images: np.ndarray) -> np.ndarray:
         return images.reshape(len(images), -1).astype(np.float64)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Pictures of images: grids, labelled rows, animations, points in the plane."""
 
 from pathlib import Path
 

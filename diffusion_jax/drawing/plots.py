@@ -1,7 +1,7 @@
-"""Pictures: the schedule card, the terms of a bound, grids of images, animations, points."""
+"""Plots: the schedule card, and the terms of a bound."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -57,6 +57,18 @@ def _fraction(levels: int) -> str:
     return f"1/{1 / pixel_bin(levels):g}"
 
 
+# The panels of the card: the symbol of a column of the schedule, and what it means.
+PANELS = {
+    "beta": (r"$\beta_t$", "variance of the noise that step t adds"),
+    "alpha_bar": (r"$\bar\alpha_t$", "share of the signal's variance that is left"),
+    "sigma": (
+        r"$\sigma_t=\sqrt{(1-\bar\alpha_t)\,/\,\bar\alpha_t}$",
+        "noise level of k-diffusion and EDM",
+    ),
+    "log_snr": (r"$\log\mathrm{SNR}(t)$", "log signal-to-noise ratio (natural log)"),
+}
+
+
 def schedule_card(schedule: Schedule, levels: int | None, title: str, path: str | Path) -> None:
     """Draw beta, alpha_bar, sigma and log SNR against the timestep, as one PNG.
 
@@ -67,73 +79,73 @@ def schedule_card(schedule: Schedule, levels: int | None, title: str, path: str 
     from matplotlib.figure import Figure
 
     columns = {
-        name: np.asarray(getattr(schedule, name), np.float64)
-        for name in ("timestep", "beta", "alpha_bar", "sigma", "log_snr")
+        name: np.asarray(getattr(schedule, name), np.float64) for name in ("timestep", *PANELS)
     }
-    num_rows = len(schedule)
-    shown = np.unique(np.linspace(0, num_rows - 1, PLOTTED_TIMESTEPS).round().astype(int))
-    timestep = columns["timestep"][shown]
-    style = {"color": _hex(BLUE), "linewidth": 2, "marker": "." if num_rows <= 50 else None}
-
     # fixed margins: a layout that measures every label takes as long as the drawing
     figure = Figure(figsize=(10, 7), dpi=120)
     figure.subplots_adjust(0.08, 0.07, 0.985, 0.89, wspace=0.45, hspace=0.17)
     figure.suptitle(title, fontsize=14)
-    axes = figure.subplots(2, 2, sharex=True).ravel()
-    panels = {
-        "beta": (r"$\beta_t$", "variance of the noise that step t adds"),
-        "alpha_bar": (r"$\bar\alpha_t$", "share of the signal's variance that is left"),
-        "sigma": (
-            r"$\sigma_t=\sqrt{(1-\bar\alpha_t)\,/\,\bar\alpha_t}$",
-            "noise level of k-diffusion and EDM",
-        ),
-        "log_snr": (r"$\log\mathrm{SNR}(t)$", "log signal-to-noise ratio (natural log)"),
-    }
-    for axis, (name, (symbol, meaning)) in zip(axes, panels.items()):
-        values = columns[name][shown]
-        finite = np.isfinite(values)
-        axis.plot(timestep[finite], values[finite], **style)
-        axis.set_title(meaning, fontsize=11)
-        axis.set_ylabel(symbol, fontsize=13)
-        axis.grid(color=_hex(GREY), linewidth=0.5)
-        if not finite.all():
-            # alpha_bar = 0 from here on: the curve has no end to draw.
-            upwards = values[~finite][0] > 0
-            word = "at" if finite[:-1].all() else "from"
-            axis.text(
-                0.5,
-                0.94 if upwards else 0.06,
-                rf"${'' if upwards else '-'}\infty$ {word} t = {timestep[~finite][0]:g}",
-                transform=axis.transAxes,
-                ha="center",
-                va="top" if upwards else "bottom",
-                color=_hex(RED),
-                fontsize=11,
-            )
-    beta_axis, alpha_bar_axis, sigma_axis, log_snr_axis = axes
-    beta_axis.set_yscale("log")
+    axes = dict(zip(PANELS, figure.subplots(2, 2, sharex=True).ravel()))
+    for name, axis in axes.items():
+        _draw_column(axis, name, columns)
     if np.isfinite(columns["sigma"]).any():  # there may be the one row alpha_bar = 0
-        sigma_axis.set_yscale("log")
-    alpha_bar_axis.set_ylim(-0.03, 1.03)
-    log_snr_axis.axhline(0, color="black", linewidth=0.8)  # as much signal as noise
-    for axis in (sigma_axis, log_snr_axis):
-        axis.set_xlabel("timestep t", fontsize=11)
-        axis.set_xlim(0, 1.02 * timestep[-1])  # the data, t = 0, are where every curve starts
+        axes["sigma"].set_yscale("log")
+    axes["alpha_bar"].set_ylim(-0.03, 1.03)
+    axes["log_snr"].axhline(0, color="black", linewidth=0.8)  # as much signal as noise
+    for name in ("sigma", "log_snr"):
+        axes[name].set_xlabel("timestep t", fontsize=11)
+        # the data, t = 0, are where every curve starts
+        axes[name].set_xlim(0, 1.02 * columns["timestep"][-1])
+    _mark_pixel_bin(axes["beta"], columns, levels)
+    figure.savefig(path, format="png")
 
-    beta_1 = columns["beta"][0]
-    beta_axis.plot(
-        timestep[0],
-        beta_1,
+
+def _draw_column(axis: Any, name: str, columns: dict[str, np.ndarray]) -> None:
+    """One column of a schedule against the timestep; where it is infinite, in words."""
+    symbol, meaning = PANELS[name]
+    num_rows = len(columns["timestep"])
+    shown = np.unique(np.linspace(0, num_rows - 1, PLOTTED_TIMESTEPS).round().astype(int))
+    timestep, values = columns["timestep"][shown], columns[name][shown]
+    finite = np.isfinite(values)
+    marker = "." if num_rows <= 50 else None
+    axis.plot(timestep[finite], values[finite], color=_hex(BLUE), linewidth=2, marker=marker)
+    axis.set_title(meaning, fontsize=11)
+    axis.set_ylabel(symbol, fontsize=13)
+    axis.grid(color=_hex(GREY), linewidth=0.5)
+    if finite.all():
+        return
+    # alpha_bar = 0 from here on: the curve has no end to draw.
+    upwards = values[~finite][0] > 0
+    word = "at" if finite[:-1].all() else "from"
+    axis.text(
+        0.5,
+        0.94 if upwards else 0.06,
+        rf"${'' if upwards else '-'}\infty$ {word} t = {timestep[~finite][0]:g}",
+        transform=axis.transAxes,
+        ha="center",
+        va="top" if upwards else "bottom",
+        color=_hex(RED),
+        fontsize=11,
+    )
+
+
+def _mark_pixel_bin(axis: Any, columns: dict[str, np.ndarray], levels: int | None) -> None:
+    """Mark beta_1 on the panel of beta, and the width of a pixel bin if there are pixels."""
+    beta = columns["beta"]
+    axis.set_yscale("log")
+    axis.plot(
+        columns["timestep"][0],
+        beta[0],
         "o",
         color=_hex(RED),
         markersize=7,
         clip_on=False,
-        label=rf"$\sqrt{{\beta_1}}$ = {np.sqrt(beta_1):.3g}",
+        label=rf"$\sqrt{{\beta_1}}$ = {np.sqrt(beta[0]):.3g}",
     )
-    drawn = [columns["beta"].min(), columns["beta"].max()]
+    drawn = [beta.min(), beta.max()]
     if levels is not None:
         drawn.append(pixel_bin(levels) ** 2)
-        beta_axis.axhline(
+        axis.axhline(
             pixel_bin(levels) ** 2,
             color=_hex(RED),
             linestyle="--",
@@ -144,13 +156,11 @@ def schedule_card(schedule: Schedule, levels: int | None, title: str, path: str 
     # so that the legend hides no line.
     low, high = np.min(drawn), np.max(drawn)
     span = max(high / low, 10)
-    beta_axis.set_ylim(low / span**0.45, high * span**0.05)
-    beta_axis.legend(fontsize=10, loc="lower right")
+    axis.set_ylim(low / span**0.45, high * span**0.05)
+    axis.legend(fontsize=10, loc="lower right")
     # The same curve read as a standard deviation, which is what a pixel bin compares with.
-    root_axis = beta_axis.secondary_yaxis("right", functions=(np.sqrt, np.square))
+    root_axis = axis.secondary_yaxis("right", functions=(np.sqrt, np.square))
     root_axis.set_ylabel(r"$\sqrt{\beta_t}$", fontsize=13)
-
-    figure.savefig(path, format="png")
 
 
 class BoundCurve(NamedTuple):

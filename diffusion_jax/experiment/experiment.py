@@ -92,12 +92,10 @@ def create_experiment(config: ConfigDict) -> Experiment:
         dataset.num_classes,
         learned_variance=objective.variance.is_learned,
     )
-    require(
-        objective.label_dropout == 0 or config.model.class_conditional,
-        "config.loss.label_dropout",
-        objective.label_dropout,
-        "0: the network is told no labels (config.model.class_conditional = False)",
-    )
+    dropout = objective.label_dropout
+    allowed = "0: the network is told no labels (config.model.class_conditional = False)"
+    is_conditional = config.model.class_conditional
+    require(dropout == 0 or is_conditional, "config.loss.label_dropout", dropout, allowed)
     if recipe is None:
         losses_of = OBJECTIVES["discrete_time"](objective, model.apply)
 

@@ -1,4 +1,4 @@
-"""Ablations against single runs: padded schedules, three ways to run arms, kills, the figures."""
+"""Ablations against single runs: padded schedules, three ways to run arms, kills, the scores."""
 
 import csv
 import functools
@@ -19,26 +19,28 @@ import numpy as np
 import pytest
 from runs import DIGITS, REPOSITORY, Run, arguments, assert_same, checkpoint, run
 
-from diffusion_jax.ablation import ablate, comparison, grid, results
-from diffusion_jax.ablation.jobs import folder_of, is_finished
-from diffusion_jax.ablation.slots import create_slots
-from diffusion_jax.ablation.training import _Training, train_jobs
+from diffusion_jax.ablation import ablate, collecting, comparison, grid, slots
+from diffusion_jax.ablation.jobs import Site, folder_of, is_finished
+from diffusion_jax.ablation.slots import Parallel
+from diffusion_jax.ablation.training import train_jobs
 from diffusion_jax.config import config as configuration
 from diffusion_jax.data.load import load_dataset
 from diffusion_jax.diffusion import losses, schedules
-from diffusion_jax.diffusion.losses import Objective
-from diffusion_jax.diffusion.network import Network
+from diffusion_jax.diffusion.losses import Examples, LossInputs, Objective
 from diffusion_jax.diffusion.parametrisations import PREDICTIONS
 from diffusion_jax.diffusion.timesteps import TIMESTEP_SAMPLERS
 from diffusion_jax.diffusion.variances import VARIANCES
 from diffusion_jax.diffusion.weightings import WEIGHTINGS
 from diffusion_jax.errors import ConfigError, RunError
-from diffusion_jax.evaluation.classifier import Classifier, _fingerprint, _save, load_classifier
+from diffusion_jax.evaluation import classifier as classifiers
+from diffusion_jax.evaluation.classifier import Classifier, load_classifier
+from diffusion_jax.experiment.dataset import create_dataset_choice
 from diffusion_jax.models.classifier import create_classifier
 from diffusion_jax.runtime.checkpoint import saved_steps
 from diffusion_jax.runtime.workdir import Workdir
+from diffusion_jax.sampling.gallery import grids_in_training
 from diffusion_jax.sampling.generator import Generator
-from diffusion_jax.training.run import Run
+from diffusion_jax.training.run import Run as TrainingRun
 from diffusion_jax.training.step import StepMetrics, train_step
 from diffusion_jax.training.train import train
 
@@ -47,15 +49,15 @@ from diffusion_jax.training.train import train
 
 def objective(timesteps="uniform", is_vlb=False, variance="posterior"):
     return Objective(
-        PREDICTIONS["eps"],
-        WEIGHTINGS["simple"](),
-        is_vlb,
-        VARIANCES[variance],
-        0.001,
-        TIMESTEP_SAMPLERS[timesteps],
-        17,
-        3,
-        0.0,
+        parametrisation=PREDICTIONS["eps"],
+        weighting=WEIGHTINGS["simple"](),
+        is_vlb=is_vlb,
+        variance=VARIANCES[variance],
+        vlb_scale=0.001,
+        timesteps=TIMESTEP_SAMPLERS[timesteps],
+        levels=17,
+        num_classes=3,
+        label_dropout=0.0,
     )
 
 
@@ -66,9 +68,10 @@ def half(params, x_t, timestep, label, keys):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def losses_of(timesteps, is_vlb, schedule, seed):
     x_0 = jax.random.uniform(jax.random.key(9), (64, 3, 2), minval=-1.0)
-    key, indices = jax.random.key(seed), jnp.arange(64)
-    chosen = objective(timesteps, is_vlb)
-    return losses.batch_losses(chosen, half, {}, schedule, (), key, x_0, None, indices, 64)
+    examples = Examples(x_0=x_0, label=None, indices=jnp.arange(64), batch_size=64)
+    key = jax.random.key(seed)
+    inputs = LossInputs(schedule=schedule, timestep_state=(), key=key, examples=examples)
+    return losses.discrete_time(objective(timesteps, is_vlb), half)({}, inputs)
 
 
 def poisoned(schedule, num_timesteps):
@@ -115,8 +118,8 @@ def test_rows_past_T_are_never_seen(num_timesteps, timesteps, is_vlb):
         assert np.isfinite(expected.losses).all()
         assert len(np.unique(expected.rows)) > num_timesteps // 2
         for other in (padded, poisoned(padded, num_timesteps)):
-            found = losses_of(timesteps, is_vlb, other, seed)
-            for one, wanted in zip(found, expected):
+            ours = losses_of(timesteps, is_vlb, other, seed)
+            for one, wanted in zip(ours, expected):
                 np.testing.assert_array_equal(one, wanted, strict=True)
 
 
@@ -127,8 +130,8 @@ def test_the_clipped_variance_is_that_of_the_schedule_as_it_was(num_timesteps):
     assert (expected > 0).all()
     padded = schedules.pad(schedule, 25)
     for other in (padded, poisoned(padded, num_timesteps)):
-        found = schedules.clip_posterior_variance(other).posterior_variance
-        np.testing.assert_array_equal(found[:num_timesteps], expected)
+        clipped = schedules.clip_posterior_variance(other).posterior_variance
+        np.testing.assert_array_equal(clipped[:num_timesteps], expected)
 
 
 # Three ways to run arms
@@ -145,7 +148,7 @@ TINY = DIGITS | {
 @pytest.fixture(scope="module")
 def digits(data_dir):
     config = load({"dataset.data_dir": data_dir})
-    return load_dataset(config.dataset)
+    return load_dataset(create_dataset_choice(config))
 
 
 def load(fields):
@@ -175,32 +178,16 @@ def alone(data_dir, digits, devices, tmp_path_factory):
     path = tmp_path_factory.mktemp("alone")
     jobs = create_jobs({}, data_dir)
     for job in jobs:
-        of_job, workdir = job.experiment, folder_of(job, path)
+        experiment, workdir = job.experiment, folder_of(job, path)
         workdir.lock()
-        train(
-            of_job.training,
-            of_job.seed,
-            of_job.model,
-            of_job.batch_losses,
-            of_job.objective.timesteps,
-            of_job.schedule,
-            digits,
-            workdir,
-            devices,
-            Generator(
-                Network(of_job.model, of_job.objective),
-                None,
-                of_job.dataset,
-                of_job.schedule_of,
-                of_job.sampling,
-                of_job.seed,
-                devices,
-            ),
-        )
+        generator = Generator(experiment, None, devices)
+        every = experiment.training.sample_every_steps
+        on_step = grids_in_training(generator, every, workdir.samples)
+        train(experiment, digits, workdir, devices, on_step)
     return path
 
 
-SAVE = Run.save
+SAVE = TrainingRun.save
 
 
 def interrupted_save(self, state):
@@ -237,15 +224,15 @@ def test_arms_are_trained_as_by_themselves_by_one_compiled_step(
     jobs = create_jobs({"ablate.grid": TINY["ablate.grid"] + more}, data_dir)
     traced = []
 
-    def step(*arguments):
-        traced.append(len(arguments[6]))  # the schedule
-        return train_step(*arguments)
+    def step(choices, state, constants, *others):
+        traced.append(len(constants.schedule))
+        return train_step(choices, state, constants, *others)
 
-    monkeypatch.setattr(ablate, "train_step", step)
-    inputs = jobs, parallel, per_device, digits, tmp_path, devices, {}
+    monkeypatch.setattr(slots, "train_step", step)
+    inputs = jobs, Site(digits, tmp_path, devices), Parallel(parallel, per_device), {}
     if parallel == "sequence":  # stopped after the first checkpoint, the same call goes on
         with monkeypatch.context() as patched:
-            patched.setattr(Run, "save", interrupted_save)
+            patched.setattr(TrainingRun, "save", interrupted_save)
             assert train_jobs(*inputs) == signal.SIGTERM
         assert checkpoint(folder_of(jobs[0], tmp_path).path)["step"] == 4
         traced.clear()
@@ -253,9 +240,9 @@ def test_arms_are_trained_as_by_themselves_by_one_compiled_step(
     assert re.findall(r"resuming at step (\d)", caplog.text) == resumed
     for job in jobs[:3]:
         ours, theirs = folder_of(job, tmp_path).path, folder_of(job, alone).path
-        found, expected = records(ours), records(theirs)
-        assert [record["step"] for record in found] == list(range(1, 8))
-        for one, wanted in zip(found, expected):
+        logged, expected = records(ours), records(theirs)
+        assert [record["step"] for record in logged] == list(range(1, 8))
+        for one, wanted in zip(logged, expected):
             assert one.keys() == wanted.keys()
             for name in wanted:
                 np.testing.assert_allclose(one[name], wanted[name], rtol=rtol)
@@ -275,94 +262,107 @@ def traced(monkeypatch):
     """
     lengths = []
 
-    def step(batch_losses, timesteps, plan, levels, exchange, state, schedule, *others):
-        lengths.append(len(schedule))
-        loss = jnp.where(schedules.num_timesteps(schedule) == 3, jnp.nan, 1.0)
+    def step(choices, state, constants, *others):
+        lengths.append(len(constants.schedule))
+        loss = jnp.where(schedules.num_timesteps(constants.schedule) == 3, jnp.nan, 1.0)
         metrics = StepMetrics(loss, loss, jnp.zeros(4), jnp.ones(4))
         return state._replace(step=state.step + 1), metrics
 
-    monkeypatch.setattr(ablate, "train_step", step)
+    monkeypatch.setattr(slots, "train_step", step)
     return lengths
 
 
-def test_static_choices_compile_a_step_each_and_nothing_else_does(
-    traced, data_dir, digits, devices, tmp_path
-):
+@pytest.fixture
+def site(digits, devices, tmp_path):
+    return Site(digits, tmp_path, devices)
+
+
+ONE_EACH = Parallel("device", 1)
+
+
+def test_static_choices_compile_a_step_each_and_nothing_else_does(traced, data_dir, site):
     fields = {"train.num_steps": 1}
     fields["ablate.grid"] = "loss.prediction=eps,v; schedule.num_timesteps=10,14"
     jobs = create_jobs(fields, data_dir)
-    assert train_jobs(jobs, "device", 1, digits, tmp_path, devices, {}) is None
+    assert train_jobs(jobs, site, ONE_EACH, {}) is None
     assert traced == [14, 14]
 
 
-def test_a_job_that_diverges_leaves_its_place_to_the_next(
-    traced, data_dir, digits, devices, tmp_path
-):
+def test_a_job_that_diverges_leaves_its_place_to_the_next(traced, data_dir, site):
     fields = {"ablate.grid": "schedule.num_timesteps=3,4,5,6", "train.num_steps": 3}
     jobs = create_jobs(fields, data_dir)
     failed = {}
-    assert train_jobs(jobs, "device", 1, digits, tmp_path, devices, failed) is None
+    assert train_jobs(jobs, site, ONE_EACH, failed) is None
     name = "schedule.num_timesteps=3, seed 1"
     assert failed == {name: "step 1: loss nan, gradient norm nan"}
     assert traced == [6]
-    assert not list((folder_of(jobs[0], tmp_path).path / "checkpoints").glob("*"))
+    assert not list((folder_of(jobs[0], site.path).path / "checkpoints").glob("*"))
     for job in jobs[1:]:
-        assert checkpoint(folder_of(job, tmp_path).path)["step"] == 3
+        assert checkpoint(folder_of(job, site.path).path)["step"] == 3
 
 
-def test_the_rest_of_a_job_that_diverged_is_not_taken_up(
-    traced, data_dir, digits, devices, tmp_path
-):
+def test_the_rest_of_a_job_that_diverged_is_not_taken_up(traced, data_dir, site):
     """Of five jobs on two slots the third is cut, and its loss is not a number."""
     fields = {"ablate.grid": "schedule.num_timesteps=4,5,3,6,7"}
     jobs = create_jobs(fields, data_dir)
     failed = {}
-    assert train_jobs(jobs, "device", 1, digits, tmp_path, devices, failed) is None
+    assert train_jobs(jobs, site, ONE_EACH, failed) is None
     assert list(failed) == ["schedule.num_timesteps=3, seed 1"]
-    steps = [saved_steps(folder_of(job, tmp_path).checkpoints)[-1:] for job in jobs]
+    steps = [saved_steps(folder_of(job, site.path).checkpoints)[-1:] for job in jobs]
     assert steps == [[7], [7], [], [7], [7]]
 
 
-def test_a_cut_job_whose_checkpoint_is_damaged_is_named(
-    traced, data_dir, digits, devices, tmp_path, monkeypatch
-):
+def test_a_cut_job_whose_checkpoint_is_damaged_is_named(traced, data_dir, site, monkeypatch):
+    jobs = create_jobs({"ablate.grid": "schedule.num_timesteps=4,5,6"}, data_dir)
+
     def close_and_damage(run):
         closed(run)
         if run.step == 3:
-            for path in run._workdir.checkpoints.rglob("*"):
+            for path in folder_of(jobs[1], site.path).checkpoints.rglob("*"):
                 if path.is_file():
                     path.write_bytes(b"")
 
-    closed = Run.close
-    monkeypatch.setattr(Run, "close", close_and_damage)
-    jobs = create_jobs({"ablate.grid": "schedule.num_timesteps=4,5,6"}, data_dir)
+    closed = TrainingRun.close
+    monkeypatch.setattr(TrainingRun, "close", close_and_damage)
     failed = {}
-    assert train_jobs(jobs, "device", 1, digits, tmp_path, devices, failed) is None
+    assert train_jobs(jobs, site, ONE_EACH, failed) is None
     assert list(failed) == ["schedule.num_timesteps=5, seed 1"]
     assert "none of the checkpoints [3] is intact" in failed["schedule.num_timesteps=5, seed 1"]
-    assert not folder_of(jobs[1], tmp_path).checkpoints.joinpath("7").exists()
+    assert not folder_of(jobs[1], site.path).checkpoints.joinpath("7").exists()
 
 
-def test_a_signal_during_the_last_save_is_not_forgotten(
-    traced, data_dir, digits, devices, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(Run, "save", interrupted_save)
+def test_a_signal_during_the_last_save_is_not_forgotten(traced, data_dir, site, monkeypatch):
+    monkeypatch.setattr(TrainingRun, "save", interrupted_save)
     jobs = create_jobs({"ablate.grid": "schedule.s=0", "train.num_steps": 1}, data_dir)
-    stopped = train_jobs(jobs, "device", 1, digits, tmp_path, devices, {})
+    stopped = train_jobs(jobs, site, ONE_EACH, {})
     assert stopped == signal.SIGTERM
 
 
-def test_a_run_under_way_holds_its_folder(data_dir, digits, devices, tmp_path):
-    """Two calls of one shard bear with each other in the ablation's folder, not in a job's."""
+def is_locked(workdir):
+    try:
+        workdir.lock()
+    except ConfigError as error:
+        if "in use by another run" not in str(error):
+            raise
+        return True
+    return False
+
+
+def test_a_run_under_way_holds_its_folder(traced, data_dir, site, monkeypatch):
+    """Two calls of one shard may work in the ablation's folder at once, but not in a job's."""
     jobs = create_jobs({}, data_dir)
-    slots = create_slots("device", 1, jobs, digits.levels, devices)
-    training = _Training(jobs, slots, digits, tmp_path, devices, {})
-    training.fill()
-    for job in jobs[:2]:
-        with pytest.raises(ConfigError, match="in use by another run"):
-            folder_of(job, tmp_path).lock()
-    folder_of(jobs[2], tmp_path).lock()  # it waits
-    training.close()
+    locked = []
+
+    def took(run, *arguments):
+        locked.append([is_locked(folder_of(job, site.path)) for job in jobs])
+        return reported(run, *arguments)
+
+    reported = TrainingRun.took
+    monkeypatch.setattr(TrainingRun, "took", took)
+    assert train_jobs(jobs, site, ONE_EACH, {}) is None
+    assert locked[0] == [True, True, False]  # the third waits
+    assert locked[-1][2]
+    assert not any(is_locked(folder_of(job, site.path)) for job in jobs)
 
 
 def test_more_arms_than_fit_are_refused(devices, monkeypatch, tmp_path):
@@ -387,7 +387,7 @@ def test_shards_share_a_folder_with_other_shards_alone(tmp_path):
     for number, shard in enumerate(shards, start=1):
         shard.lock(f"{number}/2")
     for same in (None, "1/2"):
-        with pytest.raises(ConfigError, match=r"^--workdir=.*: in use by another run$"):
+        with pytest.raises(ConfigError, match=r"^workdir=.*: in use by another run$"):
             Workdir(tmp_path).lock(same)
     del shard, shards
     whole = Workdir(tmp_path)
@@ -417,13 +417,15 @@ SMALL = DIGITS | {
 
 @pytest.fixture(scope="module")
 def classifier(digits, tmp_path_factory):
-    """One that was never trained, which is 20 s: its features are as good to be compared."""
+    """One that was never trained, which takes 20 s: its features are as good to be compared."""
     network = create_classifier(digits.shape, digits.num_classes)
     params = network.init(jax.random.key(0))
     untrained = Classifier(jax.jit(network.apply), params, digits.levels, 1.0, 0.1)
-    path = tmp_path_factory.mktemp("classifier") / "classifier-digits-0.npz"
-    _save(path, untrained, _fingerprint(digits, 0))
-    return path
+    folder = tmp_path_factory.mktemp("classifier")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifiers, "train_classifier", lambda dataset, seed: untrained)
+        load_classifier(digits, 0, folder)
+    return folder / "classifier-digits-0.npz"
 
 
 @pytest.fixture(scope="module")
@@ -475,7 +477,7 @@ def table(path):
 
 
 def assert_equals(path, expected):
-    """The same runs and figures, bit for bit."""
+    """The same runs and scores, bit for bit."""
     ours, theirs = folders(path), folders(expected)
     assert [p.relative_to(path) for p in ours] == [p.relative_to(expected) for p in theirs]
     for one, other in zip(ours, theirs):
@@ -517,9 +519,9 @@ def collected(finished, small, digits):
     """The results of the finished ablation."""
     path, _ = finished
     ablation = grid.create_ablation(load(small))
-    where = [folder_of(job, path).path for job in ablation.jobs]
     classifier = load_classifier(digits, 0, path)
-    return results.collect(ablation, where, path, digits, classifier, "command", {}, {}, ())
+    about = collecting.About(command="command", versions={}, facts={}, notes=())
+    return collecting.collect(ablation, digits, classifier, path, about)
 
 
 def test_the_differences_are_those_of_pairs_of_jobs(collected):
@@ -530,15 +532,15 @@ def test_the_differences_are_those_of_pairs_of_jobs(collected):
         "quality": lambda job: job.quality.value,
         "loss": lambda job: job.loss,
     }
-    for name, figure in of_job.items():
-        ours, theirs = (np.array([figure(job) for job in arm.jobs]) for arm in (other, first))
-        assert first.figures[name].difference is None
-        assert first.figures[name].mean == comparison.mean_interval(theirs)
-        assert other.figures[name].mean == comparison.mean_interval(ours)
+    for name, values in of_job.items():
+        ours, theirs = (np.array([values(job) for job in arm.jobs]) for arm in (other, first))
+        assert first.scores[name].difference is None
+        assert first.scores[name].mean == comparison.mean_interval(theirs)
+        assert other.scores[name].mean == comparison.mean_interval(ours)
         wanted = comparison.paired_difference(ours, theirs)
-        assert other.figures[name].difference == wanted
+        assert other.scores[name].difference == wanted
         assert wanted.value == pytest.approx(ours.mean() - theirs.mean())
-    assert {"better", "worse", "best", ""} >= {arm.figures[name].mark for arm in collected.arms}
+        assert {"better", "worse", "best", ""} >= {arm.scores[name].mark for arm in collected.arms}
 
 
 def test_the_density_of_a_job_integrates_to_its_bound(collected):
@@ -552,46 +554,46 @@ def test_the_density_of_a_job_integrates_to_its_bound(collected):
 def test_the_density_integrates_to_the_sum_of_the_bits():
     """Whatever the schedule; where it has no timesteps there is none."""
     short, long = schedules.cosine(10), schedules.linear(50, 0.01, 0.1)
-    edges = results.bin_edges([short, long])
-    assert (np.diff(edges) == results.BIN).all()
+    edges = collecting.bin_edges([short, long])
+    assert (np.diff(edges) == collecting.BIN).all()
     assert edges[0] == np.floor(edges[0])
     for schedule in (short, long):
         log_snr = np.asarray(schedule.log_snr, np.float64)
         assert edges[0] <= log_snr.min()
         assert log_snr.max() <= edges[-1]
         bits = np.random.default_rng(0).uniform(0.1, 1, len(schedule))
-        found = results.density(edges, log_snr, bits)
-        np.testing.assert_allclose(np.sum(found * np.diff(edges)), bits[1:].sum(), rtol=1e-9)
+        density = collecting.density(edges, log_snr, bits)
+        np.testing.assert_allclose(np.sum(density * np.diff(edges)), bits[1:].sum(), rtol=1e-9)
         beyond = (edges[:-1] > log_snr.max()) | (edges[1:] < log_snr.min())
-        assert (found[beyond] == 0).all()
-        assert (found[~beyond] > 0).all()
+        assert (density[beyond] == 0).all()
+        assert (density[~beyond] > 0).all()
     # of one bit spread evenly over [-2, 1] each unit has a third
-    found = results.density(np.arange(-3.0, 4.0), np.array([1.0, -2.0]), np.array([9.0, 1.0]))
-    np.testing.assert_allclose(found, [0, 1 / 3, 1 / 3, 1 / 3, 0, 0], rtol=1e-12)
+    density = collecting.density(np.arange(-3.0, 4.0), np.array([1.0, -2.0]), np.array([9.0, 1.0]))
+    np.testing.assert_allclose(density, [0, 1 / 3, 1 / 3, 1 / 3, 0, 0], rtol=1e-12)
 
 
 def test_the_error_of_eps_is_a_mean_over_log_snr_whatever_the_timesteps():
     """A denoiser whose error depends on log SNR alone has one error under every schedule."""
     chains = [schedules.cosine(1000, s) for s in (0.0, 0.008, 0.1)] + [schedules.linear(500)]
-    low, high = results.common_range(chains)
+    low, high = collecting.common_range(chains)
     for chain in chains:
         log_snr = np.asarray(chain.log_snr, np.float64)
         assert log_snr[-1] <= low < high <= log_snr[0]
-        found = results.mean_over(low, high, log_snr, 1 / (1 + np.exp(-log_snr)))
+        mean = collecting.mean_over(low, high, log_snr, 1 / (1 + np.exp(-log_snr)))
         exact = (np.logaddexp(0, high) - np.logaddexp(0, low)) / (high - low)
-        np.testing.assert_allclose(found, exact, rtol=1e-3)
+        np.testing.assert_allclose(mean, exact, rtol=1e-3)
     with pytest.raises(RunError, match="no log SNR is common"):
-        results.common_range([schedules.cosine(10), schedules.linear(10, 1e-9, 1e-8)])
+        collecting.common_range([schedules.cosine(10), schedules.linear(10, 1e-9, 1e-8)])
 
 
 def test_zero_terminal_snr_has_bins():
     schedule = schedules.zero_terminal_snr(schedules.cosine(10))
-    edges = results.bin_edges([schedule])
+    edges = collecting.bin_edges([schedule])
     log_snr = np.asarray(schedule.log_snr, np.float64)
     assert np.isneginf(log_snr[-1])
     bits = np.ones(10)
-    found = results.density(edges, log_snr, bits)
-    np.testing.assert_allclose(np.sum(found * np.diff(edges)), 9, rtol=1e-9)
+    density = collecting.density(edges, log_snr, bits)
+    np.testing.assert_allclose(np.sum(density * np.diff(edges)), 9, rtol=1e-9)
 
 
 @pytest.mark.slow
@@ -618,7 +620,7 @@ def test_a_job_is_what_a_training_run_is_and_their_folders_are_not_mixed(finishe
         assert (ours["images"] == theirs["images"]).mean() > 0.98
     refused = run(words(small, single), tmp_path / "log")
     assert refused.code == 2
-    said = f"--workdir = '{single}': must be a folder for an ablation: a single run is in it"
+    said = f"--workdir={single}: must be a folder for an ablation: a single run is in it"
     assert refused.stderr.splitlines() == [said]
     assert not (single / "arms").exists()
     before = contents(path)
@@ -748,8 +750,8 @@ def test_files_that_another_mode_has_written_are_scored_anew(finished, small, tm
         images = 255 - arrays["images"]
     np.savez(of_job / "samples/samples.npz", images=images)
     (folder_of(ablation.jobs[1], path).path / "finished.json").write_text("{")
-    found = [is_finished(job, path) for job in ablation.jobs]
-    assert found == [False, False, True, True]
+    finished_jobs = [is_finished(job, path) for job in ablation.jobs]
+    assert finished_jobs == [False, False, True, True]
 
 
 @pytest.mark.parametrize("num_steps", [20, 80])

@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 from runs import DIGITS, REPOSITORY, TOY2D
 
-from diffusion_jax import models
 from diffusion_jax.ablation import grid
 from diffusion_jax.config import config as configuration
 from diffusion_jax.errors import ConfigError
+from diffusion_jax.experiment import experiment
 
 S = {"ablate.grid": "schedule.s=0,0.008,0.05"}
 
@@ -17,16 +17,16 @@ S = {"ablate.grid": "schedule.s=0,0.008,0.05"}
 @pytest.fixture(autouse=True, scope="module")
 def models_made_once():
     """A model is 0.2 s of tracing, and most jobs here have the same."""
-    made, create_model = {}, models.create_model
+    models, create_model = {}, experiment.create_model
 
-    def remembered(config, *others):
-        key = json.dumps([config.to_dict(), *others])
-        if key not in made:
-            made[key] = create_model(config, *others)
-        return made[key]
+    def remembered(config, *others, **choices):
+        key = json.dumps([dict(config), others, choices])
+        if key not in models:
+            models[key] = create_model(config, *others, **choices)
+        return models[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "create_model", remembered)
+        patch.setattr(experiment, "create_model", remembered)
         yield
 
 
@@ -101,7 +101,7 @@ def test_an_arm_is_the_config_with_its_fields():
     assert job.arm.fields == {"schedule.s": 0.02, "loss.prediction": "v"}
     assert (job.seed, job.config.seed, job.experiment.seed) == (5, 5, 5)
     plain = create({"ablate.grid": "schedule.s=none"}).jobs[0].config
-    changed = configuration.differences(job.config, json.loads(configuration.to_json(plain)))
+    changed = configuration.differences(job.config, configuration.to_record(plain))
     assert {name for name in changed if not name.startswith("config.ablate.")} == {
         "config.schedule.s",
         "config.loss.prediction",
@@ -134,8 +134,8 @@ def test_shards_are_all_jobs_once():
     assert whole.mine == whole.jobs
     shares = [create(fields | {"ablate.shard": f"{i}/4"}) for i in (1, 2, 3, 4)]
     assert all(share.is_shard for share in shares)
-    found = [(job.seed, job.arm.name) for share in shares for job in share.mine]
-    assert sorted(found) == sorted((job.seed, job.arm.name) for job in whole.jobs)
+    shared = [(job.seed, job.arm.name) for share in shares for job in share.mine]
+    assert sorted(shared) == sorted((job.seed, job.arm.name) for job in whole.jobs)
     assert {len(share.mine) for share in shares} == {1, 2}
     assert all(len(share.jobs) == 6 for share in shares)
 
@@ -277,7 +277,7 @@ ONE = {"ablate.grid": "schedule.s=0.02"}
     ],
     ids=str,
 )
-def test_the_hash_differs_by_what_figures_depend_on(changes):
+def test_the_hash_differs_by_what_scores_depend_on(changes):
     one, other = (create(ONE | fields).jobs[0].config_hash for fields in ({}, changes))
     assert one != other
     assert len(one) == len(other) == 12

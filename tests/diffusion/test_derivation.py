@@ -17,10 +17,10 @@ from mpmath import mp, mpf
 import diffusion_jax
 from diffusion_jax.diffusion import process, schedules
 
-DOCUMENT = pathlib.Path(__file__).parent.parent / "docs/derivation.md"
-TEXT = DOCUMENT.read_text()
+REPOSITORY = pathlib.Path(__file__).parent.parent.parent
+TEXT = (REPOSITORY / "docs/derivation.md").read_text()
 HEADER = "| Check | Should be | Ours | Misprint |"
-MODULES = {module.name for module in pkgutil.iter_modules(diffusion_jax.__path__)}
+MODULES = {module.name for module in pkgutil.walk_packages(diffusion_jax.__path__, "diffusion_jax.")}
 
 
 # --- the document: names and mathematics ----------------------------------------------------
@@ -32,9 +32,14 @@ def dotted_names(text):
 
 @pytest.mark.parametrize("name", sorted(set(dotted_names(TEXT))))
 def test_named_function_exists(name):
-    module, *attributes = name.split(".")
-    assert module in MODULES
-    functools.reduce(getattr, attributes, importlib.import_module(f"diffusion_jax.{module}"))
+    parts = name.split(".")
+    choices = [
+        (".".join([folder, *parts[:length]]), parts[length:])
+        for folder in ("diffusion_jax.diffusion", "diffusion_jax")
+        for length in range(len(parts) - 1, 0, -1)
+    ]
+    module, attributes = next(choice for choice in choices if choice[0] in MODULES)
+    functools.reduce(getattr, attributes, importlib.import_module(module))
 
 
 def test_every_section_with_an_equation_names_a_function():

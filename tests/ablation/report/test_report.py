@@ -13,11 +13,13 @@ import pytest
 
 from diffusion_jax.ablation import comparison
 from diffusion_jax.ablation.report import figures
-from diffusion_jax.ablation.report import page as report
-from diffusion_jax.ablation.report.page import _finding, write_csv, write_report
-from diffusion_jax.ablation.results import FIGURES, Arm, Figure, Job, Results, compare
+from diffusion_jax.ablation.report.arms import create_styles
+from diffusion_jax.ablation.report.formats import decimals
+from diffusion_jax.ablation.report.page import write_csv, write_report
+from diffusion_jax.ablation.results import SCORES, ArmScores, JobScores, Results, Score, compare
 from diffusion_jax.diffusion import schedules
 from diffusion_jax.evaluation.interval import Interval
+from diffusion_jax.runtime import files
 
 OFFSETS = (0.0, 0.001, 0.004, 0.008, 0.02, 0.05, 0.2)
 REFERENCE = 0.008
@@ -39,7 +41,7 @@ def make_pictures(source, seed, size):
 
 
 def make_job(source, s, schedule, seed, seed_effect, image_effect, size):
-    """A trained model that never was: lowest near s = 0.025, spread as such figures are."""
+    """A trained model that never was: lowest near s = 0.025, spread as such scores are."""
     worth = 0.07 * np.log10((s + 0.003) / 0.028) ** 2
     steps = np.arange(100, 20_001, 100)
     decay = 0.03 + 0.4 * (steps / 100) ** -0.9 + worth / 20 + seed_effect / 20
@@ -51,7 +53,7 @@ def make_job(source, s, schedule, seed, seed_effect, image_effect, size):
     error = (1 + 2 * worth) * 0.9 / (1 + np.exp(-middle - 1)) * np.exp(0.005 * noise)
     decoder = 0.05 / (1 + 100 * s)
     value = 8 + 40 * worth + 10 * seed_effect + source.normal(0, 0.2)
-    return Job(
+    return JobScores(
         seed=seed,
         config_hash=f"{hash((s, seed)) % 16**10:010x}",
         folder=f"s={s:g}/seed={seed}",
@@ -72,8 +74,8 @@ def make_job(source, s, schedule, seed, seed_effect, image_effect, size):
     )
 
 
-def with_figures(arms, reference):
-    """Fill in the figures as those who make Results do."""
+def with_scores(arms, reference):
+    """Fill in the scores as those who make Results do."""
     common = np.isfinite([job.eps_error for arm in arms for job in arm.jobs]).all(axis=0)
     arms = [
         arm._replace(
@@ -81,14 +83,14 @@ def with_figures(arms, reference):
         )
         for arm in arms
     ]
-    found = {
+    scores = {
         name: compare(
             {arm.name: np.array([of_job(job) for job in arm.jobs]) for arm in arms}, reference
         )
         for name, of_job in OF_JOB.items()
     }
     return tuple(
-        arm._replace(figures={name: of_arms[arm.name] for name, of_arms in found.items()})
+        arm._replace(scores={name: of_arms[arm.name] for name, of_arms in scores.items()})
         for arm in arms
     )
 
@@ -106,14 +108,14 @@ def make_results(offsets=OFFSETS, num_seeds=3, num_images=60, num_pictures=12, s
         ]
         fields = {"schedule.s": s} if swept else {"schedule.name": "cosine", "schedule.s": s}
         title = f"cosine(num_timesteps=1000, s={s:g}, max_beta=0.999)"
-        arms.append(Arm(f"s={s:g}", fields, title, schedule, tuple(jobs), {}))
+        arms.append(ArmScores(f"s={s:g}", fields, title, schedule, tuple(jobs), {}))
     reference = f"s={REFERENCE:g}" if REFERENCE in offsets else arms[0].name
     return Results(
         dataset="cifar10",
         levels=256,
         reference=reference,
         swept="schedule.s" if swept else None,
-        arms=with_figures(arms, reference),
+        arms=with_scores(arms, reference),
         edges=EDGES,
         distance="frechet",
         command="python main.py --mode=ablate --config=configs/cifar10.py"
@@ -214,10 +216,12 @@ def test_page_is_whole_or_what_it_was(results, tmp_path, monkeypatch):
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(report.os, "replace", fail)
-        with pytest.raises(OSError, match="no space"):
-            write_csv(results, path)
-    assert path.read_text() == "before"
+        patch.setattr(files.os, "replace", fail)
+        for write_file in (write_report, write_csv):
+            with pytest.raises(OSError, match="no space"):
+                write_file(results, path)
+            assert path.read_text() == "before"
+            assert list(tmp_path.iterdir()) == [path]
     write_csv(results, path)
     assert path.read_text().startswith("arm,")
 
@@ -238,23 +242,23 @@ def test_ids_are_unique_and_all_that_are_referred_to_are_there(path):
     elements = Page(text).elements
     ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
     assert len(ids) == len(set(ids))
-    used = {
+    addresses = {
         attributes.get(name, "") for _, attributes in elements for name in ("href", "xlink:href")
     }
-    used = {value[1:] for value in used if value.startswith("#")}
-    used |= {
+    referenced = {value[1:] for value in addresses if value.startswith("#")}
+    referenced |= {
         attributes["aria-labelledby"]
         for _, attributes in elements
         if "aria-labelledby" in attributes
     }
-    used |= {part.split(")")[0] for part in text.split("url(#")[1:]}
-    assert used <= set(ids)
+    referenced |= {part.split(")")[0] for part in text.split("url(#")[1:]}
+    assert referenced <= set(ids)
 
 
-def test_table_has_the_figures(results, path):
+def test_table_has_the_scores(results, path):
     text = Page(path.read_text(encoding="utf-8")).text
-    differences = [arm.figures["bits_per_dim"].difference for arm in results.arms]
-    digits = figures.decimals([difference for difference in differences if difference])
+    differences = [arm.scores["bits_per_dim"].difference for arm in results.arms]
+    digits = decimals([difference for difference in differences if difference])
     assert digits in (3, 4)
     for arm, difference in zip(results.arms, differences):
         assert arm.name in text
@@ -274,15 +278,15 @@ def test_findings_say_how_sure_they_are(results, path):
     assert 0 < len(equal) < 6
     start = text.index("bound (bits/dim) : lowest with s=0.02 ,")
     text = text[start : start + 300]
-    difference = results.arms[4].figures["bits_per_dim"].difference
+    difference = results.arms[4].scores["bits_per_dim"].difference
     holds = "excludes" if comparison.excludes_zero(difference) else "holds"
-    digits = figures.decimals([difference])
+    digits = decimals([difference])
     assert f"Difference to s=0.008: {difference.value:+.{digits}f}".replace("-", "−") in text
     assert f"which {holds} zero. Not told apart from {', '.join(equal)}." in text
 
 
-def test_one_seed_does_not_tell_samples_apart_but_from_the_reference(results):
-    """Of one number for each arm only the given difference, over samples, has an interval."""
+def test_one_seed_does_not_tell_samples_apart_but_from_the_reference(results, tmp_path):
+    """With one number for each arm only the difference, over samples, has an interval."""
     alone = [arm._replace(jobs=arm.jobs[:1]) for arm in results.arms]
     lowest = min(alone, key=lambda arm: arm.jobs[0].quality.value).name
     for reference in ("s=0", lowest):
@@ -290,11 +294,16 @@ def test_one_seed_does_not_tell_samples_apart_but_from_the_reference(results):
         for arm in alone:
             low = -0.1 if arm.name == "s=0.05" else 0.1
             difference = None if arm.name == reference else Interval(0.2, low, 0.3)
-            mean = arm.jobs[0].quality
-            arms.append(arm._replace(figures={"quality": Figure(mean, difference, "")}))
-        found = _finding(results._replace(arms=tuple(arms), reference=reference), "quality")
-        assert found["lowest"] == lowest
-        assert found["equal"] == (["s=0.05"] if reference == lowest else None)
+            score = Score(arm.jobs[0].quality, difference, "")
+            arms.append(arm._replace(scores=arm.scores | {"quality": score}))
+        _, page = write(results._replace(arms=tuple(arms), reference=reference), tmp_path)
+        finding = page.text[page.text.index("sample quality (classifier distance) : lowest") :]
+        finding = finding[: finding.index("error of eps (")]
+        assert f"lowest with {lowest} ," in finding
+        if reference == lowest:
+            assert finding.endswith(" Not told apart from s=0.05. ")
+        else:
+            assert "told apart" not in finding.lower()
 
 
 def test_what_a_name_holds_is_text(tmp_path):
@@ -334,15 +343,15 @@ def test_one_arm(tmp_path):
 
 def test_one_seed_gives_no_interval_where_there_is_none(tmp_path):
     results = make_results((0.0, REFERENCE, 0.02), num_seeds=1)
-    assert math.isinf(results.arms[0].figures["quality"].mean.high)
+    assert math.isinf(results.arms[0].scores["quality"].mean.high)
     path, page = write(results, tmp_path)
     assert "inf" not in page.text.replace("information", "")
     assert "of one seed, over the test images or the samples alone" in page.text
     assert '<span class="ends">–</span>' in path.read_text(encoding="utf-8")
 
 
-def test_a_figure_that_is_no_number_is_not_compared(tmp_path):
-    """A training that diverged: the other figures of the page are still of use."""
+def test_a_score_that_is_no_number_is_not_compared(tmp_path):
+    """A training that diverged: the other scores of the page are still of use."""
     results = make_results((0.0, REFERENCE), num_seeds=2)
     first, second = results.arms
     nowhere = Interval(math.nan, -math.inf, math.inf)
@@ -351,7 +360,7 @@ def test_a_figure_that_is_no_number_is_not_compared(tmp_path):
     empty = {"steps": np.zeros(0, int), "losses": np.zeros(0)}
     first = first._replace(
         jobs=tuple(job._replace(**losses, **error) for job in first.jobs),
-        figures=first.figures | {"loss": Figure(nowhere, nowhere, "")},
+        scores=first.scores | {"loss": Score(nowhere, nowhere, "")},
     )
     second = second._replace(jobs=tuple(job._replace(**empty) for job in second.jobs))
     results = results._replace(arms=(first, second))
@@ -379,7 +388,7 @@ def test_schedules_that_end_at_infinity_are_drawn():
 
 def test_swept_values_are_in_their_order_at_equal_distances():
     results = make_results((0.02, 0.0, REFERENCE), num_seeds=2)
-    svg = figures.figure_of_arms(results, "bits_per_dim")
+    svg = figures.scores_of_arms(results, "bits_per_dim")
     shown = [text for text in Page(svg).texts if text in ("0", "0.008", "0.02")]
     assert shown == ["0", "0.008", "0.02"]
 
@@ -388,7 +397,7 @@ def test_long_names_have_lines_and_stay_apart(results):
     long = [f"schedule.name=cosine,schedule.s={s:g},schedule.max_beta=0.999" for s in OFFSETS]
     arms = tuple(arm._replace(name=name) for arm, name in zip(results.arms, long))
     results = results._replace(arms=arms, swept=None, reference=long[3])
-    texts = Page(figures.figure_of_arms(results, "quality")).texts
+    texts = Page(figures.scores_of_arms(results, "quality")).texts
     assert texts.count("name=cosine,s=0.008,") == 1
     assert texts.count("max_beta=0.999") == len(long)
     assert any("minus that of the reference arm" in t for t in texts_of_difference(results))
@@ -401,7 +410,7 @@ def texts_of_difference(results):
 def test_colours_are_told_from_the_page():
     """3:1 (WCAG 2.2, 1.4.11) for the lines of every arm, light and dark."""
     for swept in (True, False):
-        for style in figures.styles(make_results(num_seeds=1, num_pictures=1, swept=swept)):
+        for style in create_styles(make_results(num_seeds=1, num_pictures=1, swept=swept)):
             for colour, page in ((style.light, "#ffffff"), (style.dark, "#14171a")):
                 if colour != "currentColor":
                     assert contrast(rgb(colour), rgb(page)) >= 3, (colour, page)
@@ -548,7 +557,7 @@ def states(page):
 
 def in_order(results, column):
     """Names of the arms as a column orders them, missing differences being zero."""
-    names = list(FIGURES)
+    names = list(SCORES)
 
     def value(arm):
         if column == 0:
@@ -556,10 +565,10 @@ def in_order(results, column):
         if column > 2 * len(names):
             of_schedule = arm.schedule.beta[0], arm.schedule.alpha_bar[-1]
             return float(of_schedule[column - 2 * len(names) - 1])
-        figure = arm.figures[names[(column - 1) // 2]]
+        score = arm.scores[names[(column - 1) // 2]]
         if column % 2:
-            return figure.mean.value
-        return figure.difference.value if figure.difference else 0
+            return score.mean.value
+        return score.difference.value if score.difference else 0
 
     return [arm.name for arm in sorted(results.arms, key=value)]
 
@@ -577,7 +586,7 @@ def test_every_column_sorts_both_ways_by_click(page, results):
                 expected.reverse()
             assert [name for name, _ in shown_rows(page, column)] == expected, (column, state)
             assert states(page)[column] == state
-            assert sum(found is not None for found in states(page)) == 1
+            assert sum(each is not None for each in states(page)) == 1
 
 
 def test_sorts_by_keyboard(page, results):
@@ -668,9 +677,9 @@ def test_text_is_legible_in_light_and_dark(page):
     grounds = {}
     for theme in ("light", "dark"):
         emulate(page, theme=theme)
-        found = page.execute_script(TEXT_AND_GROUND)
-        assert len(found) > 300
-        for text, colour, ground in found:
+        texts = page.execute_script(TEXT_AND_GROUND)
+        assert len(texts) > 300
+        for text, colour, ground in texts:
             assert contrast(rgb(colour), rgb(ground)) >= 4.5, (theme, text, colour, ground)
         script = "return getComputedStyle(document.body).backgroundColor"
         grounds[theme] = np.mean(rgb(page.execute_script(script)))
