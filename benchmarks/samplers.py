@@ -6,8 +6,8 @@ r"""Sample quality of every sampler by its number of steps, on a trained model.
 with the FLAGS that trained the model. Writes a Markdown table of the classifier Frechet distance
 to the test split (evaluation/distances.py; smaller is better), each with its 95 % interval, as it
 goes. All chains begin with the same noise. Samplers that evaluate twice a step take half of the
-steps, so that a column compares equal work. Chains of samplers that solve the flow stand on EDM's grid up
-to sigma = 80, the others on the timesteps, "trailing".
+steps, so that a column compares equal work. Chains of samplers that solve the flow stand on EDM's
+grid up to sigma = 80, the others on the timesteps, "trailing".
 """
 
 import pathlib

@@ -70,11 +70,11 @@ def override(config: ConfigDict, fields: Iterable[tuple[str, str]]) -> ConfigDic
         ConfigError: an unknown field, or a value of the wrong type.
     """
     config = copy.deepcopy(config)
-    expected, given = _fields(default.get_config()), _fields(config)
+    expected, present = _fields(default.get_config()), _fields(config)
     for name, text in fields:
         field = f"config.{name}"
         section, leaf = _find(config, field)
-        like = expected.get(field, given[field])
+        like = expected.get(field, present[field])
         with section.ignore_type():  # _check is stricter than ml_collections
             section[leaf] = _check(field, _parse(text, like), like)
     return config.lock()

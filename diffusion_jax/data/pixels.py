@@ -55,6 +55,6 @@ def read_images(path: str, shape: tuple[int, ...]) -> UInt8[np.ndarray, "n heigh
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"must be a PNG, or an .npz with `images`: {error}") from error
     if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
-        found = f"{images.dtype} {list(images.shape)}"
-        raise ValueError(f"must hold uint8 images of shape {list(shape)}, not {found}")
+        actual = f"{images.dtype} {list(images.shape)}"
+        raise ValueError(f"must hold uint8 images of shape {list(shape)}, not {actual}")
     return images

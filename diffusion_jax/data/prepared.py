@@ -92,16 +92,16 @@ def prepare(name: str, source: Source, archives_given: str | None, folder: Path)
         ImageBuilder(name, data_dir, source.num_classes, splits).download_and_prepare()
 
 
-def _read_archives(name: str, source: Source, given: str | None, data_dir: Path) -> Arrays:
-    if given is not None or not source.urls:
+def _read_archives(name: str, source: Source, folder: str | None, data_dir: Path) -> Arrays:
+    if folder is not None or not source.urls:
         try:
-            return source.read(Path(given or ".").expanduser())
+            return source.read(Path(folder or ".").expanduser())
         except ConfigError as error:
-            raise ConfigError(f"config.dataset.archives = {given!r}: {error}") from error
-    with tempfile.TemporaryDirectory() as folder:
+            raise ConfigError(f"config.dataset.archives = {folder!r}: {error}") from error
+    with tempfile.TemporaryDirectory() as downloads:
         try:
-            archives.download(source.urls, Path(folder))
-            return source.read(Path(folder))
+            archives.download(source.urls, Path(downloads))
+            return source.read(Path(downloads))
         except ConfigError as error:
             raise ConfigError(
                 f"config.dataset.name = {name!r}: not prepared in {data_dir}, and {error}; put "

@@ -84,9 +84,9 @@ def train_classifier(dataset: Dataset, seed: int) -> Classifier:
 
     classifier = Classifier(jax.jit(network.apply), params, dataset.levels, 1.0, 0.0)
     held_out = to_x_0(dataset.test.images[:], dataset.levels)
-    found, logits = _apply(classifier, held_out)
+    unscaled, logits = _apply(classifier, held_out)
     classifier = classifier._replace(
-        scale=float(np.sqrt(found.var(axis=0, dtype=np.float64).mean())),
+        scale=float(np.sqrt(unscaled.var(axis=0, dtype=np.float64).mean())),
         test_accuracy=float(np.mean(logits.argmax(axis=1) == dataset.test.labels[:])),
     )
     seconds = time.monotonic() - begun
@@ -193,8 +193,8 @@ def features(classifier: Classifier, x_0: Images) -> Float32[np.ndarray, "n d"]:
     Raises:
         ValueError: an image is not finite.
     """
-    found, _ = _apply(classifier, x_0)
-    return found / np.float32(classifier.scale)
+    unscaled, _ = _apply(classifier, x_0)
+    return unscaled / np.float32(classifier.scale)
 
 
 def probabilities(classifier: Classifier, x_0: Images) -> Float32[np.ndarray, "n classes"]:
@@ -216,11 +216,11 @@ def _apply(
     if not finite.all():
         raise ValueError(f"image {np.argmin(finite)} of {len(x_0)} is not finite")
     pictures: UInt8[np.ndarray, "..."] = to_uint8(x_0, classifier.levels)
-    found = []
+    batches = []
     for start in range(0, len(pictures), FORWARD_BATCH):
         batch = to_x_0(pictures[start : start + FORWARD_BATCH], 256)
         fill = np.zeros((FORWARD_BATCH - len(batch), *batch.shape[1:]), np.float32)
         outputs = classifier.apply(classifier.params, np.concatenate([batch, fill]))
-        found.append([np.asarray(output)[: len(batch)] for output in outputs])
-    of_images, logits = (np.concatenate(parts) for parts in zip(*found))
+        batches.append([np.asarray(output)[: len(batch)] for output in outputs])
+    of_images, logits = (np.concatenate(parts) for parts in zip(*batches))
     return of_images, logits

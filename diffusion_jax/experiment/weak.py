@@ -47,8 +47,8 @@ def create_weak(config: ConfigDict, experiment: Experiment, path: pathlib.Path) 
             name: tuple(value) if isinstance(value, list) else value
             for name, value in recorded[section].items()
         }
-        kept = {} if section == "model" else config[section].to_dict()
-        other[section] = ConfigDict(kept | values)
+        base = {} if section == "model" else config[section].to_dict()
+        other[section] = ConfigDict(base | values)
     objective = create_objective(other, experiment.schedule, experiment.dataset)
     dataset = experiment.dataset
     model = create_model(

@@ -171,12 +171,12 @@ def _unflatten(arrays: Arrays, template: Any) -> Any:
     expected = _by_path(template)
     fields = {name.partition("/")[0] for name in expected}  # others may be left out as a whole
     for name in sorted(expected.keys() | {n for n in arrays if n.partition("/")[0] in fields}):
-        found, wanted = (
+        saved, wanted = (
             f"{tree[name].dtype}{list(tree[name].shape)}" if name in tree else "nothing"
             for tree in (arrays, expected)
         )
-        if found != wanted:
-            raise OtherModelError(f"checkpoint has {found} for {name}, the model has {wanted}")
+        if saved != wanted:
+            raise OtherModelError(f"checkpoint has {saved} for {name}, the model has {wanted}")
     return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in expected])
 
 

@@ -72,9 +72,9 @@ def start(
         on_cpu = _devices_for(batch_size // processes, cores)
     else:
         on_cpu = min(batch_size, cores)  # they wait for nobody
-    given = os.environ.get("XLA_FLAGS", "")
-    flags = [flag for flag in XLA_FLAGS if flag.split("=")[0] not in given]
-    os.environ["XLA_FLAGS"] = " ".join([given, *flags]).strip()
+    present = os.environ.get("XLA_FLAGS", "")
+    flags = [flag for flag in XLA_FLAGS if flag.split("=")[0] not in present]
+    os.environ["XLA_FLAGS"] = " ".join([present, *flags]).strip()
     if batch_size == 1 and not (divide or num_jobs):
         os.environ.setdefault(THREADS, "1")
     jax.config.update("jax_num_cpu_devices", on_cpu)
@@ -131,9 +131,8 @@ def _manage_memory(is_training: bool) -> None:
     XLA:CPU allocates the temporaries of a training step anew each time, and the faults of their
     fresh pages take a seventh of the step's time. One arena keeps them; but in one that a
     compilation has left full of holes each allocation of some 10 KB takes 50 microseconds, for
-    glibc looks through the holes one by one: so they are filled. Said before jax starts its
-    threads, and so on every platform, which is not known before. Other C libraries stay as they
-    are.
+    glibc looks through the holes one by one: so they are filled. It must run before jax
+    starts its threads, when the platform is not known yet. Other C libraries stay as they are.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):

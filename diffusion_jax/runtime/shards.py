@@ -37,14 +37,14 @@ class Shards:
 
     def _ranges(self) -> list[tuple[int, int, pathlib.Path]]:
         """First and end of the shards that follow on each other from sample 0, and their files."""
-        found, end = [], 0
+        ranges, end = [], 0
         for path in sorted(self._folder.glob("*.npz")):
             first, last = map(int, path.stem.split("-"))
             if first != end:
                 break
-            found.append((first, last + 1, path))
+            ranges.append((first, last + 1, path))
             end = last + 1
-        return found
+        return ranges
 
     def __len__(self) -> int:
         """How many samples there are."""

@@ -84,7 +84,7 @@ class DamagedRecordError(RunError):
 def _drop_after(path: Path, resume_step: int) -> None:
     content = path.read_bytes()
     lines = content.split(b"\n")
-    kept = []
+    remaining = []
     for number, line in enumerate(lines, start=1):
         try:
             step = json.loads(line)["step"]
@@ -96,12 +96,12 @@ def _drop_after(path: Path, resume_step: int) -> None:
                 f"{path}, line {number}: not a record with a step: {line[:80]!r}"
             ) from error
         if keep:
-            kept.append(line + b"\n")
-    if b"".join(kept) == content:
+            remaining.append(line + b"\n")
+    if b"".join(remaining) == content:
         return
     # Replaced as a whole, or not at all: a kill at this moment must not lose the history.
     with files.replace(path) as file:
-        file.writelines(kept)
+        file.writelines(remaining)
 
 
 class Progress:

@@ -104,7 +104,9 @@ def test_card_without_pixels_names_no_bin(tmp_path):
 
 
 def test_importing_plots_does_not_import_matplotlib():
-    code = "import sys; from diffusion_jax import plots; sys.exit('matplotlib' in sys.modules)"
+    code = (
+        "import sys; from diffusion_jax.drawing import plots; sys.exit('matplotlib' in sys.modules)"
+    )
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
@@ -400,7 +402,8 @@ def test_the_terms_of_a_bound_are_drawn(tmp_path, zero_snr):
     bits = np.array([1e-17, 0.5, 0.2, 0.0, 1e-3])
     log_snr = np.array([9.0, 5.0, 1.0, -3.0, -np.inf if zero_snr else -9.0])
     error = np.array([1e-17, 0.1, np.nan, 0.0, 1e-4])
-    plots.bound_terms(np.arange(1, 6), log_snr, bits, error, tmp_path / "terms.png")
+    curve = plots.BoundCurve(timestep=np.arange(1, 6), log_snr=log_snr, bits=bits, error=error)
+    plots.bound_terms(curve, tmp_path / "terms.png")
     with Image.open(tmp_path / "terms.png") as image:
         pixels = np.asarray(image.convert("RGB"), int)
     blue = np.all(np.abs(pixels - np.array(BLUE)) < 40, axis=-1)

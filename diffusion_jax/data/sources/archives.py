@@ -48,9 +48,9 @@ def locate(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     paths, missing = {}, []
     for name in names:
         choices = [folder / name, folder / name.removesuffix(".gz")]
-        found = [path for path in choices if path.is_file()]
-        if found:
-            paths[name] = found[0]
+        present = [path for path in choices if path.is_file()]
+        if present:
+            paths[name] = present[0]
         else:
             missing.append(name)
     if missing:
@@ -95,10 +95,10 @@ def check(
     Raises:
         ConfigError: the sums differ.
     """
-    found = hashlib.new(algorithm, content).hexdigest()
-    if found != expected:
-        taken_for = f"it is {others[found]}" if others and found in others else "wrong content"
-        sums = f"{algorithm} {found[:12]}..., not {expected[:12]}..."
+    actual = hashlib.new(algorithm, content).hexdigest()
+    if actual != expected:
+        taken_for = f"it is {others[actual]}" if others and actual in others else "wrong content"
+        sums = f"{algorithm} {actual[:12]}..., not {expected[:12]}..."
         raise ConfigError(f"{name}: {taken_for} ({len(content)} bytes, {sums})")
 
 
