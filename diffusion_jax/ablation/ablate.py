@@ -1,8 +1,8 @@
 """The jobs of an ablation: trained by one compiled step, scored by one compiled evaluation.
 
-A job is a training run like any other, in a folder of its own, arms/ARM/seed_N: what `--mode=train`
-would do with the arm's config, checkpoint for checkpoint. Jobs that share the static choices share
-the compiled step, of which the schedule, the seed and the state are arguments.
+A job is a training run in its own folder, arms/ARM/seed_N. Its checkpoints are those of
+`--mode=train` with the arm's config. Jobs with equal static choices share one compiled step; the
+schedule, the seed and the state are arguments of the step.
 """
 
 import json
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from diffusion_jax.ablation import results
+from diffusion_jax.ablation.collecting import About, collect
 from diffusion_jax.ablation.jobs import (
     Ablation,
     FailedJobsError,
@@ -29,14 +29,18 @@ from diffusion_jax.ablation.jobs import (
     versions,
 )
 from diffusion_jax.ablation.report.page import write_csv, write_report
-from diffusion_jax.ablation.results import Results
+from diffusion_jax.ablation.results import SCORES, Results
 from diffusion_jax.ablation.scoring import score_jobs
 from diffusion_jax.ablation.slots import choose_parallel
 from diffusion_jax.ablation.training import train_jobs
 from diffusion_jax.config.config import OF_THE_TRAINING, require_same
 from diffusion_jax.data.dataset import Dataset
 from diffusion_jax.errors import ConfigError, WorkdirError, require
-from diffusion_jax.evaluation.classifier import load_classifier, require_labelled_images
+from diffusion_jax.evaluation.classifier import (
+    Classifier,
+    load_classifier,
+    require_labelled_images,
+)
 from diffusion_jax.evaluation.interval import Interval
 from diffusion_jax.experiment.evaluation import fit
 from diffusion_jax.runtime.workdir import Workdir
@@ -46,11 +50,11 @@ LOG = logging.getLogger("diffusion_jax")
 
 
 def check(ablation: Ablation, folder: Workdir, devices: list[jax.Device]) -> None:
-    """Refuse what cannot be run, before anything is written.
+    """Refuse an ablation that cannot be run, before anything is written.
 
     Raises:
-        ConfigError: the folder is of a single run, a job was begun with another config, a batch
-            that does not divide, or more arms than fit.
+        ConfigError: a single run is in the folder, a job was begun with another config, a batch
+            cannot be divided among the devices, or there are more arms than fit.
     """
     if folder.checkpoints.exists():
         raise WorkdirError(folder.path, "must be a folder for an ablation: a single run is in it")
@@ -69,10 +73,10 @@ def check(ablation: Ablation, folder: Workdir, devices: list[jax.Device]) -> Non
 
 
 def check_data(ablation: Ablation, dataset: Dataset) -> None:
-    """Refuse what the data cannot be evaluated or compared by, before anything is trained.
+    """Refuse data that cannot be evaluated or compared with, before anything is trained.
 
     Raises:
-        ConfigError: more test images than there are, no test split, or no labels in it.
+        ConfigError: the test split has too few images, or no labels, or there is none.
     """
     for job in ablation.jobs:
         fit(job.experiment.evaluation, dataset.test)
@@ -83,12 +87,12 @@ def check_data(ablation: Ablation, dataset: Dataset) -> None:
 
 
 def ablate(ablation: Ablation, site: Site, command: str) -> int | None:
-    """Train and score what is missing, and report; returns the signal that stopped the training.
+    """Train and score the missing jobs, and report; returns a signal that stopped the training.
 
-    A shard does its share and leaves the report to a call without one.
+    A shard does its share only: a call without a shard writes the report.
 
     Raises:
-        FailedJobsError: naming jobs that failed, after a report without their arms.
+        FailedJobsError: some jobs failed; the report is written without their arms.
     """
     parallel = choose_parallel(ablation, len(site.devices))
     missing = [job for job in ablation.mine if not is_finished(job, site.path)]
@@ -107,20 +111,35 @@ def ablate(ablation: Ablation, site: Site, command: str) -> int | None:
         lost = {job.arm.name for job in ablation.jobs if title_of(job) in failed}
         complete = tuple(job for job in ablation.jobs if job.arm.name not in lost)
         if ablation.reference not in lost:
-            report(ablation._replace(jobs=complete), site.dataset, site.path, command, sorted(lost))
+            report(ablation._replace(jobs=complete), site, command, sorted(lost))
     if failed:
         raise FailedJobsError("; ".join(f"{name}: {error}" for name, error in failed.items()))
     return None
 
 
-def report(
-    ablation: Ablation, dataset: Dataset, path: pathlib.Path, command: str, lost: list[str]
-) -> None:
+def report(ablation: Ablation, site: Site, command: str, lost: list[str]) -> None:
     """Compare the finished jobs: ablation.csv and report.html. ``lost`` are arms that failed."""
+    dataset, path = site.dataset, site.path
     classifier = load_classifier(dataset, 0, path)
+    notes = [f"{name} failed and is left out." for name in lost]
+    records = [json.loads(record_of(job, path).read_text()) for job in ablation.jobs]
+    if any(record["versions"] != versions() for record in records):
+        notes.append("Some jobs were scored under other versions: see their finished.json.")
+    about = About(
+        command=command,
+        versions=versions(),
+        facts=_facts(ablation, dataset, classifier),
+        notes=tuple(notes),
+    )
+    results = collect(ablation, dataset, classifier, path, about)
+    write_csv(results, path / "ablation.csv")
+    write_report(results, path / "report.html")
+    print(describe_results(results))
+    LOG.info("%s", path / "report.html")
 
-    def all_of(fact: Callable[[Job], str]) -> str:
-        return "; ".join(dict.fromkeys(fact(job) for job in ablation.jobs))
+
+def _facts(ablation: Ablation, dataset: Dataset, classifier: Classifier) -> dict[str, str]:
+    """How the jobs were trained and scored, in words."""
 
     def parameters(job: Job) -> str:
         return f"{sum(leaf.size for leaf in jax.tree.leaves(job.experiment.template)):,}"
@@ -135,32 +154,25 @@ def report(
         chain = f"{plan.chain.num_steps} steps, {plan.chain.spacing}"
         return f"{plan.num_images} of each job, {name}, {chain}"
 
+    def all_of(fact: Callable[[Job], str]) -> str:
+        return "; ".join(dict.fromkeys(fact(job) for job in ablation.jobs))
+
     plan = ablation.jobs[0].experiment.training
-    facts = {
+    return {
         "parameters of the network": all_of(parameters),
         "training": f"{plan.num_steps:,} steps of {plan.batch_size}",
         "bound": all_of(bound),
         "samples": all_of(samples),
         "classifier": f"{100 * classifier.test_accuracy:.2f} % of the test images right",
     }
-    notes = [f"{name} failed and is left out." for name in lost]
-    records = [json.loads(record_of(job, path).read_text()) for job in ablation.jobs]
-    if any(record["versions"] != versions() for record in records):
-        notes.append("Some jobs were scored under other versions: see their finished.json.")
-    about = results.About(command=command, versions=versions(), facts=facts, notes=tuple(notes))
-    collected = results.collect(ablation, dataset, classifier, path, about)
-    write_csv(collected, path / "ablation.csv")
-    write_report(collected, path / "report.html")
-    print(describe_results(collected))
-    LOG.info("%s", path / "report.html")
 
 
-def describe_results(collected: Results) -> str:
-    """The table of arms, as lines that a run prints."""
+def describe_results(results: Results) -> str:
+    """The table of arms, as lines of text."""
     lines = []
-    for name, (title, unit) in results.SCORES.items():
-        lines.append(f"{title} ({unit}) with 95 % intervals, and the paired difference")
-        for arm in collected.arms:
+    for name, kind in SCORES.items():
+        lines.append(f"{kind.heading} ({kind.unit}) with 95 % intervals, and the paired difference")
+        for arm in results.arms:
             mean, difference, mark = arm.scores[name]
             text = f"  {arm.name:24} {mean.value:9.4f} {_ends(mean)}  "
             if difference is None:
@@ -178,10 +190,10 @@ def _ends(interval: Interval) -> str:
 
 
 def check_room(jobs: Sequence[Job], path: pathlib.Path, per_device: int) -> None:
-    """Refuse more arms than fit: their states into the memory, their checkpoints onto the disk.
+    """Refuse more arms than fit: their states in the memory, their checkpoints on the disk.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: there are more.
     """
     largest = max((_size_of_state(group[0]) for group in group_jobs(jobs)), default=0)
     statistics = jax.local_devices()[0].memory_stats() or {}
@@ -205,7 +217,7 @@ def check_room(jobs: Sequence[Job], path: pathlib.Path, per_device: int) -> None
 
 
 def _size_of_state(job: Job) -> int:
-    """Bytes of the arrays of a training state."""
+    """The bytes of the arrays of a training state."""
     experiment = job.experiment
     length = len(experiment.schedule)
     state = jax.eval_shape(lambda: init_state(experiment, seed=job.seed, num_timesteps=length))
