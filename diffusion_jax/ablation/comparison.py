@@ -1,8 +1,8 @@
 """Whether the arms of an ablation differ: intervals over the seeds and the test images.
 
 All arms are trained with the same seeds, hence from equal initial weights on equal batches and
-noise, and are tested on the same images under the same noise. What seeds and images do to all
-arms alike cancels in paired differences. Of every figure less is better.
+noise, and are tested on the same images under the same noise. The effects of seeds and images that
+all arms share cancel in paired differences. Lower is better for every score.
 """
 
 from typing import NamedTuple
@@ -21,25 +21,25 @@ Reference = Float[np.ndarray, " seeds_b"] | Float[np.ndarray, "seeds_b images_b"
 def mean_interval(values: Values, level: float = 0.95) -> Interval:
     """The mean and its interval by Student's t, over other seeds and other images.
 
-    Of one number per seed it has K - 1 degrees of freedom. Of K seeds and N images both are
-    random and crossed, y_ki = mu + a_k + b_i + e_ki, and the grand mean has the variance
-    s^2(means of the seeds) / K + s^2(means of the images) / N - s^2(e) / (K N), for the residual
-    is once in each of the first two (the analysis of variance: Searle, Casella & McCulloch 1992,
-    chapter 4; as two-way clustering Cameron, Gelbach & Miller 2011; of large crossed
-    tables Owen 2007, "The pigeonhole bootstrap"). A first or second term below the third means a
-    negative variance of a_k or b_i, which is taken for 0: both count for no less than the third.
-    The degrees of freedom are Satterthwaite's (1946) of the three terms, and no fewer than the
+    One number per seed gives K - 1 degrees of freedom. With K seeds and N images both are random
+    and crossed, y_ki = mu + a_k + b_i + e_ki, and the grand mean has the variance
+    s^2(means of the seeds) / K + s^2(means of the images) / N - s^2(e) / (K N), because each of the
+    first two terms contains the residual once (the analysis of variance: Searle, Casella &
+    McCulloch 1992, chapter 4; as two-way clustering Cameron, Gelbach & Miller 2011; of large
+    crossed tables Owen 2007, "The pigeonhole bootstrap"). A first or second term below the third
+    means a negative variance of a_k or b_i, which is set to 0: neither counts for less than the
+    third. The degrees of freedom are Satterthwaite's (1946) of the three terms, and at least the
     smaller of K - 1 and N - 1.
 
-    Satterthwaite's are too many where one of few seeds' variances came out small by chance. Of
-    normal effects the 95 % interval holds the truth, where it does so most rarely (a_k having
+    Satterthwaite's degrees of freedom are too many if the variance of a few seeds is small by
+    chance. With normal effects the 95 % interval holds the truth, in the worst case (a_k having
     about ten times as much of the variance of the mean as b_i), 87 times in 100 with two seeds,
-    92 with three, 94 with five; with two seeds and mostly residual it always does, being wider
-    than need be.
+    92 with three, 94 with five. With two seeds and mostly residual it always holds it, being wider
+    than necessary.
 
-    One seed with images gives the interval over the images alone, which says nothing of how far
-    apart trainings are, and a mean over one image that over the seeds. A single number excludes
-    nothing: its interval is infinite.
+    One seed with images gives the interval over the images alone, which says nothing about the
+    spread of trainings; several seeds with one image give the interval over the seeds. The interval
+    of a single number is infinite.
 
     Raises:
         ValueError: no values, one that is not finite, or a level outside (0, 1).
@@ -49,9 +49,9 @@ def mean_interval(values: Values, level: float = 0.95) -> Interval:
 
 
 def paired_difference(values: Values, reference: Reference, level: float = 0.95) -> Interval:
-    """How much more an arm has than another one with the same seeds and images, in the mean.
+    """The mean difference of an arm to another arm with the same seeds and images.
 
-    It is ``mean_interval`` of values - reference. Where it excludes 0 the arms differ.
+    It is ``mean_interval`` of values - reference. If it excludes 0, the arms differ.
 
     Raises:
         ValueError: as mean_interval, or arms of different shapes.
@@ -62,11 +62,11 @@ def paired_difference(values: Values, reference: Reference, level: float = 0.95)
 
 
 def unpaired_difference(values: Values, reference: Reference, level: float = 0.95) -> Interval:
-    """The difference as if each arm had seeds and images of its own: Welch's interval.
+    """The difference of two arms as if they had no seeds or images in common: Welch's interval.
 
     The arms' variances add up, V = V_1 + V_2, with V^2 / (V_1^2 / f_1 + V_2^2 / f_2) degrees of
-    freedom (Welch 1938; Satterthwaite 1946), V_j and f_j being those of ``mean_interval``. To show
-    what pairing gains: of arms that share seeds and images it is too wide.
+    freedom (Welch 1938; Satterthwaite 1946), V_j and f_j being those of ``mean_interval``. It shows
+    the gain of pairing: for arms that share seeds and images it is too wide.
 
     Raises:
         ValueError: as paired_difference.
@@ -84,14 +84,14 @@ def excludes_zero(interval: Interval) -> bool:
 
 
 def marks(values: dict[str, Values], reference: str, level: float = 0.95) -> dict[str, str]:
-    """What may be said of each arm: "best", "better", "worse" or "".
+    """The mark of each arm: "best", "better", "worse" or "".
 
-    "better" and "worse" than the reference are arms whose paired interval against it is below or
-    above 0. The arm of the lowest mean is the "best" if that sets it apart from the reference, or
-    is itself the reference and all others are worse; it need not be apart from other arms, which
-    ``not_told_apart`` names. A single arm has nothing to be better than.
+    An arm is "better" or "worse" than the reference if its paired interval against it is below or
+    above 0. The arm with the lowest mean is the "best" if it is better than the reference, or if it
+    is the reference and all others are worse; it may be equal to other arms, which
+    ``not_told_apart`` names. A single arm has no mark.
 
-    Every arm is compared at the level by itself: of arms that equal the reference a share of
+    Every arm is compared at the level by itself: among arms that equal the reference, a share of
     1 - level is marked by chance.
 
     Raises:
@@ -100,29 +100,29 @@ def marks(values: dict[str, Values], reference: str, level: float = 0.95) -> dic
     require(reference in values, "reference", reference, f"one of {', '.join(values)}")
     differences = _against(reference, values, level)
     del differences[reference]
-    found = marks_of(differences, reference)
-    return {name: found[name] for name in values}
+    by_arm = marks_of(differences, reference)
+    return {name: by_arm[name] for name in values}
 
 
 def marks_of(differences: dict[str, Interval], reference: str) -> dict[str, str]:
-    """``marks`` by the differences of the other arms to the reference arm."""
-    found = dict.fromkeys([*differences, reference], "")
+    """``marks`` from the differences of the other arms to the reference arm."""
+    by_arm = dict.fromkeys([*differences, reference], "")
     for name, difference in differences.items():
         if excludes_zero(difference):
-            found[name] = "worse" if difference.low > 0 else "better"
-    if differences and all(found[name] == "worse" for name in differences):
-        found[reference] = "best"
+            by_arm[name] = "worse" if difference.low > 0 else "better"
+    if differences and all(by_arm[name] == "worse" for name in differences):
+        by_arm[reference] = "best"
     lowest = min(differences, key=lambda name: differences[name].value, default=reference)
-    if found[lowest] == "better":
-        found[lowest] = "best"
-    return found
+    if by_arm[lowest] == "better":
+        by_arm[lowest] = "best"
+    return by_arm
 
 
 def not_told_apart(values: dict[str, Values], level: float = 0.95) -> tuple[str, list[str]]:
-    """The arm of the lowest mean, and the others whose paired interval against it holds 0.
+    """The arm with the lowest mean, and the others whose paired interval against it holds 0.
 
-    The arm is chosen by the same values and is lowest partly by chance: of three arms or more
-    that are equal, one is missing from the list more often than in a share of 1 - level.
+    The arm is chosen by the same values and is lowest partly by chance: among three or more equal
+    arms, one is missing from the list more often than in a share of 1 - level.
 
     Raises:
         ValueError: as paired_difference, or there are no arms.
@@ -132,12 +132,12 @@ def not_told_apart(values: dict[str, Values], level: float = 0.95) -> tuple[str,
         _check(f"values[{name!r}]", arm)
     lowest = min(values, key=lambda name: values[name].mean(dtype=np.float64))
     differences = _against(lowest, values, level)
-    held = [name for name, interval in differences.items() if not excludes_zero(interval)]
-    return lowest, [name for name in held if name != lowest]
+    equal = [name for name, interval in differences.items() if not excludes_zero(interval)]
+    return lowest, [name for name in equal if name != lowest]
 
 
 def _against(reference: str, values: dict[str, Values], level: float) -> dict[str, Interval]:
-    """The paired interval of every arm; that of the reference itself is 0 to 0."""
+    """The paired interval of every arm; that of the reference is 0 to 0."""
     shape = values[reference].shape
     for name, arm in values.items():
         field = f"values[{name!r}]"
@@ -159,7 +159,7 @@ def _check_pair(values: Values, reference: Reference) -> None:
 
 
 class _Mean(NamedTuple):
-    """A mean, its estimated variance, and the degrees of freedom of that."""
+    """A mean, its estimated variance, and the degrees of freedom of the variance."""
 
     value: float
     variance: float
@@ -179,8 +179,8 @@ def _mean(values: Values) -> _Mean:
     residual = values - of_seeds[:, None] - of_images[None, :] + value
     freedom = (num_seeds - 1.0, num_images - 1.0)
     shared = float((residual**2).sum()) / (freedom[0] * freedom[1]) / values.size
-    # The larger of each also keeps the degrees of freedom few where a variance of few seeds came
-    # out small by chance; with the smaller one it would count as known to be small.
+    # The maximum also keeps the degrees of freedom few if the variance of a few seeds is small by
+    # chance; otherwise it would count as known to be small.
     seeds = max(float(of_seeds.var(ddof=1)) / num_seeds, shared)
     images = max(float(of_images.var(ddof=1)) / num_images, shared)
     variance = seeds + images - shared
@@ -191,7 +191,8 @@ def _mean(values: Values) -> _Mean:
 def _freedom(total: float, *parts: tuple[float, float]) -> float:
     """Satterthwaite's degrees of freedom of a sum of (variance, degrees of freedom), signs aside.
 
-    A part that is subtracted could bring them below the fewest of a part, where they are kept.
+    They are at least those of the part with the fewest: a part that is subtracted could bring them
+    below that.
     """
     fewest = min(freedom for _, freedom in parts)
     if not 0 < total < np.inf:  # no variance, or no estimate of it: they make no difference

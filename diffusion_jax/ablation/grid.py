@@ -1,4 +1,4 @@
-"""The arms of an ablation, and the training runs that they are: what a config's grid means."""
+"""The grid of an ablation's config: the arms that it lists, and a job for each arm and seed."""
 
 import contextlib
 import itertools
@@ -17,13 +17,13 @@ from diffusion_jax.runtime.checkpoint import digest, flatten
 FIELD = "config.ablate.grid"
 PARALLEL = ("auto", "device", "sequence", "vmap")
 
-# What arms may differ in: data, batches and the number of steps are the same for all of them.
+# Arms may differ in these sections. Data, batches and the number of steps are the same for all.
 SECTIONS = ("schedule", "loss", "model", "optimizer", "ema")
 LONGEST_NAME = 200  # bytes, of a folder
 
 
 def count_jobs(config: ConfigDict) -> int:
-    """How many jobs a grid has, before anything is created.
+    """The number of jobs of a grid, before anything is created.
 
     Raises:
         ConfigError: there is no grid, or it cannot be read.
@@ -36,7 +36,7 @@ def count_jobs(config: ConfigDict) -> int:
 
 
 def create_ablation(config: ConfigDict) -> Ablation:
-    """All of ``config.ablate``.
+    """The ablation that a config describes.
 
     Raises:
         ConfigError: the first field that is wrong, alone or with the others.
@@ -46,18 +46,40 @@ def create_ablation(config: ConfigDict) -> Ablation:
     choose("config.ablate.parallel", fields.parallel, PARALLEL, "way to run jobs")
     choose("config.ablate.distance", fields.distance, DISTANCES, "distance")
     per_device = fields.arms_per_device
-    only = "unset: only vmap has several arms on a device"
-    allowed = "at least 1" if fields.parallel in ("vmap", "auto") else only
-    fits = per_device is None or (per_device >= 1 and fields.parallel in ("vmap", "auto"))
+    if fields.parallel in ("vmap", "auto"):
+        fits, allowed = per_device is None or per_device >= 1, "at least 1"
+    else:
+        fits, allowed = per_device is None, "unset: only vmap has several arms on a device"
     require(fits, "config.ablate.arms_per_device", per_device, allowed)
-    reference = jobs[0].arm.name
-    if fields.reference is not None:
-        reference = fields.reference
-        with contextlib.suppress(ValueError):  # no such field, or several: no arm has that name
-            (choice,) = _choices(reference)  # however it is spelt
-            reference = _arm(override(config, choice), choice).name
-        names = sorted({job.arm.name for job in jobs})
-        choose("config.ablate.reference", reference, names, "arm")
+    reference = _reference(config, [job.arm.name for job in jobs])
+    _require_comparable(config, jobs)
+    index, num_shards = _shard(fields.shard, len(jobs))
+    return Ablation(
+        jobs=tuple(jobs),
+        mine=tuple(jobs[index::num_shards]),
+        is_shard=fields.shard is not None,
+        reference=reference,
+        parallel=fields.parallel,
+        arms_per_device=per_device,
+        distance=fields.distance,
+    )
+
+
+def _reference(config: ConfigDict, names: list[str]) -> str:
+    """The name of the reference arm: the first one, unless the config names another."""
+    text = config.ablate.reference
+    if text is None:
+        return names[0]
+    # An arm has one name, but its values can be spelt in several ways. A text with an unknown
+    # field, or with several choices, is the name of no arm.
+    with contextlib.suppress(ValueError):
+        (choice,) = _choices(text)
+        text = _arm(override(config, choice), choice).name
+    return choose("config.ablate.reference", text, sorted(set(names)), "arm")
+
+
+def _require_comparable(config: ConfigDict, jobs: list[Job]) -> None:
+    """Refuse jobs whose samples or schedules cannot be compared."""
     for name, value in (
         ("editing.task", config.editing.task),
         ("guidance.weak_workdir", config.guidance.weak_workdir),
@@ -76,20 +98,10 @@ def create_ablation(config: ConfigDict) -> Ablation:
         config.dataset.name,
         "a set of images with labels, for the classifier that compares samples",
     )
-    index, num_shards = _shard(fields.shard, len(jobs))
-    return Ablation(
-        jobs=tuple(jobs),
-        mine=tuple(jobs[index::num_shards]),
-        is_shard=fields.shard is not None,
-        reference=reference,
-        parallel=fields.parallel,
-        arms_per_device=per_device,
-        distance=fields.distance,
-    )
 
 
 def _shard(text: str | None, num_jobs: int) -> tuple[int, int]:
-    """Which of how many shards, counted from 0; "2/3" is the second of three."""
+    """The index of a shard, from 0, and the number of shards: (1, 3) for "2/3"."""
     if text is None:
         return 0, 1
     match = re.fullmatch(r"(\d+)/(\d+)", text)
@@ -100,13 +112,13 @@ def _shard(text: str | None, num_jobs: int) -> tuple[int, int]:
 
 
 def create_jobs(config: ConfigDict) -> list[Job]:
-    """Every arm of ``config.ablate.grid`` with every seed, all arms of the first seed first.
+    """A job for every arm of ``config.ablate.grid`` and every seed, by seeds and then by arms.
 
-    A grid is a product of lists, ``a=1,2; b=x,y`` (four arms), or some, ``a=1,2 | b=x`` (three).
+    A grid is a product of lists, ``a=1,2; b=x,y`` (four arms), or several, ``a=1,2 | b=x`` (three).
 
     Raises:
-        ConfigError: a field that there is not or that no arm may change, a list without values, an
-            arm whose config is wrong, two that mean the same, no seeds.
+        ConfigError: a field is unknown or must not differ between arms, a list has no values, the
+            config of an arm is wrong, two arms are the same, or there are no seeds.
     """
     seeds = config.ablate.seeds
     require(len(seeds) > 0, "config.ablate.seeds", seeds, "one seed at least")
@@ -146,7 +158,7 @@ def create_jobs(config: ConfigDict) -> list[Job]:
 
 
 def _choices(product: str) -> list[tuple[tuple[str, str], ...]]:
-    """Every choice of one value from each list of a product, as fields and texts."""
+    """Every choice of one value from each list of a product, as pairs of a field and a text."""
     axes: dict[str, list[str]] = {}
     for axis in product.split(";"):
         name, _, values = (part.strip() for part in axis.partition("="))
@@ -164,12 +176,13 @@ def _choices(product: str) -> list[tuple[tuple[str, str], ...]]:
 
 
 def _arm(config: ConfigDict, choice: tuple[tuple[str, str], ...]) -> Arm:
-    """The arm of a choice, with one name however its values were spelt."""
+    """The arm of a choice; its name does not depend on how the values are spelt."""
     fields = {name: value_of(config, name) for name, _ in choice}
     return Arm(",".join(f"{name}={_write(value)}" for name, value in fields.items()), fields)
 
 
 def _write(value: Any) -> str:
+    """A value in the name of an arm: the shortest exact spelling, without spaces."""
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     return str(value).replace(" ", "")

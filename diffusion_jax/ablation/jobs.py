@@ -1,4 +1,4 @@
-"""The jobs of an ablation: what they are, where they lie, and whether they are finished."""
+"""The jobs of an ablation: their configs, their folders, and whether they are finished."""
 
 import hashlib
 import importlib.metadata
@@ -20,8 +20,8 @@ from diffusion_jax.runtime.workdir import Workdir
 LOG = logging.getLogger("diffusion_jax")
 
 
-# What the scores of a run do not depend on: the machine, how often something is written, and the
-# batch sizes of sampling and evaluation, where every image has its own PRNG key.
+# Fields that do not change the scores of a run: the machine, how often something is written, and
+# the batch sizes of sampling and evaluation, where every image has its own PRNG key.
 WITHOUT_EFFECT = (
     "ablate",
     "checkpoint",
@@ -58,17 +58,17 @@ class Job(NamedTuple):
 
     @property
     def config_hash(self) -> str:
-        """Twelve digits that stand for every field that its scores depend on."""
-        # betas may come from a file
+        """Twelve hexadecimal digits: a hash of every field that the scores depend on."""
+        # The schedule itself is hashed too, because betas may come from a file.
         parts = self.relevant_fields(), digest(flatten(self.experiment.schedule))
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def static_choices(self) -> str:
-        """What a compiled training step depends on: jobs that have it in common share one.
+        """The fields that a compiled training step depends on; jobs with equal ones share a step.
 
-        The seed is an argument of the step, and so is the schedule, T included, unless the state
-        has a loss history of each timestep.
+        The seed and the schedule, including T, are arguments of the step. Importance sampling is
+        the exception: its state has a loss history for each timestep, so T is static.
         """
         fields = self.relevant_fields()
         del fields["schedule"], fields["seed"]
@@ -77,7 +77,7 @@ class Job(NamedTuple):
         return json.dumps(fields, sort_keys=True)
 
     def relevant_fields(self) -> dict[str, Any]:
-        """The fields that its scores depend on."""
+        """The fields that the scores depend on."""
         fields = self.config.to_dict()
         for name in WITHOUT_EFFECT:
             section, _, leaf = name.rpartition(".")
@@ -86,10 +86,10 @@ class Job(NamedTuple):
 
 
 class Ablation(NamedTuple):
-    """What an ablation trains, where, and what its arms are compared to."""
+    """The jobs of an ablation, how they run, and which arm the others are compared to."""
 
-    jobs: tuple[Job, ...]  # all of them
-    mine: tuple[Job, ...]  # the share of this shard
+    jobs: tuple[Job, ...]  # of all shards
+    mine: tuple[Job, ...]  # of this shard
     is_shard: bool
     reference: str  # the name of an arm
     parallel: str
@@ -97,7 +97,7 @@ class Ablation(NamedTuple):
     distance: str
 
 
-# What the scores of a job are read from.
+# The scores of a job are read from these files.
 SCORED_FILES = (
     "metrics.jsonl",
     "evaluation.json",
@@ -108,7 +108,7 @@ SCORED_FILES = (
 
 
 class Site(NamedTuple):
-    """Where the jobs of an ablation run: on which data and devices, in which folder."""
+    """The data, the folder and the devices that the jobs of an ablation run with."""
 
     dataset: Dataset
     path: pathlib.Path
@@ -116,21 +116,21 @@ class Site(NamedTuple):
 
 
 class FailedJobsError(RunError):
-    """Some jobs could not be trained; the others are."""
+    """Some jobs could not be trained or scored; all other jobs are."""
 
 
 def folder_of(job: Job, path: pathlib.Path) -> Workdir:
-    """Where a job lies in the folder of an ablation."""
+    """The folder of a job in the folder of an ablation."""
     return Workdir(Workdir(path).arms / job.arm.name / f"seed_{job.seed}")
 
 
 def title_of(job: Job) -> str:
-    """What a job is called in what a run prints."""
+    """The name of a job in messages."""
     return f"{job.arm.name}, seed {job.seed}"
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that scores may depend on, and what they run on."""
+    """The versions of libraries that scores may depend on, and the devices."""
     names = ("diffusion_jax", "jax", "jaxlib", "flax", "optax", "numpy")
     libraries = {name: importlib.metadata.version(name) for name in names}
     device = f"{jax.local_device_count()} {jax.devices()[0].device_kind}"
@@ -138,15 +138,15 @@ def versions() -> dict[str, str]:
 
 
 def record_of(job: Job, path: pathlib.Path) -> pathlib.Path:
-    """The file that says by which config a job was finished."""
+    """The file that records the config with which a job was finished."""
     return folder_of(job, path).path / "finished.json"
 
 
 def is_finished(job: Job, path: pathlib.Path) -> bool:
-    """Whether the job is trained, evaluated and sampled from by this very config.
+    """Whether the job is trained, evaluated and sampled from with exactly this config.
 
-    Its files must be those that were scored then: a run of another mode in its folder may have
-    written others.
+    Its files must be the ones that were scored: a run of another mode in its folder may have
+    replaced them.
     """
     record = record_of(job, path)
     if not record.exists():
@@ -161,21 +161,21 @@ def is_finished(job: Job, path: pathlib.Path) -> bool:
 
 
 def digests_of(folder: pathlib.Path) -> dict[str, str]:
-    """The sums of the files that scores are read from."""
+    """The SHA-256 sums of the files that scores are read from."""
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in SCORED_FILES}
 
 
 def group_jobs(
-    jobs: Sequence[Job], also: Callable[[Job], object] = lambda job: None
+    jobs: Sequence[Job], key: Callable[[Job], object] = lambda job: None
 ) -> list[list[Job]]:
-    """Together the jobs that have all static choices in common, and what ``also`` says of them."""
+    """Jobs in groups: those of a group have equal static choices and equal values of ``key``."""
     groups: dict[object, list[Job]] = {}
     for job in jobs:
-        groups.setdefault((job.static_choices, also(job)), []).append(job)
+        groups.setdefault((job.static_choices, key(job)), []).append(job)
     return list(groups.values())
 
 
 def fail(job: Job, error: Exception, failed: dict[str, str]) -> None:
-    """Remember by its title that a job failed, and why."""
+    """Put the reason why a job failed into ``failed``, by its title."""
     LOG.error("%s: %s", title_of(job), error)
     failed[title_of(job)] = str(error)

@@ -28,12 +28,12 @@ LOG = logging.getLogger("diffusion_jax")
 
 
 def score_jobs(jobs: Sequence[Job], site: Site, command: str, failed: dict[str, str]) -> None:
-    """Evaluate and sample from every trained job, with one compilation for those of one T.
+    """Evaluate and sample from every trained job.
 
-    The noise of an evaluation and of samples depends on the seed alone. Jobs that fail are put
-    into ``failed``.
+    Jobs with equal static choices and equal T share what is compiled. The noise of an evaluation
+    and of samples depends on the seed alone. Jobs that fail are put into ``failed``.
     """
-    for group in group_jobs(jobs, lambda job: len(job.experiment.schedule)):
+    for group in group_jobs(jobs, key=lambda job: len(job.experiment.schedule)):
         first = group[0].experiment
         plan = fit(first.evaluation, site.dataset.test)
         evaluator = Evaluator(first.network, plan, site.devices)

@@ -1,4 +1,4 @@
-"""Places for the runs of an ablation: how several train at once on the devices."""
+"""Slots for the runs of an ablation: how several runs train at once on the devices."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 from diffusion_jax.ablation.jobs import Ablation, Job
-from diffusion_jax.runtime import devices
+from diffusion_jax.runtime.devices import divide, local_copy, replicate
 from diffusion_jax.training.step import (
     ALONE,
     BETWEEN_DEVICES,
@@ -23,59 +23,49 @@ from diffusion_jax.training.step import (
     train_step,
 )
 
-SIDE_BY_SIDE = ("device", "vmap")  # every device has whole batches
-MAX_ARMS_PER_DEVICE = 8  # of vmap, where the config leaves it open
+SIDE_BY_SIDE = ("device", "vmap")  # ways in which every device has whole batches
+MAX_ARMS_PER_DEVICE = 8  # of vmap, if the config does not say how many
 
 
 class Slots(NamedTuple):
-    """Places for runs that train at once, and how their arrays get to the devices and back."""
+    """Slots for runs that train at once, and the ways of their arrays to the devices and back."""
 
     num: int
     steps: Steps
     indices: Int[np.ndarray, "devices ..."]
-    put: Callable[[Sequence[PyTree]], PyTree]  # a tree for each slot to what ``steps`` takes
+    put: Callable[[Sequence[PyTree]], PyTree]  # a tree for each slot -> an argument of ``steps``
     put_batches: Callable[[Sequence[Batch]], Batch]
-    get: Callable[[int, PyTree], PyTree]  # the part of one slot, copied to the host
+    get: Callable[[int, PyTree], PyTree]  # (slot, a tree on the devices) -> its part on the host
 
 
-def one_by_one(step: Steps, batch_size: int, used_devices: list[jax.Device]) -> Slots:
-    """One slot: the batch is divided among all devices, as in training."""
+def one_by_one(step: Steps, batch_size: int, devices: list[jax.Device]) -> Slots:
+    """One slot, whose batch is divided among all devices, as in training."""
     return Slots(
         num=1,
-        steps=compile_steps(step, used_devices),
-        indices=np.arange(batch_size).reshape(len(used_devices), -1),
-        put=lambda trees: devices.replicate(trees[0], used_devices),
-        put_batches=lambda batches: divide_batches(batches[0], len(used_devices)),
-        get=lambda slot, tree: devices.local_copy(tree),
+        steps=compile_steps(step, devices),
+        indices=np.arange(batch_size).reshape(len(devices), -1),
+        put=lambda trees: replicate(trees[0], devices),
+        put_batches=lambda batches: divide_batches(batches[0], len(devices)),
+        get=lambda slot, tree: local_copy(tree),
     )
 
 
-def side_by_side(
-    step: Steps, batch_size: int, used_devices: list[jax.Device], per_device: int
-) -> Slots:
+def side_by_side(step: Steps, batch_size: int, devices: list[jax.Device], per_device: int) -> Slots:
     """Slots on every device, each with a whole batch: leaves are [device, slot there, ...]."""
     steps = several_steps(step)
     if per_device > 1:
         of_device = jax.vmap(steps, in_axes=(0, 0, None, 0))
     else:
-
-        def of_device(state: PyTree, constants: PyTree, indices: PyTree, batches: Batch) -> PyTree:
-            # not vmapped: over weights that makes grouped convolutions, which are slow
-            state, constants, batches = jax.tree.map(
-                lambda leaf: leaf[0], (state, constants, batches)
-            )
-            output = steps(state, constants, indices, batches)
-            return jax.tree.map(lambda leaf: leaf[None], output)
-
-    shape = len(used_devices), per_device
+        of_device = _of_single_slot(steps)
+    shape = len(devices), per_device
 
     def put(trees: Sequence[PyTree]) -> PyTree:
         def stack(*leaves: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-            # on the host, but for keys: there may be more than one device holds
+            # On the host, because all slots may be more than one device holds; keys are small.
             module = jnp if jnp.issubdtype(leaves[0].dtype, jax.dtypes.prng_key) else np
             return module.stack(leaves).reshape(*shape, *leaves[0].shape)
 
-        return devices.divide(jax.tree.map(stack, *trees), used_devices)
+        return divide(jax.tree.map(stack, *trees), devices)
 
     def put_batches(batches: Sequence[Batch]) -> Batch:
         return jax.tree.map(
@@ -92,20 +82,31 @@ def side_by_side(
 
     compiled = jax.pmap(
         of_device,
-        axis_name="device",  # that of what ``put`` makes: by another, the second call would compile
+        axis_name="device",  # as in what ``put`` returns; otherwise the second call would compile
         in_axes=(0, 0, None, 0),
         out_axes=0,
-        devices=used_devices,
+        devices=devices,
         donate_argnums=0,
     )
     return Slots(
-        num=len(used_devices) * per_device,
+        num=len(devices) * per_device,
         steps=compiled,
         indices=np.arange(batch_size),
         put=put,
         put_batches=put_batches,
         get=get,
     )
+
+
+def _of_single_slot(steps: Steps) -> Steps:
+    """The steps of a device with one slot; vmap would make slow convolutions of them."""
+
+    def of_device(state: PyTree, constants: PyTree, indices: PyTree, batches: Batch) -> PyTree:
+        state, constants, batches = jax.tree.map(lambda leaf: leaf[0], (state, constants, batches))
+        output = steps(state, constants, indices, batches)
+        return jax.tree.map(lambda leaf: leaf[None], output)
+
+    return of_device
 
 
 class Parallel(NamedTuple):
@@ -116,30 +117,30 @@ class Parallel(NamedTuple):
 
 
 def choose_parallel(ablation: Ablation, num_devices: int) -> Parallel:
-    """How the jobs of an ablation run; "auto" is what is fastest.
+    """How the jobs of an ablation run; "auto" chooses the fastest way.
 
-    On a CPU one arm per device is fastest, unless there are fewer arms than devices: no device
-    waits for another (docs/RESULTS.md). On an accelerator, which a small model does not fill, vmap
-    should be; that is not measured yet.
+    On a CPU, one arm per device is fastest unless there are fewer arms than devices, because no
+    device waits for another (docs/RESULTS.md). On an accelerator, which a small model does not
+    fill, vmap should be fastest; that is not measured yet.
     """
-    chosen, num_jobs = ablation.parallel, len(ablation.mine)
-    if chosen == "auto":
+    way, num_jobs = ablation.parallel, len(ablation.mine)
+    if way == "auto":
         on_cpu = "device" if num_jobs >= num_devices else "sequence"
-        chosen = on_cpu if jax.default_backend() == "cpu" else "vmap"
-    if chosen != "vmap":
-        return Parallel(way=chosen, per_device=1)
+        way = on_cpu if jax.default_backend() == "cpu" else "vmap"
+    if way != "vmap":
+        return Parallel(way=way, per_device=1)
     most = -(-num_jobs // num_devices)
     per_device = min(most, ablation.arms_per_device or MAX_ARMS_PER_DEVICE)
-    return Parallel(way=chosen, per_device=per_device)
+    return Parallel(way=way, per_device=per_device)
 
 
-def create_slots(parallel: Parallel, jobs: Sequence[Job], used_devices: list[jax.Device]) -> Slots:
-    """The slots of jobs that have their static choices in common."""
+def create_slots(parallel: Parallel, jobs: Sequence[Job], devices: list[jax.Device]) -> Slots:
+    """The slots of jobs that have equal static choices."""
     experiment = jobs[0].experiment
     batch_size = experiment.training.batch_size
     exchange = BETWEEN_DEVICES if parallel.way == "sequence" else ALONE
     step = functools.partial(train_step, step_choices(experiment, exchange))
     if parallel.way == "sequence":
-        return one_by_one(step, batch_size, used_devices)
-    per_device = min(parallel.per_device, -(-len(jobs) // len(used_devices)))
-    return side_by_side(step, batch_size, used_devices, per_device)
+        return one_by_one(step, batch_size, devices)
+    per_device = min(parallel.per_device, -(-len(jobs) // len(devices)))
+    return side_by_side(step, batch_size, devices, per_device)

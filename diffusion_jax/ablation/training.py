@@ -18,7 +18,7 @@ from diffusion_jax.runtime.checkpoint import saved_steps
 from diffusion_jax.runtime.stop import Stop
 from diffusion_jax.training.journal import Journal
 from diffusion_jax.training.run import Run
-from diffusion_jax.training.step import Constants, init_state, pace
+from diffusion_jax.training.step import Constants, TrainState, init_state, pace
 
 LOG = logging.getLogger("diffusion_jax")
 
@@ -28,10 +28,11 @@ def train_jobs(
 ) -> int | None:
     """Train every job to its end, from its newest checkpoint if there is one.
 
-    Jobs with other static choices have a step of their own, and run after the others. Those that
-    fail are put into ``failed``, and stop no other.
+    Jobs with other static choices have another compiled step, and run after the others. Jobs that
+    fail are put into ``failed`` and do not stop the others.
 
-    Returns the signal that stopped it early, if one did: then every run under way is saved.
+    Returns the signal that stopped the training early, if one did: then every run under way is
+    saved.
     """
     with contextlib.closing(Stop()) as stop:
         for group in group_jobs(jobs):
@@ -47,7 +48,10 @@ def train_jobs(
 
 
 class _Training:
-    """Jobs that share one compiled step; a slot whose run has ended takes the next turn."""
+    """Jobs that share one compiled step; a slot whose run has ended takes the next turn.
+
+    ``advance`` takes steps and ``fill`` opens the next runs, until it returns False.
+    """
 
     def __init__(
         self, jobs: Sequence[Job], slots: Slots, site: Site, failed: dict[str, str]
@@ -64,12 +68,12 @@ class _Training:
         self._length = max(len(job.experiment.schedule) for job in jobs)
         self._steps_per_call, self._in_flight = pace(jobs[0].experiment.training, site.devices[0])
         self._runs: dict[int, tuple[Turn, Run]] = {}  # by slot
-        self._ended: dict[int, Run] = {}  # whose last save may go on, by the number of the job
+        self._ended: dict[int, Run] = {}  # by the number of the job; a last save may go on
         self._constants: list[Constants | None] = [None] * slots.num
         self._inputs: PyTree = None  # state and constants of every slot, on the devices
 
     def fill(self) -> bool:
-        """Open waiting jobs in the slots that are free; returns whether any run is under way."""
+        """Open waiting jobs in the free slots, and return whether any run is under way."""
         new = {}
         for slot in range(self._slots.num):
             while slot not in self._runs and (turn := self._next_turn()) is not None:
@@ -78,7 +82,7 @@ class _Training:
                     self._ended.pop(turn.index).close()
                 try:
                     run = self._open(job, slot)
-                except (RunError, ConfigError) as error:  # no intact checkpoint, or it is in use
+                except (RunError, ConfigError) as error:  # no intact checkpoint, or a locked folder
                     fail(job, error, self._failed)
                     continue
                 if run.is_done:
@@ -88,19 +92,26 @@ class _Training:
                 self._constants[slot] = Constants(schedule, stream_key(job.seed, Stream.TRAINING))
                 self._runs[slot], new[slot] = (turn, run), run.state
         if new:
-            # a slot that stays free works on a copy of another, and nobody looks
-            donor = next(iter(new))
-            states, constants = [], []
-            for slot in range(self._slots.num):
-                is_kept = slot in self._runs and slot not in new
-                state = self._slots.get(slot, self._inputs[0]) if is_kept else None
-                states.append(state if is_kept else new.get(slot, new[donor]))
-                constants.append(self._constants[slot if slot in self._runs else donor])
-            self._inputs = self._slots.put(list(zip(states, constants)))
+            self._put(new)
         return bool(self._runs)
 
+    def _put(self, new: dict[int, TrainState]) -> None:
+        """Put the states of new runs onto the devices, beside those of runs that go on.
+
+        A slot that stays free works on a copy of another slot, whose results are not read.
+        """
+        donor = next(iter(new))
+        inputs = []
+        for slot in range(self._slots.num):
+            if slot in self._runs and slot not in new:
+                state = self._slots.get(slot, self._inputs[0])
+            else:
+                state = new.get(slot, new[donor])
+            inputs.append((state, self._constants[slot if slot in self._runs else donor]))
+        self._inputs = self._slots.put(inputs)
+
     def _next_turn(self) -> Turn | None:
-        """The first that waits, but for those of jobs that still have their turn."""
+        """Take the first waiting turn of a job that has no run under way."""
         names = [title_of(job) for job in self._jobs]
         self._waiting = [t for t in self._waiting if names[t.index] not in self._failed]
         taken = {turn.index for turn, _ in self._runs.values()}
@@ -110,10 +121,11 @@ class _Training:
         return free
 
     def _open(self, job: Job, slot: int) -> Run:
+        """Lock the folder of a job and restore its newest checkpoint."""
         plan, folder = job.experiment.training, folder_of(job, self._site.path)
         folder.lock()
         folder.record(to_record(job.config))
-        # by the functions of the first, which are the same and have been compiled
+        # The functions of the first job do the same and are compiled already.
         first, length = self._jobs[0].experiment, len(job.experiment.schedule)
         fresh = init_state(first, seed=job.seed, num_timesteps=length)
         read = functools.partial(self._slots.get, slot)
@@ -124,9 +136,9 @@ class _Training:
         return Run(plan, fresh, journal, seed=job.seed, dataset=self._site.dataset, workdir=folder)
 
     def advance(self, stop: Stop) -> bool:
-        """Take steps in every slot, to the first end of a call; save and end what is due.
+        """Take the same number of steps in every slot; save and end the runs that are due.
 
-        Returns whether to stop now, when everything is saved.
+        Returns whether to stop now; then everything is saved.
         """
         num_steps = min(run.steps_to(self._steps_per_call) for _, run in self._runs.values())
         batches = {slot: run.batches(num_steps) for slot, (_, run) in self._runs.items()}
@@ -143,7 +155,7 @@ class _Training:
                 run.took(num_steps, metrics)
                 if stopping or run.is_checkpoint_due:
                     run.save(self._slots.get(slot, state))
-                ended = run.step >= turn.until  # saved, for turns end with a checkpoint
+                ended = run.step >= turn.until  # and saved: turns end with a checkpoint
             except NonFiniteLossError as error:
                 fail(self._jobs[turn.index], error, self._failed)
                 ended = True
@@ -156,7 +168,7 @@ class _Training:
             self._ended.popitem()[1].close()
 
     def close(self) -> None:
-        """Let go of the runs that are under way or have ended, of all even if one fails."""
+        """Close all runs that are under way or have ended, even if closing one fails."""
         with contextlib.ExitStack() as stack:
             for run in [*self._ended.values(), *(run for _, run in self._runs.values())]:
                 stack.callback(run.close)
