@@ -67,13 +67,8 @@ def collect(
     for job in ablation.jobs:
         scores, features[job.arm.name] = _read(job, reading)
         by_arm.setdefault(job.arm.name, []).append(scores)
-    compared = {
-        score: compare(
-            {name: score_values(jobs, score) for name, jobs in by_arm.items()}, ablation.reference
-        )
-        for score in SCORES
-    }
     num_seeds = len(by_arm[ablation.reference])
+    compared = _compare_arms(by_arm, ablation.reference)
     if num_seeds == 1:  # the samples themselves are paired, and have an interval
         means = {name: jobs[0].quality for name, jobs in by_arm.items()}
         compared["quality"] = _compare_samples(means, features, reading, ablation.reference)
@@ -101,6 +96,18 @@ def collect(
         facts=about.facts,
         notes=(*about.notes, *_notes(num_seeds, dataset, reading.common)),
     )
+
+
+def _compare_arms(
+    by_arm: dict[str, list[JobScores]], reference: str
+) -> dict[str, dict[str, Score]]:
+    """Every score of every arm, compared over the seeds."""
+    return {
+        score: compare(
+            {name: score_values(jobs, score) for name, jobs in by_arm.items()}, reference
+        )
+        for score in SCORES
+    }
 
 
 def bin_edges(all_schedules: Sequence[Schedule]) -> Float[np.ndarray, " edges"]:
