@@ -33,13 +33,13 @@ def test_numbers_per_seed_have_the_intervals_of_scipy(num_seeds, level):
     mean = stats.ttest_1samp(values, 0).confidence_interval(level)
     paired = stats.ttest_rel(values, reference).confidence_interval(level)
     welch = stats.ttest_ind(values, reference, equal_var=False).confidence_interval(level)
-    for found, exact in (
+    for interval, exact in (
         (mean_interval(values, level), mean),
         (paired_difference(values, reference, level), paired),
         (unpaired_difference(values, reference, level), welch),
     ):
-        np.testing.assert_allclose(found[1:], (exact.low, exact.high), rtol=1e-10)
-        assert found.value == pytest.approx((exact.low + exact.high) / 2)
+        np.testing.assert_allclose(interval[1:], (exact.low, exact.high), rtol=1e-10)
+        assert interval.value == pytest.approx((exact.low + exact.high) / 2)
 
 
 def test_one_seed_is_taken_over_the_images_and_one_image_over_the_seeds():
@@ -106,9 +106,9 @@ def test_effects_without_a_residual_add_up():
     a, b = normal(3, 1), normal(1, 8, seed=1)
     parts = a.var(ddof=1) / 3, b.var(ddof=1) / 8
     freedom = sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 7)
-    found = mean_interval(a + b)
+    interval = mean_interval(a + b)
     half = stats.t.ppf(0.975, freedom) * np.sqrt(sum(parts))
-    assert found.high - found.value == pytest.approx(half, rel=1e-9)
+    assert interval.high - interval.value == pytest.approx(half, rel=1e-9)
 
 
 def test_no_component_counts_below_zero():
@@ -120,8 +120,8 @@ def test_no_component_counts_below_zero():
     # of seeds alone: (s_a^2 + s_e^2 / N) / K, as if there were nothing but the seeds
     values += [[5.0], [-5.0]]
     assert sums_of_squares(values) == (100, 0, 4)
-    found = mean_interval(values)
-    assert found.high == pytest.approx(half * np.sqrt(100 / 4), rel=0.02)
+    interval = mean_interval(values)
+    assert interval.high == pytest.approx(half * np.sqrt(100 / 4), rel=0.02)
 
 
 def test_the_variance_of_the_mean_is_unbiased():
@@ -135,13 +135,15 @@ def test_the_variance_of_the_mean_is_unbiased():
 
 def test_intervals_move_and_stretch_with_the_values():
     values = normal(4, 9)
-    found = mean_interval(values)
-    np.testing.assert_allclose(mean_interval(values.T), found, rtol=1e-9)
-    np.testing.assert_allclose(mean_interval(values[::-1, ::-1]), found, rtol=1e-9)
-    np.testing.assert_allclose(mean_interval(1e-90 * values), np.multiply(found, 1e-90), rtol=1e-9)
-    np.testing.assert_allclose(mean_interval(values + 2), np.add(found, 2), rtol=1e-9)
+    interval = mean_interval(values)
+    np.testing.assert_allclose(mean_interval(values.T), interval, rtol=1e-9)
+    np.testing.assert_allclose(mean_interval(values[::-1, ::-1]), interval, rtol=1e-9)
     np.testing.assert_allclose(
-        mean_interval(-values), (-found.value, -found.high, -found.low), rtol=1e-9
+        mean_interval(1e-90 * values), np.multiply(interval, 1e-90), rtol=1e-9
+    )
+    np.testing.assert_allclose(mean_interval(values + 2), np.add(interval, 2), rtol=1e-9)
+    np.testing.assert_allclose(
+        mean_interval(-values), (-interval.value, -interval.high, -interval.low), rtol=1e-9
     )
 
 
@@ -186,8 +188,8 @@ def intervals(call, values, *others):
     return np.array([call(one, *others) for one in values]).T
 
 
-def coverage(found, truth=TRUTH):
-    return np.mean((found[1] <= truth) & (truth <= found[2]))
+def coverage(bounds, truth=TRUTH):
+    return np.mean((bounds[1] <= truth) & (truth <= bounds[2]))
 
 
 def assert_within(share, low, high, num_draws=NUM_DRAWS):
@@ -216,10 +218,10 @@ RATIOS = {
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_paired_intervals_hold_the_truth(ratio, num_seeds, num_images):
     shares, truly = RATIOS[ratio]
-    found = intervals(paired_difference, *simulate(shares, num_seeds, num_images))
-    assert_within(coverage(found), *truly[num_seeds])
+    bounds = intervals(paired_difference, *simulate(shares, num_seeds, num_images))
+    assert_within(coverage(bounds), *truly[num_seeds])
     # as often as they exclude it, they do so on either side
-    missed = [np.mean(found[1] > TRUTH), np.mean(found[2] < TRUTH)]
+    missed = [np.mean(bounds[1] > TRUTH), np.mean(bounds[2] < TRUTH)]
     assert max(missed) <= (1 - truly[num_seeds][0]) / 2 + 3.5 * np.sqrt(0.05 / NUM_DRAWS)
 
 
@@ -229,10 +231,10 @@ def test_paired_intervals_of_one_seed_hold_what_that_seed_has(num_images):
 
     Residual and images' effects cannot be told apart and need not be.
     """
-    found = intervals(paired_difference, *simulate((0, 0.5, 0.5), 1, num_images))
-    assert_within(coverage(found), 0.95, 0.95)
-    found = intervals(paired_difference, *simulate((0.9, 0.1, 0), 1, num_images))
-    assert coverage(found) < 0.6
+    bounds = intervals(paired_difference, *simulate((0, 0.5, 0.5), 1, num_images))
+    assert_within(coverage(bounds), 0.95, 0.95)
+    bounds = intervals(paired_difference, *simulate((0.9, 0.1, 0), 1, num_images))
+    assert coverage(bounds) < 0.6
 
 
 @pytest.mark.parametrize(
@@ -255,8 +257,8 @@ def test_intervals_of_one_kind_of_chance_miss_the_truth(ratio, naive):
 @pytest.mark.parametrize("level", [0.5, 0.8, 0.99])
 def test_other_levels_are_kept(level):
     values, reference = simulate((0.4, 0.4, 0.2), 5, 20)
-    found = np.array([paired_difference(one, reference, level) for one in values]).T
-    assert_within(coverage(found), level - 0.01, level + 0.02 if level < 0.9 else 0.996)
+    bounds = np.array([paired_difference(one, reference, level) for one in values]).T
+    assert_within(coverage(bounds), level - 0.01, level + 0.02 if level < 0.9 else 0.996)
 
 
 @pytest.mark.parametrize("of_seeds", [False, True])
@@ -288,8 +290,8 @@ def test_unpaired_intervals_of_arms_with_nothing_in_common_hold_the_truth(num_se
         simulate((0.4, 0.4, 0.2), num_seeds, 20, seed=seed) for seed in (1, 2)
     )
     pairs = zip(values - reference, 2 * (others - reference))
-    found = np.array([unpaired_difference(*pair) for pair in pairs]).T
-    assert_within(coverage(found, -TRUTH), *truly)
+    bounds = np.array([unpaired_difference(*pair) for pair in pairs]).T
+    assert_within(coverage(bounds, -TRUTH), *truly)
 
 
 # What is said of arms
@@ -306,7 +308,7 @@ def arms(**means):
 
 
 @pytest.mark.parametrize(
-    ("means", "found"),
+    ("means", "expected"),
     [
         ({"r": 0, "a": -5}, {"r": "", "a": "best"}),
         ({"r": 0, "a": 5}, {"r": "best", "a": "worse"}),
@@ -324,11 +326,11 @@ def arms(**means):
         ({"r": 0}, {"r": ""}),
     ],
 )
-def test_marks(means, found):
+def test_marks(means, expected):
     values = arms(**means)
-    assert marks(values, "r") == found
+    assert marks(values, "r") == expected
     crossed = {name: arm[:, None] + np.linspace(0, 1, 4) for name, arm in values.items()}
-    assert marks(crossed, "r") == found
+    assert marks(crossed, "r") == expected
     assert list(marks(values, "r")) == list(means)
 
 
@@ -349,7 +351,7 @@ def test_marks_depend_on_the_level():
 
 
 @pytest.mark.parametrize(
-    ("means", "found"),
+    ("means", "expected"),
     [
         ({"a": 0}, ("a", [])),
         ({"a": 0, "b": -5, "c": 9}, ("b", [])),
@@ -357,8 +359,8 @@ def test_marks_depend_on_the_level():
         ({"a": 0.02, "b": 0, "c": 0.03}, ("b", ["a", "c"])),
     ],
 )
-def test_not_told_apart(means, found):
-    assert not_told_apart(arms(**means)) == found
+def test_not_told_apart(means, expected):
+    assert not_told_apart(arms(**means)) == expected
 
 
 @pytest.mark.parametrize(("shape", "level"), [((3,), 0.95), ((5, 20), 0.95), ((5, 20), 0.8)])
@@ -371,11 +373,11 @@ def test_equal_arms_are_marked_as_often_as_the_level_says(shape, level):
             return source.normal(size=shape)
         return source.normal(size=(shape[0], 1)) + 2 * source.normal(size=(1, shape[1]))
 
-    found = []
+    said_of_draws = []
     for _ in range(NUM_DRAWS):
         said = marks({name: draw() for name in ("r", "a", "b")}, "r", level)
-        found.append([said["a"], said["b"]])
-    marked = np.array(found)
+        said_of_draws.append([said["a"], said["b"]])
+    marked = np.array(said_of_draws)
     # All have the reference in common, so that the arms of one draw count for one.
     for share, expected in (
         (np.mean(marked != ""), 1 - level),
@@ -385,7 +387,7 @@ def test_equal_arms_are_marked_as_often_as_the_level_says(shape, level):
 
 
 @pytest.mark.parametrize(
-    ("interval", "found"),
+    ("interval", "expected"),
     [
         ((2.0, 1.0, 3.0), True),
         ((-2.0, -3.0, -1.0), True),
@@ -395,8 +397,8 @@ def test_equal_arms_are_marked_as_often_as_the_level_says(shape, level):
         ((1.0, -np.inf, np.inf), False),
     ],
 )
-def test_excludes_zero(interval, found):
-    assert excludes_zero(Interval(*interval)) is found
+def test_excludes_zero(interval, expected):
+    assert excludes_zero(Interval(*interval)) is expected
 
 
 X = np.arange(12.0).reshape(3, 4)
@@ -424,7 +426,7 @@ HOLED = np.where(X == 5, np.nan, X)
         (lambda: unpaired_difference(X, X[:, :3]), r"shapes \(3, 4\) and \(3, 3\)"),
         (lambda: unpaired_difference(X, HOLED), "reference = .*finite"),
         (lambda: unpaired_difference(X, X, -0.5), "level = -0.5"),
-        (lambda: marks({"a": X, "b": X}, "c"), "reference = c: must be one of a, b"),
+        (lambda: marks({"a": X, "b": X}, "c"), "reference = 'c': must be one of a, b"),
         (lambda: marks({"a": X, "b": X[1:]}, "a"), r"values\['b'\] = .*'a''s shape, \(3, 4\)"),
         (lambda: marks({"a": X, "b": HOLED}, "a"), r"values\['b'\] = .*finite"),
         (lambda: marks({"a": X}, "a", 2.0), "level = 2.0"),

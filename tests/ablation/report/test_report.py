@@ -654,7 +654,7 @@ def test_fits_a_phone(page):
 
 
 TEXT_AND_GROUND = """
-const found = [];
+const texts = [];
 const ground = (e) => {
   for (; e; e = e.parentElement) {
     const c = getComputedStyle(e).backgroundColor;
@@ -667,9 +667,9 @@ for (const e of document.querySelectorAll('body *')) {
   if (!own || e.closest('script, style')) continue;
   const svg = e.closest('svg');
   const style = getComputedStyle(e);
-  found.push([e.textContent.trim().slice(0, 40), svg ? style.fill : style.color, ground(svg || e)]);
+  texts.push([e.textContent.trim().slice(0, 40), svg ? style.fill : style.color, ground(svg || e)]);
 }
-return found;
+return texts;
 """
 
 
