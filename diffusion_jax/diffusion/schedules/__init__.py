@@ -1,4 +1,4 @@
-"""Noise schedules: pure functions that return a ``Schedule``, and what turns one into another.
+"""Noise schedules: pure functions that return a ``Schedule``, and functions that transform one.
 
 A new schedule is a function in families.py and its line in SCHEDULES at the foot of that file.
 """

@@ -1,4 +1,4 @@
-"""Where the N steps of a chain stand: on N of the timesteps 1..T, or between them."""
+"""The positions of the N steps of a chain: on N of the timesteps 1..T, or between them."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -17,28 +17,28 @@ Scalar = float | np.floating | Float[Array, ""]
 
 
 def trailing(num_timesteps: int, num_steps: int) -> Timesteps:
-    """round(T - i T/N): begins at T, where N(0, I) is true (diffusers' "trailing")."""
+    """round(T - i T/N): starts at T, where x_T is N(0, I) (diffusers' "trailing")."""
     i = np.arange(num_steps)[::-1]
     return np.round(num_timesteps - i * num_timesteps / num_steps).astype(int)
 
 
 def leading(num_timesteps: int, num_steps: int) -> Timesteps:
-    """1 + i (T // N): ends at 1 and begins short of T (diffusers' "leading")."""
+    """1 + i (T // N): ends at 1 and starts below T (diffusers' "leading")."""
     return 1 + np.arange(num_steps) * (num_timesteps // num_steps)
 
 
 def linspace(num_timesteps: int, num_steps: int) -> Timesteps:
     """Evenly from 1 to T (diffusers' "linspace")."""
-    if num_steps == 1:  # both ends cannot stay: begin where N(0, I) is true
+    if num_steps == 1:  # one step cannot have both ends: start where x_T is N(0, I)
         return np.array([num_timesteps])
     return 1 + np.round(np.linspace(0, num_timesteps - 1, num_steps)).astype(int)
 
 
 def quadratic(num_timesteps: int, num_steps: int) -> Timesteps:
-    """From 1 to 1 + 0.8 T, denser where there is little noise (DDIM, appendix D.2)."""
+    """From 1 to 1 + 0.8 T, denser at low noise (DDIM, appendix D.2)."""
     i = np.arange(num_steps)
     t = 1 + 4 * num_timesteps * i**2 // (5 * max(num_steps - 1, 1) ** 2)
-    # Steps of at least one row, also where the parabola is flatter, that leave room for the rest
+    # at least one row per step, also where the parabola is flatter, and room for those that follow
     return np.minimum(np.maximum.accumulate(t - i) + i, num_timesteps - i[::-1])
 
 
@@ -46,7 +46,7 @@ def quadratic(num_timesteps: int, num_steps: int) -> Timesteps:
 
 
 def _evenly(num_steps: int, first: Scalar, last: Scalar) -> LogSnrs:
-    """From first to last; a single one is the last, where N(0, I) is true."""
+    """From first to last; a single step is at the last, where x_T is N(0, I)."""
     xp: ModuleType = jnp if isinstance(first, jax.Array) else np
     weight = np.linspace(0, 1, num_steps) if num_steps > 1 else np.ones(1)
     return xp.asarray(first) * (1 - weight) + xp.asarray(last) * weight

@@ -1,4 +1,4 @@
-"""What turns one schedule into another: respacing, rows off the grid, shifts, zero terminal SNR."""
+"""Functions from schedule to schedule: respacing, off-grid rows, shifts, zero terminal SNR."""
 
 import math
 
@@ -7,22 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diffusion_jax.diffusion.schedules.schedule import (
-    Column,
-    Scalar,
-    Schedule,
-    array_module,
-    from_columns,
-    log_alphas,
-    require_length,
-)
+from diffusion_jax.diffusion.schedules.columns import array_module, from_columns, log_alphas
+from diffusion_jax.diffusion.schedules.schedule import Column, Scalar, Schedule, require_length
 from diffusion_jax.diffusion.schedules.spacings import GRIDS, SPACINGS
 from diffusion_jax.diffusion.tracing import is_known
-from diffusion_jax.errors import require
+from diffusion_jax.errors import choose, require
 
 
 def from_log_snr(log_snr: Column, timestep: Column) -> Schedule:
-    """The chain through rows of decreasing log SNR, which are told to a network as ``timestep``.
+    """The chain through rows of decreasing log SNR, whose input to a network is ``timestep``.
 
     alpha_bar = sigmoid(log SNR), beta_t = -(1 - alpha_bar_t) expm1(log SNR_t - log SNR_{t-1})
     (Kingma et al. 2021, VDM).
@@ -45,9 +38,10 @@ def from_log_snr(log_snr: Column, timestep: Column) -> Schedule:
 def at_log_snr(schedule: Schedule, log_snr: Column) -> Schedule:
     """The chain through off-grid rows, of decreasing log SNR within the range of ``schedule``.
 
-    What the network is told is interpolated, linearly in log SNR, between the rows around.
+    The timestep is interpolated between the neighbouring rows, linearly in log SNR.
 
-    Raises ValueError: a log SNR that is outside of the range, or not below the one before.
+    Raises:
+        ConfigError: a log SNR outside the range, or not below the one before it.
     """
     old = _columns(schedule)
     xp = array_module(old.beta, log_snr)
@@ -65,7 +59,7 @@ def _interpolate(
     known_x: Float[Array, " m"] | Float[np.ndarray, " m"],
     known_y: Float[Array, " m"] | Float[np.ndarray, " m"],
 ) -> Float[Array, " n"] | Float[np.ndarray, " n"]:
-    """Linear interpolation, held at its ends; in jax without the loop of jnp.interp."""
+    """Linear interpolation, constant beyond its ends; in jax without the loop of jnp.interp."""
     if array_module(x, known_x) is np:
         return np.interp(x, known_x, known_y)
     if len(known_x) == 1:
@@ -79,19 +73,20 @@ def _interpolate(
 
 
 def _columns(schedule: Schedule) -> Schedule:
-    """The same schedule in float64 on the host, or as it is where it is traced."""
+    """The same schedule in float64 on the host, or unchanged if it is traced."""
     if not is_known(*jax.tree.leaves(schedule)):
         return schedule
     return jax.tree.map(lambda column: np.asarray(column, np.float64), schedule)
 
 
 def zero_terminal_snr(schedule: Schedule) -> Schedule:
-    """Lin et al. 2023 (arXiv 2305.08891): sqrt(alpha_bar) shifted and scaled so as to end at 0.
+    """Lin et al. 2023 (arXiv 2305.08891): sqrt(alpha_bar) is shifted and scaled to end at 0.
 
-    alpha_bar_1 stays, beta_T becomes 1. x_T then holds nothing of x_0: a network that predicts
-    eps or the score cannot tell x_0 there.
+    alpha_bar_1 stays, beta_T becomes 1. x_T then contains nothing of x_0, which therefore does not
+    follow from a prediction of eps or of the score.
 
-    Raises ValueError: a schedule of one row.
+    Raises:
+        ConfigError: a schedule of one row.
     """
     require(len(schedule) > 1, "num_timesteps", len(schedule), ">= 2 for zero terminal SNR")
     old = _columns(schedule)
@@ -116,10 +111,11 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
 def shift_log_snr(schedule: Schedule, resolution: Scalar, base_resolution: Scalar) -> Schedule:
     """Hoogeboom et al. 2023 (arXiv 2301.11093): log SNR + 2 log(base_resolution / resolution).
 
-    Averaging over pixels undoes noise, and large images have more of them: shifted, they are
-    destroyed as much as the schedule does at the base resolution (both in pixels).
+    An average over pixels removes noise, and large images have more pixels. With the shift they
+    lose as much at each timestep as images of the base resolution (both in pixels) without it.
 
-    Raises ValueError: a resolution that is not positive.
+    Raises:
+        ConfigError: a resolution that is not finite and positive (traced ones are not checked).
     """
     for field, pixels in {"resolution": resolution, "base_resolution": base_resolution}.items():
         if is_known(pixels):
@@ -147,35 +143,35 @@ def respace(
     sigma_min: Scalar | None = None,
     sigma_max: Scalar | None = None,
 ) -> Schedule:
-    """The chain over ``num_steps`` of the timesteps, its betas those of the whole jumps (iDDPM).
+    """The chain over ``num_steps`` of the timesteps, with the betas of the whole jumps (iDDPM).
 
-    The rows that stay, which spacings.SPACINGS choose, keep their timestep and alpha_bar. Those of
-    spacings.GRIDS stand between them, so that num_steps may exceed T: from ``sigma_min`` to
-    ``sigma_max`` (None: the schedule's own), "karras" with its ``rho`` > 0.
+    A spacing of ``spacings.SPACINGS`` selects rows, which keep their timestep and alpha_bar. One of
+    ``spacings.GRIDS`` makes rows between them, so that num_steps may exceed T: from ``sigma_min``
+    to ``sigma_max`` (None: those of the schedule); "karras" depends on ``rho`` > 0.
 
-    Raises ValueError: num_steps outside 1..T, an unknown spacing, a grid that is not within the
-    schedule or where its SNR is 0.
+    Raises:
+        ConfigError: num_steps outside 1..T, an unknown spacing, a grid that is not within the
+            schedule or where its SNR is 0.
     """
     if spacing in GRIDS:
         ends = {"sigma_min": sigma_min, "sigma_max": sigma_max}
         return _respace_off_grid(schedule, num_steps, spacing, rho, ends)
     require_length("num_steps", num_steps, longest=len(schedule))
-    options = ", ".join([*SPACINGS, *GRIDS])
-    require(spacing in SPACINGS, "spacing", spacing, f"one of {options}")
+    choose("spacing", spacing, [*SPACINGS, *GRIDS], "spacing")
     rows = SPACINGS[spacing](len(schedule), num_steps) - 1
     old = _columns(schedule)
     xp = array_module(old.beta)
-    # One sum per jump, beginning after the row kept before it
+    # one sum per jump, which starts after the selected row before it
     log_alpha = log_alphas(old.beta, old.alpha)[: rows[-1] + 1]
     log_jump = xp.add.reduceat(log_alpha, np.append(0, rows[:-1] + 1))
-    kept = jax.tree.map(lambda column: column[rows], old)
+    selected = jax.tree.map(lambda column: column[rows], old)
     return from_columns(
         # the first jump is from t = 0: the same numbers, to the last digit
-        beta=xp.concatenate([kept.one_minus_alpha_bar[:1], -xp.expm1(log_jump[1:])]),
-        alpha=xp.concatenate([kept.alpha_bar[:1], xp.exp(log_jump[1:])]),
-        alpha_bar=kept.alpha_bar,
-        one_minus_alpha_bar=kept.one_minus_alpha_bar,
-        timestep=kept.timestep,
+        beta=xp.concatenate([selected.one_minus_alpha_bar[:1], -xp.expm1(log_jump[1:])]),
+        alpha=xp.concatenate([selected.alpha_bar[:1], xp.exp(log_jump[1:])]),
+        alpha_bar=selected.alpha_bar,
+        one_minus_alpha_bar=selected.one_minus_alpha_bar,
+        timestep=selected.timestep,
     )
 
 
@@ -186,7 +182,7 @@ def _respace_off_grid(
     rho: Scalar,
     sigmas: dict[str, Scalar | None],
 ) -> Schedule:
-    """The rows of a spacing that stands between the timesteps; ``sigmas`` are its two ends."""
+    """A spacing of ``spacings.GRIDS``; ``sigmas`` are its two ends, by the name of their field."""
     require_length("num_steps", num_steps)
     old = _columns(schedule)
     xp = array_module(old.beta)

@@ -1,0 +1,108 @@
+"""The arithmetic of schedules: columns of betas and alpha_bars without loss of precision.
+
+Columns of numpy are float64 on the host, and are rounded once to float32. Columns of jax are
+computed where they are traced, by the same formulas.
+"""
+
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax.diffusion.schedules.schedule import Column, Scalar, Schedule
+from diffusion_jax.diffusion.tracing import is_known
+from diffusion_jax.errors import require
+
+
+def array_module(*values: object) -> ModuleType:
+    """The module that computes with the values: jax.numpy if one of them is a jax array."""
+    return jnp if any(isinstance(value, jax.Array) for value in values) else np
+
+
+def require_betas(**betas: Scalar) -> None:
+    """Raise ConfigError for a beta outside (0, 1]; the message has the name of its argument."""
+    for field, beta in betas.items():
+        if is_known(beta):  # a number that rounds to 0 in float32 is 0
+            require(np.float32(beta) > 0 and beta <= 1, field, beta, "in (0, 1]")
+
+
+def log_alphas(beta: Column, alpha: Column) -> Column:
+    """log(alpha), from beta or from alpha, whichever gives full relative precision."""
+    xp = array_module(beta)
+    with np.errstate(divide="ignore"):  # beta = 1: -inf, hence alpha_bar = 0
+        return xp.where(beta < 0.5, xp.log1p(-beta), xp.log(alpha))
+
+
+def running_product(log_alpha: Column) -> tuple[Column, Column]:
+    """The products alpha_1 ... alpha_t, and 1 minus them."""
+    xp = array_module(log_alpha)
+    # A float32 sum near -80 rounds by 4e-6 at every term. Multiples of 2^-16 add up exactly (to
+    # 256; e^-88 is the least of float32), and the rest of each term is too small to matter.
+    coarse = xp.trunc(xp.maximum(log_alpha, -100) * 2**16) / 2**16
+    fine = xp.cumsum(log_alpha - coarse)
+    coarse = xp.cumsum(coarse)
+    return xp.exp(coarse) * xp.exp(fine), -xp.expm1(coarse + fine)
+
+
+def from_columns(
+    *,
+    beta: Column,
+    alpha: Column,
+    alpha_bar: Column,
+    one_minus_alpha_bar: Column,
+    timestep: Column | None = None,
+) -> Schedule:
+    """Add the columns of the row before, and round once to float32 on the host."""
+    xp = array_module(beta)
+    alpha_bar_prev = xp.concatenate([xp.ones(1), alpha_bar[:-1]])
+    one_minus_alpha_bar_prev = xp.concatenate([xp.zeros(1), one_minus_alpha_bar[:-1]])
+    posterior_variance = beta * (one_minus_alpha_bar_prev / one_minus_alpha_bar)  # DDPM eq. 7
+    columns = (
+        np.arange(1, len(beta) + 1) if timestep is None else timestep,
+        *(beta, alpha, alpha_bar, alpha_bar_prev),
+        *(one_minus_alpha_bar, one_minus_alpha_bar_prev, posterior_variance),
+    )
+    dtype = jnp.float32 if xp is np else beta.dtype
+    return Schedule(*(jnp.asarray(column, dtype) for column in columns))
+
+
+def from_alpha_bars(
+    *,
+    beta: Column,
+    alpha: Column,
+    alpha_bar: Column,
+    one_minus_alpha_bar: Column,
+    max_beta: Scalar,
+    min_beta: Scalar,
+) -> Schedule:
+    """Clip beta; alpha_bar is exact before the first clipped row, and a product from there on.
+
+    Raises:
+        ConfigError: max_beta outside (0, 1] or min_beta outside [0, max_beta].
+    """
+    require_betas(max_beta=max_beta)
+    if is_known(max_beta, min_beta):
+        require(0 <= min_beta <= max_beta, "min_beta", min_beta, f"in [0, max_beta = {max_beta}]")
+    xp = array_module(beta, max_beta, min_beta)
+    high, low = beta > max_beta, beta < min_beta
+    beta = xp.where(high, max_beta, xp.where(low, min_beta, beta))
+    # 1 - float32(0.999) is off by 1.3e-5, so plain bounds are subtracted here, in float64.
+    alpha = xp.where(high, 1 - max_beta, xp.where(low, 1 - min_beta, alpha))
+    # Of two numbers that add up to 1 the smaller one determines the larger, and keeps it below 1.
+    alpha = xp.where(beta < 0.5, 1 - beta, alpha)
+    alpha_bar, one_minus_alpha_bar = (
+        xp.where(one_minus_alpha_bar < 0.5, 1 - one_minus_alpha_bar, alpha_bar),
+        xp.where(alpha_bar < 0.5, 1 - alpha_bar, one_minus_alpha_bar),
+    )
+    exact = xp.cumsum(high | low) == 0
+    last_exact = xp.minimum(np.arange(1, len(beta) + 1), xp.sum(exact))  # 0: the row t = 0
+    base = xp.concatenate([xp.ones(1), alpha_bar])[last_exact]
+    one_minus_base = xp.concatenate([xp.zeros(1), one_minus_alpha_bar])[last_exact]
+    tail, one_minus_tail = running_product(xp.where(exact, 0.0, log_alphas(beta, alpha)))
+    return from_columns(
+        beta=beta,
+        alpha=alpha,
+        alpha_bar=base * tail,
+        one_minus_alpha_bar=one_minus_base * tail + one_minus_tail,
+    )
