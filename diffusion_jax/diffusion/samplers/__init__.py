@@ -1,6 +1,6 @@
 """Samplers of the reverse chain, and ``sample``, which runs one of them.
 
-A new sampler is one class on ``Sampler`` and its line in SAMPLERS below.
+A new sampler is one subclass of ``Sampler``, a function that makes it, and its line in SAMPLERS.
 """
 
 from collections.abc import Callable

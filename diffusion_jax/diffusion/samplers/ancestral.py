@@ -23,12 +23,12 @@ class Ancestral(Sampler):
         prediction = now.predict(x_t, row)
         mean = process.posterior_mean(row, prediction.x_0, x_t)
         variance = VARIANCES[self.variance]
-        if not variance.is_learned:
-            log_variance = variance.log_variance(row, None)
-        elif prediction.log_variance is None:
-            raise ValueError(f"variance = {self.variance!r}: the network predicts no variance")
-        else:
+        if variance.is_learned:
+            allowed = "a fixed one, as the network predicts none"
+            require(prediction.log_variance is not None, "variance", self.variance, allowed)
             log_variance = prediction.log_variance
+        else:
+            log_variance = variance.log_variance(row, None)
         deviation = jnp.where(now.is_last, 0.0, jnp.exp(log_variance / 2))
         return mean + deviation * normal(now.keys, x_t), now.state
 
@@ -59,10 +59,10 @@ def ancestral(variance: str = "posterior") -> Sampler:
     """Ancestral sampling from p(x_{t-1} | x_t), a Gaussian around the posterior mean (DDPM).
 
     ``variance`` is "beta" or "posterior" (beta~), the two fixed choices of DDPM section 3.2, or
-    one that the network has learned (then both names mean what it predicts).
+    "learned" or "learned_range", which both mean the variance that the network predicts.
 
     Raises:
-        ValueError: an unknown variance.
+        ConfigError: an unknown variance.
     """
     choose("variance", variance, VARIANCES, "variance")
     return Ancestral(variance)
@@ -73,11 +73,11 @@ def predictor_corrector(
 ) -> Sampler:
     """Langevin steps at each noise level before the ancestral one (Song et al. 2021, algorithm 5).
 
-    ``snr`` > 0 scales the step of their annealed Langevin dynamics, whose size is fixed by the
-    noise level; ``num_corrections`` >= 1 is the number of steps.
+    ``snr`` > 0 scales the steps of their annealed Langevin dynamics, whose size follows from the
+    noise level; ``num_corrections`` >= 1 is their number.
 
     Raises:
-        ValueError: an unknown variance, or a number out of its range.
+        ConfigError: an unknown variance, or a number out of its range.
     """
     require(not is_known(snr) or 0 < snr < np.inf, "snr", snr, "a finite number > 0")
     require(

@@ -1,8 +1,8 @@
-"""What a sampler is, and the arithmetic that several samplers share.
+"""The base class of samplers, and the arithmetic that several samplers share.
 
-Solvers of the probability flow are written as what they add to a DDIM step, which is the flow's
-exact solution where x_0 and eps stand still: then no nearly equal numbers are subtracted. Their
-coordinates are y = x_t / sqrt(alpha_bar), in which dy = eps d sigma.
+Solvers of the probability flow are written as a DDIM step plus a correction. A DDIM step solves
+the flow exactly where x_0 and eps are constant, so that no nearly equal numbers are subtracted.
+Their coordinates are y = x_t / sqrt(alpha_bar), in which dy = eps d sigma.
 """
 
 import abc
@@ -24,13 +24,13 @@ Keys = Key[Array, " batch"]
 Number = float | Float[Array, ""]
 Scalar = Float[Array, ""]
 
-STATIC = {"static": True}  # metadata of a field that compiled functions are compiled for
+STATIC = {"static": True}  # metadata of a field for whose value functions are compiled
 
 
 class Step(NamedTuple):
     """One step of a chain: from the timestep of ``row`` down to that of ``row_prev``.
 
-    ``keys`` are one for each image, ``state`` is what the sampler returned from the step before.
+    ``keys`` has a key for each image; ``state`` is the one that the step before returned.
     """
 
     keys: Keys
@@ -42,12 +42,12 @@ class Step(NamedTuple):
 
     @property
     def is_last(self) -> Bool[Array, ""]:
-        """Whether the step ends at x_0, where there is no noise."""
+        """Whether the step ends at x_0, which has no noise."""
         return self.row_prev.one_minus_alpha_bar == 0
 
     @property
     def drop_of_sigma(self) -> Scalar:
-        """sqrt(alpha_bar_prev) (sigma_prev - sigma), what an added eps is multiplied by."""
+        """sqrt(alpha_bar_prev) (sigma_prev - sigma), the factor of an added eps."""
         return jnp.sqrt(self.row_prev.alpha_bar) * (self.row_prev.sigma - self.row.sigma)
 
     def middle(self, schedule: Schedule) -> Schedule:
@@ -59,12 +59,12 @@ class Step(NamedTuple):
 class Sampler(abc.ABC):
     """A sampler of the reverse chain: ``init`` makes its state, ``step`` takes one step.
 
-    A subclass is one class with annotated fields: it becomes a frozen dataclass and a pytree,
-    whose fields are leaves unless their metadata are ``STATIC``. So other numbers (eta) do not
-    compile the chain again. A line in SAMPLERS gives it a name in configs.
+    A subclass declares annotated fields and ``step``. It becomes a frozen dataclass and a pytree
+    by itself; its fields are leaves unless their metadata are ``STATIC``, so that another number
+    (eta) does not compile the chain again. A line in SAMPLERS gives it a name in configs.
 
-    ``needs_signal``: it works in units of sigma, which is infinite where alpha_bar = 0.
-    ``goes_off_grid``: it asks the network between the rows of the chain too.
+    ``needs_signal``: it computes with sigma, which is infinite where alpha_bar = 0.
+    ``goes_off_grid``: it evaluates the network between the rows of the chain too.
     """
 
     needs_signal: ClassVar[bool] = False
@@ -79,18 +79,18 @@ class Sampler(abc.ABC):
                     f"{cls.__name__}.{name}: a sampler must not define it; its arguments are its "
                     "annotated fields"
                 )
-        # jax takes the structures of two registered dataclasses for equal if their static fields
-        # are, whatever the classes: a compiled function would now and then run one sampler for
-        # another. So each class has a static field that names it.
-        cls.__annotations__ = own | {"kind": str}
-        name = f"{cls.__module__}.{cls.__qualname__}"
-        cls.kind = dataclasses.field(default=name, repr=False, kw_only=True, metadata=STATIC)
+        # To jax the structures of two registered dataclasses are equal if their static fields are,
+        # whatever the classes: a compiled function could run one sampler in place of another, or
+        # in place of its new definition in a notebook. So each class is its own static field.
+        cls.__annotations__ = own | {"kind": type}
+        cls.kind = dataclasses.field(default=cls, repr=False, kw_only=True, metadata=STATIC)
         jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> Any:
-        """State before the first step of a chain over ``rows``.
+        """The state before the first step of a chain over ``rows``.
 
-        Rows between those are found in ``schedule``, of which they may be few.
+        ``schedule`` is the one that the network was trained with; ``rows`` may be a few of its
+        rows. A sampler that goes off the grid interpolates in it.
         """
         return ()
 
@@ -99,26 +99,26 @@ class Sampler(abc.ABC):
         """The x_t at the timestep of ``now.row_prev``, and the state for the next step."""
 
     def path(self, num_steps: int) -> Int[np.ndarray, " states"]:
-        """The states that the chain visits: num_steps is x_T, 0 is x_0."""
+        """The states that the chain visits in this order; num_steps is x_T, 0 is x_0."""
         return np.arange(num_steps, -1, -1)
 
     def num_evaluations(self, num_steps: int) -> int:
-        """How often a chain of ``num_steps`` calls ``predict`` for each image."""
+        """The number of calls of ``predict`` for each image in a chain of ``num_steps``."""
         return num_steps
 
 
 def normal(keys: Keys, like: Batch) -> Batch:
-    """Standard normal noise in the shape of ``like``, each image from a key of its own."""
+    """Standard normal noise in the shape of ``like``, each image by its own key."""
     return jax.vmap(lambda key: jax.random.normal(key, like.shape[1:], like.dtype))(keys)
 
 
 def fold(keys: Keys, number: int | Int[Array, ""]) -> Keys:
-    """The keys of one of several draws for each image."""
+    """The keys of draw ``number`` of several, one for each image."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
 def ddim_step(prediction: Prediction, row_prev: Schedule) -> Batch:
-    """The DDIM step without noise: x_0 and eps, put together at the next noise level."""
+    """The DDIM step without noise: x_0 and eps, combined at the next noise level."""
     return process.q_sample(row_prev, prediction.x_0, prediction.eps)
 
 
@@ -129,12 +129,12 @@ def width(row: Schedule) -> Scalar:
     step to x_0, and from zero SNR.
     """
     is_first = row.one_minus_alpha_bar_prev == 0
-    lost = jnp.where(is_first, 1.0, row.beta / row.one_minus_alpha_bar)
-    return -jnp.log1p(-lost) / 2
+    loss = jnp.where(is_first, 1.0, row.beta / row.one_minus_alpha_bar)
+    return -jnp.log1p(-loss) / 2
 
 
 def ratio(a: Scalar, b: Scalar) -> Scalar:
-    """Of two widths, a / b; 0 where either is infinite: what lies beyond has no weight."""
+    """Of two widths, a / b; 0 where one is infinite: no such step, so its term is dropped."""
     return jnp.where(jnp.isfinite(a) & jnp.isfinite(b), a / b, 0)
 
 
@@ -144,7 +144,7 @@ PHI_TERMS = 14  # of the series below: exact to float64 for h < 1
 def phi(h: Scalar) -> tuple[Scalar, Scalar]:
     """phi_2 = (e^-h - 1) / h + 1 and phi_3 = phi_2 / h - 1/2 (DPM-Solver++, appendix A).
 
-    By their series for small h, where the closed forms subtract nearly equal numbers.
+    For small h from their series, because the closed forms subtract nearly equal numbers.
     """
     two, three = jnp.zeros_like(h), jnp.zeros_like(h)
     near = jnp.minimum(h, 1)
@@ -159,7 +159,7 @@ def phi(h: Scalar) -> tuple[Scalar, Scalar]:
 
 
 class TwoStage(Sampler):
-    """A solver that evaluates twice a step, and once in the last, which is Euler's."""
+    """A solver with two evaluations a step; the last step is Euler's and has one."""
 
     needs_signal: ClassVar[bool] = True
 
@@ -169,9 +169,9 @@ class TwoStage(Sampler):
 
 
 class Memory(NamedTuple):
-    """The x_0 of the last two evaluations, and the widths of the steps that they were made in.
+    """The predicted x_0 of the last two steps, and the widths of these steps.
 
-    An infinite width: there was none yet.
+    An infinite width means that there was no such step.
     """
 
     x_0: Batch
@@ -180,7 +180,7 @@ class Memory(NamedTuple):
     width_before: Scalar
 
     def with_new(self, x_0: Batch, width: Scalar) -> "Memory":
-        """The newest in front, the oldest forgotten."""
+        """Add the newest step, and forget the oldest."""
         return Memory(x_0, self.x_0, width, self.width)
 
 
@@ -191,6 +191,6 @@ def no_memory(x_T: Batch) -> Memory:
 
 
 def step_along(now: Step, prediction: Prediction, eps: Batch) -> Batch:
-    """A DDIM step that goes along another eps."""
+    """A DDIM step along another eps."""
     ddim = ddim_step(prediction, now.row_prev)
     return ddim + now.drop_of_sigma * (eps - prediction.eps)

@@ -1,4 +1,4 @@
-"""DDIM (Song et al. 2021), and the names that its map has elsewhere."""
+"""DDIM (Song et al. 2021), and the other names of its map."""
 
 import jax.numpy as jnp
 
@@ -16,18 +16,17 @@ class Ddim(Sampler):
         """x_{t-1} = sqrt(ab_prev) x_0 + sqrt(1 - ab_prev - sigma^2) eps + sigma z (DDIM eq. 12).
 
         sigma^2 = eta^2 beta~, and 1 - ab_prev - eta^2 beta~ =
-        (1 - ab_prev) (1 - eta^2 + eta^2 alpha (1 - ab_prev) / (1 - ab)), which subtracts nothing
-        that is nearly equal.
+        (1 - ab_prev) (1 - eta^2 + eta^2 alpha (1 - ab_prev) / (1 - ab)), where no nearly equal
+        numbers are subtracted.
         """
         x_t, row = now.x_t, now.row
         prediction = now.predict(x_t, row)
         eta2 = self.eta**2
-        kept = 1 - eta2 + eta2 * row.alpha * row.one_minus_alpha_bar_prev / row.one_minus_alpha_bar
-        direction = jnp.sqrt(row.one_minus_alpha_bar_prev * kept)
+        share = 1 - eta2 + eta2 * row.alpha * row.one_minus_alpha_bar_prev / row.one_minus_alpha_bar
+        direction = jnp.sqrt(row.one_minus_alpha_bar_prev * share)
         x_prev = jnp.sqrt(row.alpha_bar_prev) * prediction.x_0 + direction * prediction.eps
-        return x_prev + self.eta * jnp.sqrt(row.posterior_variance) * normal(
-            now.keys, x_t
-        ), now.state
+        x_prev += self.eta * jnp.sqrt(row.posterior_variance) * normal(now.keys, x_t)
+        return x_prev, now.state
 
 
 def ddim(eta: Number = 0.0) -> Sampler:
@@ -36,7 +35,7 @@ def ddim(eta: Number = 0.0) -> Sampler:
     ``eta`` in [0, 1]: 0 is deterministic, 1 has the ancestral mean and variance.
 
     Raises:
-        ValueError: eta outside [0, 1] (a traced eta is not checked).
+        ConfigError: eta outside [0, 1] (a traced eta is not checked).
     """
     require(not is_known(eta) or 0 <= eta <= 1, "eta", eta, "in [0, 1]")
     return Ddim(eta)
@@ -54,7 +53,7 @@ def euler_ancestral(eta: Number = 1.0) -> Sampler:
     units: the same map as DDIM's with this eta in [0, 1].
 
     Raises:
-        ValueError: eta outside [0, 1] (a traced eta is not checked).
+        ConfigError: eta outside [0, 1] (a traced eta is not checked).
     """
     return ddim(eta)
 

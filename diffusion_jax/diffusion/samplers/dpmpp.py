@@ -31,11 +31,11 @@ class Dpmpp2S(TwoStage):
     goes_off_grid: ClassVar[bool] = True
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> Schedule:
-        """The rows between which those half-way are found."""
+        """The schedule, in which the rows half-way are interpolated."""
         return schedule
 
     def step(self, now: Step) -> tuple[Batch, Schedule]:
-        """Lu et al. 2022 (DPM-Solver++), algorithm 1 with r_1 = 1/2: x_0 taken at the middle."""
+        """Lu et al. 2022 (DPM-Solver++), algorithm 1 with r_1 = 1/2: x_0 at the middle."""
         x_t, row, row_prev = now.x_t, now.row, now.row_prev
         prediction = now.predict(x_t, row)
         euler = ddim_step(prediction, row_prev)
@@ -55,7 +55,7 @@ class Dpmpp2M(Sampler):
     eta: Number
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> Memory:
-        """No step yet."""
+        """The memory of no step."""
         return no_memory(x_T)
 
     def step(self, now: Step) -> tuple[Batch, Memory]:
@@ -82,15 +82,15 @@ class Dpmpp3M(Sampler):
     """See ``dpmpp_3m``."""
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> Memory:
-        """No step yet."""
+        """The memory of no step."""
         return no_memory(x_T)
 
     def step(self, now: Step) -> tuple[Batch, Memory]:
         """DDIM + sqrt(ab_prev) (phi_2 h x_0' - phi_3 h^2 x_0''), the derivatives of x_0 in lambda.
 
-        They are those of the parabola through the last three x_0; the first step of a chain knows
-        x_0 alone, the second its slope. The second derivative is twice the second divided
-        difference: published code leaves out the 2 and is of second order.
+        The derivatives are those of the parabola through the last three x_0. In the first step of
+        a chain they are 0; in the next one x_0 is a line, without a second derivative. That is
+        twice the second divided difference: published code leaves out the 2 and has order 2.
         """
         x_t, row, row_prev = now.x_t, now.row, now.row_prev
         prediction = now.predict(x_t, row)
@@ -106,7 +106,7 @@ class Dpmpp3M(Sampler):
 
 
 def dpmpp_2s() -> Sampler:
-    """DPM-Solver++(2S), single-step: x_0 evaluated at the step's middle (Lu et al. 2022)."""
+    """DPM-Solver++(2S), single-step: x_0 at the middle of the step (Lu et al. 2022)."""
     return Dpmpp2S()
 
 
@@ -121,7 +121,7 @@ def dpmpp_2m_sde(eta: Number = 1.0) -> Sampler:
     ``eta`` >= 0 scales the noise: 0 is dpmpp_2m, 1 the SDE of the forward process.
 
     Raises:
-        ValueError: a negative eta.
+        ConfigError: a negative eta.
     """
     require(not is_known(eta) or 0 <= eta < np.inf, "eta", eta, "a finite number >= 0")
     return Dpmpp2M(eta)

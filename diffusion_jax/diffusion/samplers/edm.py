@@ -46,7 +46,7 @@ class Heun(TwoStage):
 
 
 class EdmState(NamedTuple):
-    """The schedule, for the rows of the raised noise levels, and the steps of the chain."""
+    """The schedule, for the rows of the raised noise levels, and the number of steps."""
 
     schedule: Schedule
     num_steps: Int[Array, ""]
@@ -63,11 +63,11 @@ class Edm(TwoStage):
     noise: Number
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> EdmState:
-        """The rows between which those of raised noise are found."""
+        """The schedule, in which the rows of raised noise are interpolated."""
         return EdmState(schedule, jnp.asarray(len(rows)))
 
     def step(self, now: Step) -> tuple[Batch, EdmState]:
-        """Raise sigma by the factor 1 + gamma with fresh noise, then a step of Heun's from there.
+        """Raise sigma by the factor 1 + gamma with fresh noise, then take a step of Heun's method.
 
         gamma = min(churn / num_steps, sqrt(2) - 1) for sigma in [churn_min, churn_max], else 0
         (EDM algorithm 2); never beyond the schedule's own largest sigma.
@@ -80,9 +80,9 @@ class Edm(TwoStage):
         )  # of -log SNR
         raised = schedules.at_log_snr(state.schedule, (row.log_snr - rise)[None])[0]
         # y + sqrt(sigma_hat^2 - sigma^2) z, times sqrt(alpha_bar) at the raised level
-        shrunk = jnp.sqrt(raised.alpha_bar / row.alpha_bar) * x_t
-        added = jnp.sqrt(raised.one_minus_alpha_bar * -jnp.expm1(-rise))
-        x_hat = shrunk + self.noise * added * normal(now.keys, x_t)
+        signal = jnp.sqrt(raised.alpha_bar / row.alpha_bar) * x_t
+        deviation = jnp.sqrt(raised.one_minus_alpha_bar * -jnp.expm1(-rise))
+        x_hat = signal + self.noise * deviation * normal(now.keys, x_t)
         return _heun(now._replace(x_t=x_hat, row=raised)), now.state
 
 
@@ -94,13 +94,13 @@ def heun() -> Sampler:
 def edm(
     churn: Number = 40.0, churn_min: Number = 0.05, churn_max: Number = 50.0, noise: Number = 1.003
 ) -> Sampler:
-    """EDM's stochastic sampler: fresh noise before each step of Heun's (algorithm 2).
+    """EDM's stochastic sampler: fresh noise before each step of Heun's method (algorithm 2).
 
     ``churn`` >= 0 is S_churn, ``churn_min`` and ``churn_max`` are S_tmin and S_tmax in units of
     sigma, ``noise`` > 0 is S_noise; the defaults are EDM's for ImageNet-64 (table 5).
 
     Raises:
-        ValueError: a number out of its range.
+        ConfigError: a number out of its range.
     """
     require(not is_known(churn) or 0 <= churn < np.inf, "churn", churn, "a finite number >= 0")
     require(not is_known(churn_min) or churn_min >= 0, "churn_min", churn_min, "at least 0")

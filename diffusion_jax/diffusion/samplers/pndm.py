@@ -11,14 +11,14 @@ from diffusion_jax.diffusion.process import Prediction
 from diffusion_jax.diffusion.samplers.base import Batch, Sampler, Step, ddim_step, step_along
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 
-# Adams and Bashforth's weights of the newest eps, the one before it, and so on, by order.
+# Adams and Bashforth's weights, by order: of the newest eps, of the one before it, and so on.
 ADAMS_BASHFORTH = (
     np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]) / 24
 )
 
 
 class PndmState(NamedTuple):
-    """The eps of the last evaluations, newest first, how many steps there were, and the rows."""
+    """The eps of the last steps, newest first, the number of all steps so far, and the schedule."""
 
     eps: Float[Array, "3 batch ..."]
     num_steps: Int[Array, ""]
@@ -32,12 +32,12 @@ class Plms(Sampler):
     num_starting: ClassVar[int] = 1  # steps before the multistep method
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> PndmState:
-        """No step yet."""
+        """The memory of no step."""
         eps = jnp.zeros((len(ADAMS_BASHFORTH) - 1, *x_T.shape), x_T.dtype)
         return PndmState(eps, jnp.zeros((), jnp.int32), schedule)
 
     def step(self, now: Step) -> tuple[Batch, PndmState]:
-        """A DDIM step along a combination of this eps and those before it (PNDM eqs. 9 to 12)."""
+        """A DDIM step along a combination of the newest eps (PNDM eqs. 9 to 12)."""
         prediction = now.predict(now.x_t, now.row)
         history = jnp.concatenate([prediction.eps[None], now.state.eps])
         order = jnp.minimum(now.state.num_steps, len(ADAMS_BASHFORTH) - 1)
@@ -51,7 +51,7 @@ class Plms(Sampler):
         return x_prev, PndmState(history[:-1], now.state.num_steps + 1, now.state.schedule)
 
     def _start(self, now: Step, prediction: Prediction) -> Batch:
-        """The mean eps of the step's two ends: the improved Euler method."""
+        """The mean of eps at the two ends of the step: the improved Euler method."""
         euler = ddim_step(prediction, now.row_prev)
         return (prediction.eps + now.predict(euler, now.row_prev).eps) / 2
 
@@ -82,18 +82,18 @@ class Pndm(Plms):
 
 
 def plms() -> Sampler:
-    """Pseudo linear multistep, four eps combined, an improved Euler step first (S-PNDM's start).
+    """Pseudo linear multistep of four eps, after one improved Euler step (S-PNDM's start).
 
-    Liu et al. 2022 (PNDM), as latent diffusion uses it. The weights are those of even steps in
-    sigma: on a chain of few steps that grow fast, such as the cosine schedule's timesteps, they
-    amplify errors; "karras" and "log_snr" suit them.
+    Liu et al. 2022 (PNDM), as in latent diffusion. The weights are those of even steps in sigma.
+    On a chain of few steps that grow fast, such as the cosine schedule's timesteps, they amplify
+    errors; the spacings "karras" and "log_snr" suit them.
     """
     return Plms()
 
 
 def pndm() -> Sampler:
-    """Pseudo linear multistep, started by three pseudo Runge-Kutta steps (Liu et al. 2022).
+    """Pseudo linear multistep of four eps, after three pseudo Runge-Kutta steps (Liu et al. 2022).
 
-    What ``plms`` says of few steps holds here more so.
+    On a chain of few steps it amplifies errors even more than ``plms``.
     """
     return Pndm()

@@ -20,9 +20,9 @@ from diffusion_jax.diffusion.schedules.schedule import Schedule
 
 
 class UniPCState(NamedTuple):
-    """What a corrector needs of the step before it."""
+    """The memory of the corrector."""
 
-    euler: Batch  # the DDIM step that led to where the chain stands
+    euler: Batch  # x_t as the DDIM step before predicted it
     memory: Memory
 
 
@@ -30,19 +30,20 @@ class UniPC(Sampler):
     """See ``unipc``."""
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> UniPCState:
-        """No step yet."""
+        """The memory of no step."""
         return UniPCState(x_T, no_memory(x_T))
 
     def step(self, now: Step) -> tuple[Batch, UniPCState]:
-        """Correct the last step by what it led to, then predict; one evaluation serves both.
+        """Correct the last step by the evaluation at its end, then predict by the same evaluation.
 
-        UniPC-2 (Zhao et al. 2023, algorithms 5 and 6) with its linear system solved exactly, in
-        which B(h) cancels: both fit x_0 by a parabola or a line in lambda.
+        UniPC-2 (Zhao et al. 2023, algorithms 5 and 6) with the exact solution of its linear system,
+        in which B(h) cancels: the corrector fits x_0 by a parabola in lambda, the predictor by a
+        line.
         """
         x_t, row, row_prev = now.x_t, now.row, now.row_prev
         prediction = now.predict(x_t, row)
         memory = now.state.memory
-        h, h_before = memory.width, memory.width_before  # of the step that led here, and before
+        h, h_before = memory.width, memory.width_before  # of the last step, and the one before it
         phi_2, phi_3 = phi(h)
         bent = (phi_2 + 2 * phi_3) * ratio(h, h + h_before)
         corrected = now.state.euler + jnp.sqrt(row.alpha_bar) * (
