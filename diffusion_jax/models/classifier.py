@@ -1,4 +1,4 @@
-"""A small convolutional network that names the class of an image, and what it sees on the way."""
+"""A small convolutional classifier of images, with the features before its last layer."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 from flax import nnx
 from jaxtyping import Array, Float
 
-from diffusion_jax.models.mlp import linear
+from diffusion_jax.models.layers.linear import conv, linear
 from diffusion_jax.models.pure import pure
-from diffusion_jax.models.unet import conv
 
 CHANNELS = (16, 32, 64)
 NUM_FEATURES = 64
@@ -35,10 +34,10 @@ def create_classifier(shape: tuple[int, ...], num_classes: int) -> ClassifierNet
 
 
 class ConvNet(nnx.Module):
-    """Three convolutions that halve the image each, a layer of features, a layer of logits.
+    """Three convolutions that each halve the image, a layer of features, a layer of logits.
 
-    Strides halve it, for XLA:CPU is slow at the gradient of max pooling. SiLU, for after ReLUs
-    half of the features were zero for every image.
+    The convolutions have strides, because XLA:CPU is slow at the gradient of max pooling. The
+    activation is SiLU, because after ReLUs half of the features were zero for every image.
 
     Args:
         shape: of an image, (height, width, channels).
@@ -57,7 +56,7 @@ class ConvNet(nnx.Module):
     def __call__(
         self, x_0: Float[Array, "B H W C"]
     ) -> tuple[Float[Array, "B D"], Float[Array, "B K"]]:
-        """What the last layer reads, and the logits that it makes of it."""
+        """The features, which are the input of the last layer, and its logits."""
         h = x_0
         for layer in self.convs.values():
             h = nnx.silu(layer(h))

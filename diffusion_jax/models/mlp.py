@@ -1,31 +1,15 @@
-"""A residual network for points, and what the U-Net shares with it: dense layers, the embedding."""
+"""A residual network for points."""
 
-import functools
-import math
-
-import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from diffusion_jax.errors import require
-from diffusion_jax.models.pure import uniform
-
-
-@uniform
-def glorot(key: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """The half-width of Glorot's uniform distribution: sqrt(6 / (fan in + fan out))."""
-    del key
-    receptive, c_in, c_out = math.prod(shape[:-2]), *shape[-2:]
-    return jnp.full(shape, math.sqrt(6 / (receptive * (c_in + c_out))), dtype)
-
-
-ZERO = nnx.initializers.zeros_init()
-linear = functools.partial(nnx.Linear, kernel_init=glorot)  # of the last axis: a 1x1 convolution
+from diffusion_jax.models.layers.embedding import Embedding
+from diffusion_jax.models.layers.linear import ZERO, linear
 
 
 class MLP(nnx.Module):
-    """The network eps(x_t, t) for points: residual layers, each told the timestep.
+    """The network eps(x_t, t) for points: residual layers, each with the timestep's embedding.
 
     Args:
         shape: of a point, (dimensions,).
@@ -66,7 +50,7 @@ class MLP(nnx.Module):
         label: Int[Array, " B"] | None,
         keys: Key[Array, " B"] | None,
     ) -> Float[Array, "B D_out"]:
-        """The output; there is no dropout, so the keys have no effect."""
+        """The output; the keys have no effect, because there is no dropout."""
         embedding = nnx.silu(self.embedding(timestep, label))
         h = self.stem(x_t)
         for layer in self.layers:
@@ -88,36 +72,3 @@ class Layer(nnx.Module):
         """The next h; E is the length of the embedding."""
         hidden = self.linear_1(nnx.silu(h)) + self.embedding(embedding)
         return h + self.linear_2(nnx.silu(hidden))
-
-
-class Embedding(nnx.Module):
-    """Sinusoids of the timestep through two layers, plus a vector per class; in float32.
-
-    The vector after those of the classes, number ``num_classes``, is that of no class.
-    """
-
-    def __init__(self, width: int, num_classes: int | None, *, rngs: nnx.Rngs) -> None:
-        self.width = width
-        self.linear_1 = linear(width, 4 * width, rngs=rngs)
-        self.linear_2 = linear(4 * width, 4 * width, rngs=rngs)
-        unit = uniform(
-            nnx.initializers.constant(math.sqrt(3))
-        )  # of unit variance, as in iDDPM's code
-        embed = functools.partial(nnx.Embed, embedding_init=unit, rngs=rngs)
-        self.label = None if num_classes is None else embed(num_classes + 1, 4 * width)
-
-    def __call__(
-        self, timestep: Float[Array, " B"], label: Int[Array, " B"] | None
-    ) -> Float[Array, "B E"]:
-        """The sum of the two, of length E = 4 width."""
-        # cos(w t) and sin(w t) for w from 1 down to 1/10000 (Vaswani et al. 2017)
-        half = self.width // 2
-        w = jnp.exp(-math.log(10_000) / half * jnp.arange(half))
-        angle = timestep.astype(jnp.float32)[:, None] * w[None]
-        waves = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-        h = self.linear_2(nnx.silu(self.linear_1(waves)))
-        if self.label is None:
-            return h
-        if label is None:
-            raise ValueError("label = None: a class-conditional model needs a label per example")
-        return h + self.label(label)

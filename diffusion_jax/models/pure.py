@@ -15,9 +15,9 @@ DRAWN_AT_ONCE = "drawn_at_once"  # metadata of a parameter that was built by ``u
 def uniform(half_width: Initializer) -> Initializer:
     """An initialiser of U(-w, w), where ``half_width`` (key, shape, dtype) returns w.
 
-    The parameter is built holding w, and ``pure`` multiplies all such parameters by one draw: a
-    draw for each layer takes the compiler ten times as long. Other initialisers work as they say,
-    and cost that time.
+    The parameter is built with the value w, and ``pure`` multiplies all such parameters by one
+    draw, because a draw for each layer takes the compiler ten times as long. Other initialisers
+    work as in Flax, and cost that time.
     """
     return nnx.with_metadata(half_width, **{DRAWN_AT_ONCE: True})
 
@@ -27,23 +27,23 @@ def pure(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """init(key) -> params, nested dicts of arrays, and apply(params, *inputs); allocates nothing.
 
-    Every parameter is what its initialiser says; see ``uniform`` for the fast ones.
+    Every initialiser works as in Flax; ``uniform`` makes those that compile fast.
     """
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
 
     @jax.jit
     def init(key: Key[Array, ""]) -> dict[str, Any]:
         state = nnx.state(create(nnx.Rngs(key)), nnx.Param)
-        scale = jax.tree.map(
+        is_drawn = jax.tree.map(
             lambda leaf: leaf.get_metadata().get(DRAWN_AT_ONCE, False),
             state,
             is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
         )
-        # checkpoints would make strings of a list's integers
-        params, scale = (_rename(nnx.to_pure_dict(tree), str) for tree in (state, scale))
+        # checkpoints would turn the integers of a list into strings
+        params, is_drawn = (_rename(nnx.to_pure_dict(tree), str) for tree in (state, is_drawn))
         flat, unravel = ravel_pytree(params)
         draws = unravel(jax.random.uniform(key, flat.shape, minval=-1, maxval=1))
-        return jax.tree.map(lambda w, u, drawn: w * u if drawn else w, params, draws, scale)
+        return jax.tree.map(lambda w, u, drawn: w * u if drawn else w, params, draws, is_drawn)
 
     def apply(params: Mapping[str, Any], *inputs: Any) -> Any:
         return nnx.merge(graphdef, _rename(params, _number))(*inputs)

@@ -1,12 +1,11 @@
 """The U-Net of DDPM (Ho et al. 2020, appendix B), with the label and the variance of iDDPM.
 
-Per level of resolution `num_blocks` residual blocks, each told the timestep, with self-attention at
-chosen heights; then the same levels upwards with one block more, each consuming a skip connection.
-As in DDPM the embedding is added (iDDPM can also scale by it), so that the number of parameters is
-that of the paper: 35,746,307 for its CIFAR-10 model.
+Each level of resolution has `num_blocks` residual blocks, with self-attention at chosen heights;
+the same levels upwards have one block more, and each of those reads a skip connection. Each block
+adds the embedding of the timestep, as in DDPM (iDDPM can also scale by it), so that the number of
+parameters is that of the paper: 35,746,307 for its CIFAR-10 model.
 """
 
-import functools
 import itertools
 import math
 from typing import Any
@@ -17,15 +16,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from diffusion_jax.errors import choose, require
-from diffusion_jax.models.layers.conv import Conv3x3
+from diffusion_jax.models.layers.attention import Attention
+from diffusion_jax.models.layers.embedding import Embedding
+from diffusion_jax.models.layers.linear import ZERO, conv, conv3x3, linear
 from diffusion_jax.models.layers.norm import GroupNorm
 from diffusion_jax.models.layers.upsample import upsample
-from diffusion_jax.models.mlp import ZERO, Embedding, glorot, linear
 
 Keys = Key[Array, " B"] | None  # of dropout, one per example; None: no dropout
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-conv = functools.partial(nnx.Conv, kernel_size=(3, 3), kernel_init=glorot)
-conv3x3 = functools.partial(Conv3x3, kernel_size=(3, 3), kernel_init=glorot)
 
 
 class UNet(nnx.Module):
@@ -66,59 +64,43 @@ class UNet(nnx.Module):
     ) -> None:
         require(len(shape) == 3, "config.model.name", "unet", f"'mlp' for data of shape {shape}")
         require(width > 0 and width % 2 == 0, "config.model.width", width, "even and at least 2")
-        multipliers = "config.model.channel_multipliers", channel_multipliers
-        levels = len(channel_multipliers)
-        require(levels > 0, *multipliers, "of length 1 at least")
-        require(min(channel_multipliers) > 0, *multipliers, "integers of at least 1")
-        # The power of two in the height and the width says how often they can be halved.
-        factor = math.gcd(*shape[:2]) & -math.gcd(*shape[:2])
-        allowed = f"of length {factor.bit_length()} or less for images of shape {shape}"
-        require(levels <= factor.bit_length(), *multipliers, allowed)
         require(num_blocks > 0, "config.model.num_blocks", num_blocks, "at least 1")
         require(0 <= dropout < 1, "config.model.dropout", dropout, "at least 0 and less than 1")
         self.dtype = choose("config.model.dtype", dtype, DTYPES, "dtype")
-
+        _check_levels(channel_multipliers, shape)
         channels = [width * multiplier for multiplier in channel_multipliers]
-        heights = [shape[0] >> level for level in range(levels)]
-        attends = [height in attention_resolutions for height in heights]
-        resolutions = "config.model.attention_resolutions", attention_resolutions
-        allowed = f"among the image heights that occur, {heights}"
-        require(set(attention_resolutions) <= set(heights), *resolutions, allowed)
-        for c in {channels[-1], *itertools.compress(channels, attends)}:
-            fits = head_channels > 0 and c % head_channels == 0
-            allowed = f"a divisor of the {c} channels where there is attention"
-            require(fits, "config.model.head_channels", head_channels, allowed)
+        attends = _attention(channels, shape[0], attention_resolutions, head_channels)
 
         options = {"dtype": self.dtype, "rngs": rngs}
-        numbers = itertools.count()  # every dropout layer has its own
+        count = itertools.count()  # of the dropout layers
 
         def block(c_in: int, c_out: int, attention: bool) -> Block:
             heads = c_out // head_channels if attention else 0
-            return Block(c_in, c_out, 4 * width, heads, dropout, next(numbers), **options)
+            return Block(c_in, c_out, 4 * width, heads, rate=dropout, number=next(count), **options)
 
         self.embedding = Embedding(width, num_classes if class_conditional else None, rngs=rngs)
         self.stem = conv(shape[2], width, **options)
 
         self.down, self.downsample = nnx.List(), nnx.List()
         c, skips = width, [width]
-        for level in range(levels):
+        for level, c_out in enumerate(channels):
             if level > 0:
                 self.downsample.append(conv(c, c, strides=2, **options))
                 skips.append(c)
             self.down.append(nnx.List())
             for _ in range(num_blocks):
-                self.down[-1].append(block(c, channels[level], attends[level]))
-                c = channels[level]
+                self.down[-1].append(block(c, c_out, attends[level]))
+                c = c_out
                 skips.append(c)
 
         self.middle = nnx.List([block(c, c, True), block(c, c, False)])
 
         self.up, self.upsample = nnx.List(), nnx.List()
-        for level in reversed(range(levels)):
+        for level, c_out in reversed(list(enumerate(channels))):
             self.up.append(nnx.List())
             for _ in range(num_blocks + 1):
-                self.up[-1].append(block(c + skips.pop(), channels[level], attends[level]))
-                c = channels[level]
+                self.up[-1].append(block(c + skips.pop(), c_out, attends[level]))
+                c = c_out
             if level > 0:
                 self.upsample.append(Upsample(c, **options))
 
@@ -132,7 +114,7 @@ class UNet(nnx.Module):
         label: Int[Array, " B"] | None,
         keys: Keys,
     ) -> Float[Array, "B H W C_out"]:
-        """The output, float32; the keys, one per example, switch dropout on."""
+        """The output, float32; with keys, one per example, there is dropout."""
         embedding = nnx.silu(self.embedding(timestep, label))
         h = self.stem(x_t)
         skips = [h]
@@ -153,6 +135,32 @@ class UNet(nnx.Module):
         return self.out(self.norm.silu(h.astype(jnp.float32), keys is not None))
 
 
+def _check_levels(multipliers: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    named = "config.model.channel_multipliers", multipliers
+    require(len(multipliers) > 0, *named, "of length 1 at least")
+    require(min(multipliers) > 0, *named, "integers of at least 1")
+    # the height and the width can be halved as often as their largest common power of two
+    power = math.gcd(*shape[:2]) & -math.gcd(*shape[:2])
+    allowed = f"of length {power.bit_length()} or less for images of shape {shape}"
+    require(len(multipliers) <= power.bit_length(), *named, allowed)
+
+
+def _attention(
+    channels: list[int], height: int, resolutions: tuple[int, ...], head_channels: int
+) -> list[bool]:
+    """Whether the blocks of each level have attention; those in the middle always have it."""
+    heights = [height >> level for level in range(len(channels))]
+    allowed = f"among the image heights that occur, {heights}"
+    named = "config.model.attention_resolutions", resolutions
+    require(set(resolutions) <= set(heights), *named, allowed)
+    attends = [height in resolutions for height in heights]
+    for c in {channels[-1], *itertools.compress(channels, attends)}:
+        fits = head_channels > 0 and c % head_channels == 0
+        allowed = f"a divisor of the {c} channels where there is attention"
+        require(fits, "config.model.head_channels", head_channels, allowed)
+    return attends
+
+
 class Block(nnx.Module):
     """A residual block and, with heads > 0, the self-attention after it."""
 
@@ -162,6 +170,7 @@ class Block(nnx.Module):
         c_out: int,
         c_emb: int,
         heads: int,
+        *,
         rate: float,
         number: int,
         **options: Any,
@@ -179,32 +188,12 @@ class Block(nnx.Module):
         self, x: Float[Array, "B H W D"], embedding: Float[Array, "B E"], keys: Keys
     ) -> Float[Array, "B H W C"]:
         """The block's output; E is the length of the embedding."""
-        trains = keys is not None  # then there is reverse mode only
+        trains = keys is not None  # then the lean forms, which have no forward mode
         h = self.conv_1(self.norm_1.silu(x, trains), trains)
         h = h + self.embedding(embedding)[:, None, None]
         h = self.conv_2(dropout(self.norm_2.silu(h, trains), self.rate, self.number, keys), trains)
         h = h + (x if self.skip is None else self.skip(x))
         return h if self.attention is None else self.attention(h)
-
-
-class Attention(nnx.Module):
-    """x + proj(softmax(q k' / sqrt(d)) v) over all pixels, d the channels of a head."""
-
-    def __init__(self, channels: int, heads: int, **options: Any) -> None:
-        self.heads = heads
-        self.norm = GroupNorm(channels)
-        self.qkv = linear(channels, 3 * channels, **options)
-        self.proj = linear(channels, channels, **options | {"kernel_init": ZERO})
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Every pixel attends to every pixel of its image."""
-        batch, height, width, channels = x.shape
-        d = channels // self.heads
-        qkv = self.qkv(self.norm(x)).reshape(batch, height * width, 3, self.heads, d)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-        weights = nnx.softmax(logits / math.sqrt(d)).astype(v.dtype)
-        return x + self.proj(jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape))
 
 
 class Upsample(nnx.Module):
@@ -224,7 +213,7 @@ class Upsample(nnx.Module):
 def dropout(
     h: Float[Array, " B *dims"], rate: float, number: int, keys: Keys
 ) -> Float[Array, " B *dims"]:
-    """Zero a share `rate` of each example by its own key, the same in whatever batch it is."""
+    """Zero a share `rate` of each example by its own key, the same in every batch."""
     if keys is None or rate == 0:
         return h
 

@@ -1,10 +1,10 @@
 """The 3x3 convolution of stride 1, plain and by Winograd's algorithm.
 
-Two thirds of the time of a chain on a CPU are the multiplications of these convolutions.
-``winograd`` is the same function with 2.25 times fewer of them, at the price of additions and
-memory. Narrow layers can afford that for a few images in a core's cache, wide ones for many, and
-for their gradients too. Accelerators get the plain form: their libraries choose an algorithm by
-themselves.
+On a CPU the multiplications of these convolutions take two thirds of the time of a chain.
+``winograd`` is the same function with 2.25 times fewer multiplications, but more additions and
+memory. It is faster in narrow layers for the few images that fit a core's cache, and in wide ones
+for many images and for gradients too. Accelerators get the plain form, because their libraries
+choose an algorithm by themselves.
 """
 
 import math
@@ -22,16 +22,16 @@ Kernel = Float[Array, "3 3 C D"]
 Weights = Float[Array, "16 C D"]
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
-# F(2, 3): two outputs of a filter g of three taps on four inputs d are A'[(G g) * (B'd)], four
-# multiplications in place of six (Lavin & Gray 2016, section 4.1).
+# F(2, 3): two outputs of a filter g of three taps on four inputs d are A'[(G g) * (B'd)], with four
+# multiplications instead of six (Lavin & Gray 2016, section 4.1).
 G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
-GG = np.kron(G, G)  # of both axes
+GG = np.kron(G, G)  # for both axes
 
-# with fewer channels there is too little to multiply between the transforms
+# with fewer channels the transforms cost more than the multiplications that they save
 MIN_CHANNELS, MIN_CHANNELS_IN_TRAINING = 32, 128
-MIN_TILES_IN_TRAINING = 64  # of a batch: fewer are rows of too small a matrix
-WIDE = 128  # channels: so many multiply faster with no large array put together before
-BYTES_AT_ONCE = 2**20  # of transformed images: they should stay in a core's cache
+MIN_TILES_IN_TRAINING = 64  # of a batch: with fewer rows the matrices are too small
+WIDE = 128  # channels from which sixteen products are faster than one of a large array
+BYTES_AT_ONCE = 2**20  # of transformed images, which should stay in a core's cache
 BYTES_AT_ONCE_IF_WIDE = 2**26
 
 
@@ -41,11 +41,11 @@ def plain(x: Images, kernel: Kernel) -> Outputs:
 
 
 def winograd(x: Images, kernel: Kernel) -> Outputs:
-    """``plain`` by F(2x2, 3x3), so many images at a time as ``BYTES_AT_ONCE`` allows."""
-    # one matrix product, which XLA takes out of the loop of a chain
+    """``plain`` by F(2x2, 3x3), as many images at a time as ``BYTES_AT_ONCE`` allows."""
+    # one matrix product, which XLA moves out of the loop of a chain
     weights = (jnp.asarray(GG) @ kernel.reshape(9, -1)).reshape(16, *kernel.shape[2:])
     multiply = _products_apart if min(kernel.shape[2:]) >= WIDE else _products
-    # the most images that fit; a divisor of the batch
+    # the largest divisor of the batch that fits
     batch, height, width, channels = x.shape
     most = BYTES_AT_ONCE_IF_WIDE if multiply is _products_apart else BYTES_AT_ONCE
     fitting = max(1, most // (4 * height * width * channels * x.dtype.itemsize))
@@ -58,7 +58,7 @@ def winograd(x: Images, kernel: Kernel) -> Outputs:
 
 
 def _tiles(x: Images, weights: Weights, multiply: Callable[..., list[Array]]) -> Outputs:
-    """Each tile of 2x2 outputs from the 4x4 inputs around it."""
+    """Compute each tile of 2x2 outputs from the 4x4 inputs around it."""
     batch, height, width, _ = x.shape
     rows, columns = math.ceil(height / 2), math.ceil(width / 2)
     products = multiply(_of_tiles(x), weights)
@@ -73,12 +73,12 @@ def _products(inputs: list[Array], weights: Weights) -> list[Array]:
 
 
 def _products_apart(inputs: list[Array], weights: Weights) -> list[Array]:
-    """The same without an array of all inputs."""
+    """The same products without an array of all inputs."""
     return [one @ weight for one, weight in zip(inputs, weights)]
 
 
 def _of_tiles(x: Images) -> list[Float[Array, "tiles C"]]:
-    """The 16 sums of each 4x4 tile of inputs, two of which have two rows or columns in common."""
+    """The 16 sums B'dB of each 4x4 tile of inputs; tiles overlap by two rows or columns."""
     _, height, width, channels = x.shape
     rows, columns = math.ceil(height / 2), math.ceil(width / 2)
     x = jnp.pad(x, ((0, 0), (1, 2 * rows - height + 1), (1, 2 * columns - width + 1), (0, 0)))
@@ -99,10 +99,11 @@ def _to_outputs(m: list[Array]) -> list[Array]:
 
 
 def winograd_gradients(x: Images, kernel: Kernel, dy: Outputs) -> tuple[Images, Kernel]:
-    """Those of ``winograd``, by as few multiplications: the inputs' is a convolution itself.
+    """The gradients of ``winograd``, with as few multiplications.
 
-    That of each of the 16 transformed weights is inputs' products, [C, tiles] by [tiles, D], where
-    products are A dy A'; G'[...]G makes the kernel's of them.
+    The gradient of the inputs is itself a convolution. That of each of the 16 transformed weights
+    is a product [C, tiles] by [tiles, D] of the transformed inputs and of A dy A'; the gradient of
+    the kernel is G'[...]G of them.
     """
     x, kernel = _not_before(dy, x), _not_before(dy, kernel)
     dx = winograd(dy, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
@@ -112,11 +113,11 @@ def winograd_gradients(x: Images, kernel: Kernel, dy: Outputs) -> tuple[Images, 
 
 
 def _not_before(dy: Outputs, array: Array) -> Array:
-    """The array, so that XLA makes nothing of it before ``dy`` is there.
+    """The array, which XLA cannot use before it has ``dy``.
 
-    It would keep all layers' transforms of the forward pass, in place of making them again, and
-    make those of the kernels at once: twice the memory of a step. On a CPU it takes optimization
-    barriers out; a product with zero stays, for it is not zero where ``dy`` is not finite.
+    Otherwise it would store the transforms of all layers from the forward pass, instead of
+    computing them again, and transform all kernels at once: twice the memory of a step. XLA:CPU
+    drops optimization barriers but cannot fold 0 * dy (NaN * 0 is not 0), so this orders the work.
     """
     return array + 0 * dy[0, 0, 0, 0]
 
@@ -137,14 +138,14 @@ def _to_products(first: Array, second: Array) -> list[Array]:
 
 
 def convolve(x: Images, kernel: Kernel) -> Outputs:
-    """``plain``, in the form that is fastest where it runs."""
+    """``plain``, in the form that is fastest on the platform."""
     if min(kernel.shape[2:]) < MIN_CHANNELS or x.dtype != jnp.float32:
         return plain(x, kernel)
     return jax.lax.platform_dependent(x, kernel, cpu=winograd, default=plain)
 
 
 def convolve_in_training(x: Images, kernel: Kernel) -> Outputs:
-    """``plain``, with its gradient, in the form that is fastest where it runs; no forward mode."""
+    """``plain`` in the form whose gradient is fastest on the platform; it has no forward mode."""
     batch, height, width, _ = x.shape
     tiles = batch * math.ceil(height / 2) * math.ceil(width / 2)
     is_large = min(kernel.shape[2:]) >= MIN_CHANNELS_IN_TRAINING and tiles >= MIN_TILES_IN_TRAINING
@@ -152,7 +153,7 @@ def convolve_in_training(x: Images, kernel: Kernel) -> Outputs:
 
 
 def _forward(x: Images, kernel: Kernel) -> tuple[Outputs, tuple[Images, Kernel]]:
-    # what ``winograd`` makes of x is four times as large: made again for the gradient
+    # x is stored, not its transform, which is four times as large and is computed again
     return convolve(x, kernel), (x, kernel)
 
 
@@ -171,10 +172,10 @@ _lean.defvjp(_forward, _backward)
 
 
 class Conv3x3(nnx.Conv):
-    """The layer, with its bias."""
+    """A 3x3 convolution of stride 1, with its bias."""
 
     def __call__(self, x: Images, is_training: bool) -> Outputs:
-        """The same height and width, in the layer's dtype."""
+        """An output of the same height and width, in the layer's dtype."""
         function = convolve_in_training if is_training else convolve
         y = function(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
         return y + self.bias[...][None, None, None].astype(self.dtype)

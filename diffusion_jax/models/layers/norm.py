@@ -1,9 +1,9 @@
 """Group normalization, and with the SiLU that follows it as one function.
 
-The gradient of ``norm_silu`` as JAX derives it keeps five arrays of the input's size until it is
-taken. ``lean_norm_silu`` is the same function with its gradient written out, which keeps the input
-alone: two fifths less temporary memory in a training step (docs/BENCHMARKS.md). It has no forward
-mode (``jax.jvp``).
+The gradient of ``norm_silu`` that JAX derives stores five arrays of the size of the input between
+the passes. ``lean_norm_silu`` is the same function with a written-out gradient that stores the
+input alone: a training step needs two fifths less temporary memory (docs/BENCHMARKS.md). It has no
+forward mode (``jax.jvp``).
 """
 
 import jax
@@ -19,17 +19,17 @@ Residuals = tuple[Images, OfChannels, OfChannels, Weights, Weights]
 
 
 def group_mean(groups: int, values: OfChannels) -> OfChannels:
-    """The mean over each group of neighbouring channels, for each of its channels."""
+    """The mean over each group of neighbouring channels, repeated for each of its channels."""
     split = values.reshape(values.shape[0], groups, -1)
     mean = split.mean(2, keepdims=True)
     return jnp.broadcast_to(mean, split.shape).reshape(values.shape)
 
 
 def moments(groups: int, x: Images) -> tuple[OfChannels, OfChannels]:
-    """The mean of the group of each channel, and 1 / sqrt(variance + epsilon); float32.
+    """The mean of each channel's group, and 1 / sqrt(variance + epsilon), in float32.
 
-    The moments of the channels, then from them those of the groups: so the large sums run along
-    rows of memory, and no two large numbers are subtracted.
+    They follow from the moments of the channels, so that the large sums run along rows of memory
+    and no large numbers are subtracted from each other.
     """
     x = x.astype(jnp.float32)
     mean_c = x.mean((1, 2))
@@ -57,7 +57,7 @@ def _forward(groups: int, x: Images, scale: Weights, bias: Weights) -> tuple[Ima
 
 
 def _backward(groups: int, residuals: Residuals, dy: Images) -> tuple[Images, Weights, Weights]:
-    """The gradient by x, scale and bias, with z = scale x^ + bias.
+    """The gradients of x, scale and bias, with z = scale x^ + bias.
 
     dx = (scale dz - mean(scale dz) - x^ mean(scale dz x^)) / deviation and
     dz = dy s (1 + z (1 - s)), s = sigmoid(z). x^ is the normalized input; the means are over a
@@ -84,8 +84,8 @@ lean_norm_silu.defvjp(_forward, _backward)
 class GroupNorm(nnx.Module):
     """Zero mean and unit variance over the pixels and channels of a group (Wu & He 2018).
 
-    At most 32 groups, each of 4 channels or more, as in DDPM at its width of 128: with one channel
-    per group the norm would subtract the very timestep embedding that was added before it.
+    There are at most 32 groups of at least 4 channels, as in DDPM at its width of 128. With one
+    channel per group the norm would remove the timestep embedding that was added before it.
     """
 
     def __init__(self, channels: int) -> None:
@@ -95,12 +95,12 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels))
 
     def __call__(self, x: Images) -> Images:
-        """Normalise each image by itself; the moments are float32."""
+        """Normalise each image on its own; the moments are float32."""
         mean, inverse = moments(self.groups, x)
         gain = self.scale[...][None] * inverse
         return normalize(x, mean, gain, self.bias[...]).astype(x.dtype)
 
     def silu(self, x: Images, lean: bool) -> Images:
-        """The norm and SiLU; ``lean`` where a gradient is taken and no forward mode is."""
+        """The norm and SiLU; ``lean`` has a smaller gradient, and no forward mode."""
         function = lean_norm_silu if lean else norm_silu
         return function(self.groups, x, self.scale[...], self.bias[...])

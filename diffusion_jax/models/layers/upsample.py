@@ -1,6 +1,6 @@
 """Nearest-neighbour upsampling by 2 and the 3x3 convolution after it, as one function.
 
-A 3x3 window on the large image sees 2x2 pixels of the small one, some of them more than once.
+A 3x3 window on the large image covers 2x2 pixels of the small one, some of them more than once.
 ``plain`` has 36 products for the four outputs of a pixel, ``phases`` 16 and ``nine_products`` 9.
 """
 
@@ -27,8 +27,8 @@ def phases(x: Images, kernel: Kernel) -> Large:
     fold = jnp.array([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
     kernels = jnp.einsum("apr,bqs,rsio->abpqio", fold, fold, kernel)
 
-    # Four convolutions, not one of four times the channels: XLA:CPU takes 70 times as long for
-    # the weight gradient of that one.
+    # Four convolutions, because XLA:CPU takes 70 times as long for the weight gradient of one with
+    # four times the channels.
     def phase(a: int, b: int) -> Array:
         pad = ((1 - a, a), (1 - b, b))
         w = kernels[a, b].astype(x.dtype)
@@ -38,9 +38,10 @@ def phases(x: Images, kernel: Kernel) -> Large:
 
 
 def nine_products(x: Images, kernel: Kernel) -> Large:
-    """Along an axis, pixels p, q, r and weights k, l, m: q's outputs from three products.
+    """Along each axis three products for the two outputs of pixel q, between pixels p and r.
 
-    They are kp + (l + m)q = k(p - q) + (k + l + m)q and (k + l)q + mr = (k + l + m)q + m(r - q).
+    With weights k, l, m the outputs are kp + (l + m)q = k(p - q) + (k + l + m)q and
+    (k + l)q + mr = (k + l + m)q + m(r - q).
     """
     batch, height, width, channels = x.shape
     take = jnp.array([[1.0, 0, 0], [1, 1, 1], [0, 0, 1]])
@@ -66,7 +67,7 @@ def nine_products(x: Images, kernel: Kernel) -> Large:
 
 
 def _interleave(outputs: Sequence[Sequence[Array]]) -> Array:
-    """The phases [row][column] of the output, put together."""
+    """Combine the phases [row][column] of the output."""
     rows = [jnp.stack(of_row, axis=3) for of_row in outputs]
     h = jnp.stack(rows, axis=2)
     batch, height, _, width, _, channels = h.shape
@@ -74,7 +75,7 @@ def _interleave(outputs: Sequence[Sequence[Array]]) -> Array:
 
 
 def upsample(x: Images, kernel: Kernel, is_training: bool) -> Large:
-    """``plain``, in the form that is fastest where it runs."""
+    """``plain``, in the form that is fastest on the platform."""
     fewest = conv.MIN_CHANNELS_IN_TRAINING if is_training else conv.MIN_CHANNELS
     if min(kernel.shape[2:]) < fewest or x.dtype != jnp.float32:
         return phases(x, kernel)
