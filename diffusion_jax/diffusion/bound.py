@@ -1,4 +1,4 @@
-"""The variational bound of given examples, at one timestep of each stratum of the schedule."""
+"""The variational bound of examples, estimated at one timestep in each stratum of a schedule."""
 
 import functools
 from typing import NamedTuple
@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from diffusion_jax.diffusion import likelihood, losses, process
-from diffusion_jax.diffusion.losses import Examples, Objective
+from diffusion_jax.diffusion.examples import Examples
+from diffusion_jax.diffusion.losses import Objective
 from diffusion_jax.diffusion.network import Network
 from diffusion_jax.diffusion.process import Example
 from diffusion_jax.diffusion.schedules.schedule import Schedule, clip_posterior_variance
@@ -24,7 +25,7 @@ class Terms(NamedTuple):
 
 
 class Strata(NamedTuple):
-    """Consecutive rows of a schedule, of which an image is evaluated at one, drawn uniformly."""
+    """Groups of consecutive rows; an image is evaluated at one row of each, drawn uniformly."""
 
     number: Int[np.ndarray, " strata"]
     first: Int[np.ndarray, " strata"]
@@ -32,7 +33,7 @@ class Strata(NamedTuple):
 
 
 def stratify(num_timesteps: int, budget: int) -> Strata:
-    """``budget`` strata over the rows 0..T-1: t = 1 alone, whose L_0 is unlike the others."""
+    """``budget`` strata over the rows 0..T-1; t = 1 has its own, as L_0 is unlike the others."""
     ends = np.round(np.linspace(1, num_timesteps, budget)).astype(int)
     first = np.concatenate([[0], ends[:-1]]) if budget > 1 else np.zeros(1, int)
     return Strata(np.arange(budget), first, np.concatenate([first[1:], [num_timesteps]]) - first)
@@ -47,7 +48,7 @@ def example_terms(
     *,
     clip_x_0: bool,
 ) -> Terms:
-    """The term of the bound of one example at one timestep, and the errors of its prediction."""
+    """The term of the bound for one example at one timestep, and the errors of its prediction."""
     x_t = process.q_sample(row, x_0, eps)
     prediction = losses.decode_output(objective, row, x_t, output)
     if clip_x_0:
@@ -72,9 +73,10 @@ def bound_terms(
     strata: Strata,
     clip_x_0: bool,
 ) -> tuple[Int[Array, "strata batch"], Terms]:
-    """The rows drawn for each image, one per stratum, and the terms there.
+    """The rows that are drawn for each image, one per stratum, and the terms of the bound there.
 
-    The network runs on the batch between two vmapped functions, all of it vmapped over strata.
+    The network runs on the batch between two vmapped functions, and all of this is vmapped over
+    the strata.
     """
     row_key, noise_key = jax.random.split(key)
     schedule, x_0 = clip_posterior_variance(schedule), examples.x_0
@@ -85,8 +87,8 @@ def bound_terms(
         def draw(index: Int[Array, ""]) -> tuple[Int[Array, ""], Float[Array, "..."]]:
             u = jax.random.uniform(jax.random.fold_in(jax.random.fold_in(row_key, index), number))
             position = first + jnp.minimum((u * size).astype(jnp.int32), jnp.maximum(size - 1, 0))
-            of_row = jax.random.fold_in(jax.random.fold_in(noise_key, index), position)
-            return position, jax.random.normal(of_row, x_0.shape[1:])
+            eps_key = jax.random.fold_in(jax.random.fold_in(noise_key, index), position)
+            return position, jax.random.normal(eps_key, x_0.shape[1:])
 
         positions, eps = jax.vmap(draw)(examples.indices)
         rows = schedule[positions]

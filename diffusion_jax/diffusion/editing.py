@@ -1,6 +1,6 @@
-"""Work on given images with a model trained on images alone: inpainting, SDEdit, interpolation.
+"""Editing of images by a model of images alone: inpainting, SDEdit, interpolation, variations.
 
-Nothing is trained: these are samplers, and beginnings x_T, for the chain of ``samplers.sample``.
+Nothing is trained: these are samplers, and starting points x_T, for ``samplers.sample``.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.diffusion.tracing import is_known
 from diffusion_jax.errors import require
 
-STRAIGHT_SINE = 1e-6  # of the angle of two latents: from here on their arc is a straight line
+STRAIGHT_SINE = 1e-6  # two latents whose angle has a smaller sine are joined by a straight line
 
 
 class Inpaint(Sampler):
@@ -33,7 +33,7 @@ class Inpaint(Sampler):
 
     @property
     def needs_signal(self) -> bool:
-        """As of the sampler within."""
+        """Whether the inner sampler needs it."""
         return self.sampler.needs_signal
 
     def step(self, now: Step) -> tuple[Batch, tuple]:
@@ -59,31 +59,32 @@ class Inpaint(Sampler):
         return jax.lax.cond(row_prev.timestep > now.row.timestep, up, down), now.state
 
     def path(self, num_steps: int) -> Int[np.ndarray, " states"]:
-        """RePaint's: from the states 1, 1 + j, 1 + 2 j ... num_resamples - 1 times back up by j.
+        """The states of RePaint's chain, which goes down and, in jumps of j = jump_length, back up.
 
-        j is jump_length; what is left above the topmost jump, and the step to x_0, are passed
-        once. (The schedule published with Lugmayr et al. 2022 counts from 0 what is from 1 here.)
+        It jumps num_resamples - 1 times from each of the states 1, 1 + j, 1 + 2 j, ... The steps
+        above the topmost jump, and the step to x_0, are taken once. (The schedule published with
+        Lugmayr et al. 2022 counts these states from 0.)
 
         Raises:
-            ValueError: a jump that no state has room for.
+            ConfigError: the chain is too short for a jump.
         """
         fits = self.num_resamples == 1 or self.jump_length < num_steps
         allowed = f"below the {num_steps} steps of the chain (or num_resamples 1)"
         require(fits, "jump_length", self.jump_length, allowed)
         jumps = range(1, num_steps - self.jump_length + 1, self.jump_length)
-        left = dict.fromkeys(jumps, self.num_resamples - 1)
+        remaining = dict.fromkeys(jumps, self.num_resamples - 1)
         states = [num_steps]
         while states[-1] > 0:
             state = states[-1]
-            if left.get(state, 0) > 0:
-                left[state] -= 1
+            if remaining.get(state, 0) > 0:
+                remaining[state] -= 1
                 states.extend(range(state + 1, state + self.jump_length + 1))
             else:
                 states.append(state - 1)
         return np.array(states)
 
     def num_evaluations(self, num_steps: int) -> int:
-        """Those of the sampler within, for as many steps as the path goes down."""
+        """The inner sampler's number, for as many steps as the path goes down."""
         return self.sampler.num_evaluations(int(np.sum(np.diff(self.path(num_steps)) < 0)))
 
 
@@ -94,22 +95,23 @@ def inpaint(
     num_resamples: int,
     jump_length: int,
 ) -> Sampler:
-    """RePaint: make the image anew where ``mask`` is 1, around what is known of ``x_0`` elsewhere.
+    """RePaint: generate the pixels where ``mask`` is 1, and take those of ``x_0`` where it is 0.
 
-    At every step the known part is drawn from q(x_t | x_0) and the other is a step of ``sampler``
-    (Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1, with the forward transition
-    x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) z that its line 10 gives the index t - 1). Every
-    ``jump_length`` >= 1 states the chain goes as far back up, so that each part of it is passed
-    ``num_resamples`` >= 1 times and the two parts come to fit; with 1 it is plain replacement,
-    whose images are not samples of p(unknown | known). At the end the known part is ``x_0``
-    exactly. An outward mask is outpainting.
+    At every step the known part is drawn from q(x_t | x_0), and the unknown part is a step of
+    ``sampler`` (Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1, with the forward transition
+    x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) z, to which its line 10 gives the index t - 1).
+    After every ``jump_length`` >= 1 states the chain goes as many states back up, so that each
+    stretch is denoised ``num_resamples`` >= 1 times and the two parts come to fit. With
+    num_resamples = 1 this is plain replacement, whose images are not samples of
+    p(unknown | known). At the end the known part is exactly ``x_0``. A mask around the image makes
+    this outpainting.
 
     ``mask`` is broadcast to the shape of ``x_0`` [batch, ...]. Other images and masks do not
     compile the chain again.
 
     Raises:
-        ValueError: a sampler that remembers earlier steps or goes its own path, a mask of other
-            numbers than 0 and 1 or that does not fit x_0, or a number out of its range.
+        ConfigError: a sampler that has a memory or its own path, a mask that does not fit x_0 or
+            has other numbers than 0 and 1, or a number out of its range.
     """
     allowed = "one without memory, such as ancestral, ddim or heun"
     require(can_wrap(sampler), "sampler", type(sampler).__name__, allowed)
@@ -119,18 +121,22 @@ def inpaint(
         mask = jnp.broadcast_to(mask, x_0.shape)
     except ValueError:
         require(False, "mask", mask, f"broadcastable to x_0's shape {x_0.shape}")
-    # types made strong: a weak one would compile anew
+    # strong types, as a weakly typed array would compile the chain again
     leaves = jnp.asarray(x_0, x_0.dtype), jnp.asarray(mask, bool)
     return Inpaint(sampler, *leaves, num_resamples, jump_length)
 
 
 def can_wrap(sampler: Sampler) -> bool:
-    """Whether a sampler can be part of ``inpaint``: it remembers nothing and has no own path."""
+    """Whether ``inpaint`` can wrap a sampler: one without a memory and without its own path."""
     return type(sampler).init is Sampler.init and type(sampler).path is Sampler.path
 
 
 def check_jumps(num_resamples: int, jump_length: int) -> None:
-    """Refuse, by ValueError, what is no number of resamples or no length of a jump."""
+    """Check the two numbers of ``inpaint``.
+
+    Raises:
+        ConfigError: one of them is below 1 (traced ones are not checked).
+    """
     require(
         not is_known(num_resamples) or num_resamples >= 1,
         "num_resamples",
@@ -141,12 +147,12 @@ def check_jumps(num_resamples: int, jump_length: int) -> None:
 
 
 def until(schedule: Schedule, timestep: int | float) -> Schedule:
-    """The lower end of a chain: its rows up to ``timestep``, from which SDEdit starts.
+    """The rows of a chain up to ``timestep``, where SDEdit starts.
 
-    ``schedule`` may be respaced; its values must be known, as the rows are counted on the host.
+    ``schedule`` may be respaced. It must not be traced, because its rows are counted on the host.
 
     Raises:
-        ValueError: a timestep below the first row or above the last.
+        ConfigError: a timestep below that of the first row or above that of the last.
     """
     timesteps = np.asarray(schedule.timestep)
     allowed = f"in [{timesteps[0]:g}, {timesteps[-1]:g}], the timesteps of the chain"
@@ -160,12 +166,12 @@ def until(schedule: Schedule, timestep: int | float) -> Schedule:
 
 
 def diffuse(keys: Keys, row: Schedule, x_0: Batch) -> Batch:
-    """Noisy images, x_t ~ q(x_t | x_0) at ``row``, each with a key of its own.
+    """Noisy images x_t ~ q(x_t | x_0) at ``row``, each with its own key.
 
-    SDEdit (Meng et al. 2022, arXiv 2108.01073) makes of a drawing x_0 the image
-    ``sample(key, predict, rows, sampler, x_0.shape, x_T=diffuse(keys, rows[-1], x_0))``,
-    rows = until(schedule, timestep): the higher the timestep, the more like the data and the less
-    like the drawing.
+    SDEdit (Meng et al. 2022, arXiv 2108.01073) turns a drawing x_0 into the image
+    ``sample(key, predict, rows, sampler, x_0.shape, x_T=diffuse(keys, rows[-1], x_0))`` with
+    rows = until(schedule, timestep). The higher the timestep, the more it resembles the data and
+    the less the drawing.
     """
     return process.q_sample(row, x_0, samplers.normal(keys, x_0))
 
@@ -173,17 +179,18 @@ def diffuse(keys: Keys, row: Schedule, x_0: Batch) -> Batch:
 def slerp(
     first: Batch, second: Batch, fractions: Float[Array, " fractions"]
 ) -> Float[Array, "fractions batch ..."]:
-    """Spherical interpolation of latents x_T, each image of ``first`` with that of ``second``.
+    """Spherical interpolation of latents x_T: each image of ``first`` with that of ``second``.
 
-    sin((1 - f) theta) / sin(theta) x + sin(f theta) / sin(theta) y, theta the angle between x and
-    y (Shoemake 1985; DDIM, appendix D.5): f = 0 is x and f = 1 is y, exactly, and between them the
-    norm is that of noise, which on a straight line it is not. ``fractions`` in [0, 1]. Parallel
-    latents, and opposite ones, which no single arc joins, go along the straight line.
+    sin((1 - f) theta) / sin(theta) x + sin(f theta) / sin(theta) y, where theta is the angle
+    between x and y (Shoemake 1985; DDIM, appendix D.5) and f is one of the ``fractions`` in
+    [0, 1]. f = 0 is exactly x and f = 1 exactly y. Between them the norm is that of noise, which
+    it would not be on a straight line. Latents that are parallel or opposite (where the arc is not
+    unique) are joined by the straight line.
 
-    The images of such latents (``samplers.invert``) come from DDIM with eta = 0.
+    DDIM with eta = 0 turns such latents into images; ``samplers.invert`` is its inverse.
 
     Raises:
-        ValueError: a fraction outside [0, 1].
+        ConfigError: a fraction outside [0, 1] (traced ones are not checked).
     """
 
     def within(fractions: Any) -> bool:
@@ -192,14 +199,14 @@ def slerp(
     require(not is_known(fractions) or within(fractions), "fractions", fractions, "in [0, 1]")
 
     def of_image(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "fractions ..."]:
-        # Kahan: exact for small angles too, where the arc cosine has lost half of the digits
+        # Kahan's formula: exact for small angles too, where the arc cosine loses half its digits
         a, b = jnp.linalg.norm(y.ravel()) * x, jnp.linalg.norm(x.ravel()) * y
         theta = 2 * jnp.arctan2(jnp.linalg.norm((a - b).ravel()), jnp.linalg.norm((a + b).ravel()))
         straight = jnp.sin(theta) < STRAIGHT_SINE
         sine = jnp.where(straight, 1.0, jnp.sin(theta))
 
         def weight(fraction: Float[Array, ""]) -> Float[Array, ""]:
-            end = (fraction == 0) | (fraction == 1)  # exactly, however the sine is rounded
+            end = (fraction == 0) | (fraction == 1)  # exact, whatever the rounding of the sine
             return jnp.where(straight | end, fraction, jnp.sin(fraction * theta) / sine)
 
         return jax.vmap(lambda f: weight(1 - f) * x + weight(f) * y)(fractions)
@@ -208,24 +215,24 @@ def slerp(
 
 
 def vary(keys: Keys, row: Schedule, x_t: Batch, prediction: Prediction, strength: Number) -> Batch:
-    """Latents near ``x_t``, for variations of its image: its noise turned towards fresh noise.
+    """Latents near ``x_t``, for variations of its image: its noise is rotated towards fresh noise.
 
     x_t' = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) (cos(a) eps + sin(a) z), a = strength pi / 2,
-    with x_0 and eps as ``prediction = predict(x_t, row)`` has them. ``strength`` in [0, 1]: 0 is
-    x_t exactly, 1 is ``diffuse(keys, row, prediction.x_0)``. Decode with DDIM, eta = 0.
+    where x_0 and eps are those of ``prediction = predict(x_t, row)``. ``strength`` in [0, 1]: 0 is
+    exactly x_t, 1 is ``diffuse(keys, row, prediction.x_0)``. Decode with DDIM, eta = 0.
 
-    Where alpha_bar = 0 this is the rotation cos(a) x_T + sin(a) z, which keeps N(0, I). Below,
-    that would turn the image itself into noise; this is a Langevin step, as
-    eps = -sqrt(1 - alpha_bar) score: the distribution of x_t stays to first order in 1 - cos(a),
-    and the second moment falls short by (1 - cos(a))^2 alpha_bar E[Var(x_0 | x_t)], of which
-    there is next to nothing at either end of the chain.
+    Where alpha_bar = 0 this is the rotation cos(a) x_T + sin(a) z, which keeps N(0, I). At smaller
+    timesteps that rotation would turn the image itself into noise. There, since
+    eps = -sqrt(1 - alpha_bar) score, this is a Langevin step: it keeps the distribution of x_t to
+    first order in 1 - cos(a). The second moment falls short by
+    (1 - cos(a))^2 alpha_bar E[Var(x_0 | x_t)], which is almost 0 at either end of the chain.
 
     Raises:
-        ValueError: strength outside [0, 1] (a traced one is not checked).
+        ConfigError: strength outside [0, 1] (a traced one is not checked).
     """
     require(not is_known(strength) or 0 <= strength <= 1, "strength", strength, "in [0, 1]")
     angle = strength * math.pi / 2
     # cos(a) - 1 = -2 sin^2(a/2), so that x_t stays as it is where a = 0
-    turned = jnp.sin(angle) * samplers.normal(keys, x_t)
-    turned -= 2 * jnp.square(jnp.sin(angle / 2)) * prediction.eps
-    return x_t + jnp.sqrt(row.one_minus_alpha_bar) * turned
+    change = jnp.sin(angle) * samplers.normal(keys, x_t)
+    change -= 2 * jnp.square(jnp.sin(angle / 2)) * prediction.eps
+    return x_t + jnp.sqrt(row.one_minus_alpha_bar) * change

@@ -1,8 +1,8 @@
-"""Guidance: functions that make one ``predict`` of another, for any sampler.
+"""Guidance: functions that turn one ``predict`` into another, for any sampler.
 
-What they return is a pytree whose numbers are leaves: as an argument of a compiled function it
-can change them without another compilation. x_0 and eps always belong together, that is
-x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps; a learned variance stays that of ``predict``.
+The returned ``predict`` is a pytree whose numbers are leaves, so that other numbers do not compile
+a function again that takes it as an argument. Its x_0 and eps always belong together, that is
+x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps. A learned variance stays unchanged.
 """
 
 import math
@@ -33,23 +33,23 @@ def guide(
     interval: tuple[Scalar, Scalar] = (1, math.inf),
     rescale: Scalar = 0,
 ) -> Predict:
-    """Classifier-free guidance and autoguidance: away from what a weaker network says.
+    """Classifier-free guidance and autoguidance: away from the prediction of a weaker network.
 
-    eps = eps_weak + weight (eps - eps_weak), and x_0 likewise: the score of
+    eps = eps_weak + weight (eps - eps_weak), and the same for x_0: the score of
     p_weak (p / p_weak)^weight. ``weak`` is the network without the label (Ho & Salimans 2022,
-    eq. 6, whose w is weight - 1), or a smaller or less trained one (Karras et al. 2024,
-    arXiv 2406.02507). A finite ``weight`` >= 0; 1 is no guidance.
+    eq. 6, whose w is weight - 1), or a smaller or less trained network (Karras et al. 2024,
+    arXiv 2406.02507). ``weight`` is finite and >= 0; 1 is no guidance.
 
     Only timesteps in the closed ``interval`` (lo, hi) are guided; elsewhere ``weak`` is not
     evaluated (Kynkäänniemi et al. 2024, arXiv 2404.07724, whose interval is one of sigma).
 
-    ``rescale`` in [0, 1] is the phi of Lin et al. 2023 (arXiv 2305.08891, section 3.4): each
-    example's guided v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 is multiplied by
-    phi std(v of predict) / std(v) + 1 - phi. They rescale the network's output, which is v in
-    theirs; here it is v whatever the network puts out.
+    ``rescale`` in [0, 1] is the phi of Lin et al. 2023 (arXiv 2305.08891, section 3.4): the guided
+    v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 of each example is multiplied by
+    phi std(v of predict) / std(v) + 1 - phi. In the paper the network predicts v; here v is
+    rescaled whatever the network predicts.
 
     Raises:
-        ValueError: a number out of its range (traced ones are not checked).
+        ConfigError: a number out of its range (traced ones are not checked).
     """
     require(
         not is_known(weight) or 0 <= weight < math.inf, "weight", weight, "a finite number >= 0"
@@ -80,12 +80,12 @@ def _guided(
 
     def apply() -> Prediction:
         other = weak(x_t, row)
-        # from predict on: weight 1 leaves it exactly as it is
+        # written as a change of the prediction, which weight 1 leaves exactly as it is
         guided = prediction._replace(
             x_0=prediction.x_0 + (weight - 1) * (prediction.x_0 - other.x_0),
             eps=prediction.eps + (weight - 1) * (prediction.eps - other.eps),
         )
-        v, guided_v = (_velocity(row, said, x_t) for said in (prediction, guided))
+        v, guided_v = (_velocity(row, either, x_t) for either in (prediction, guided))
         change = jax.vmap(_rescaling, (None, 0, 0))(rescale, v, guided_v)
         return guided._replace(
             x_0=guided.x_0 - jnp.sqrt(row.one_minus_alpha_bar) * change,
@@ -101,9 +101,9 @@ def _velocity(row: Schedule, prediction: Prediction, x_t: Batch) -> Batch:
 
 def _rescaling(rescale: Scalar, v: Example, guided_v: Example) -> Example:
     """What rescaling adds to one example's guided v: phi (std(v) / std(guided v) - 1) guided v."""
-    wanted, found = jnp.var(v), jnp.var(guided_v)
-    varies = found > 0  # else no factor gives it a deviation, and sqrt(0) has no gradient
-    ratio = jnp.sqrt(jnp.where(varies, wanted, 1) / jnp.where(varies, found, 1))
+    variance, guided_variance = jnp.var(v), jnp.var(guided_v)
+    varies = guided_variance > 0  # else no factor can change it, and sqrt(0) has no gradient
+    ratio = jnp.sqrt(jnp.where(varies, variance, 1) / jnp.where(varies, guided_variance, 1))
     return rescale * (ratio - 1) * guided_v
 
 
@@ -117,13 +117,13 @@ def _static_threshold(predict: Predict, x_t: Batch, row: Schedule) -> Prediction
 
 
 def dynamic_threshold(predict: Predict, percentile: Scalar) -> Predict:
-    """Dynamic thresholding of Imagen: x_0 clipped to [-s, s] and divided by s (section 2.3).
+    """Dynamic thresholding of Imagen: x_0 is clipped to [-s, s] and divided by s (section 2.3).
 
-    s = max(1, the ``percentile`` in (0, 1] of |x_0| in each example), so that a strongly guided
-    x_0 comes back into [-1, 1] without saturating (Saharia et al. 2022, arXiv 2205.11487).
+    s = max(1, p), where p is the ``percentile`` in (0, 1] of |x_0| in each example. A strongly
+    guided x_0 comes back into [-1, 1] without saturating (Saharia et al. 2022, arXiv 2205.11487).
 
     Raises:
-        ValueError: a percentile outside (0, 1] (a traced one is not checked).
+        ConfigError: a percentile outside (0, 1] (a traced one is not checked).
     """
     require(not is_known(percentile) or 0 < percentile <= 1, "percentile", percentile, "in (0, 1]")
     return Partial(_dynamic_threshold, _pytree(predict), 1.0 * percentile)
@@ -149,12 +149,12 @@ def gradient(predict: Predict, log_likelihood: LogLikelihood, scale: Scalar = 1)
     x_0' = x_0 + (1 - alpha_bar) / sqrt(alpha_bar) scale grad, which needs alpha_bar > 0.
 
     ``log_likelihood(x_t, row)`` is log p(y | x_t) of each example, up to a constant, in nats. It
-    may well ask ``predict`` for x_0: the gradient goes through the network then (reconstruction
+    may call ``predict`` for x_0; then the gradient goes through the network (reconstruction
     guidance, Ho et al. 2022, arXiv 2204.03458). ``scale`` is finite and >= 0; 1 is Bayes' rule.
 
     Raises:
-        ValueError: a scale out of its range (a traced one is not checked), or a log_likelihood
-            that is not one number per example.
+        ConfigError: a scale out of its range (a traced one is not checked); or, when the result is
+            called, a log_likelihood that is not one number per example.
     """
     require(not is_known(scale) or 0 <= scale < math.inf, "scale", scale, "a finite number >= 0")
     return Partial(_shifted, _pytree(predict), _pytree(log_likelihood), 1.0 * scale)
@@ -164,11 +164,11 @@ def _shifted(
     predict: Predict, log_likelihood: LogLikelihood, scale: Scalar, x_t: Batch, row: Schedule
 ) -> Prediction:
     def total(x_t: Batch) -> Float[Array, ""]:
-        found = log_likelihood(x_t, row)
-        shape, wanted = jnp.shape(found), x_t.shape[:1]
-        if shape != wanted:  # a mean over the batch would pass, with too small a gradient
-            raise ValueError(f"log_likelihood of shape {shape}: must be of shape {wanted}")
-        return jnp.sum(found)
+        log_p = log_likelihood(x_t, row)
+        shape, allowed = jnp.shape(log_p), x_t.shape[:1]
+        # else a mean over the batch would pass, with too small a gradient
+        require(shape == allowed, "shape of log_likelihood", shape, f"{allowed}")
+        return jnp.sum(log_p)
 
     prediction = predict(x_t, row)
     shift = scale * jax.grad(total)(x_t)
@@ -180,5 +180,5 @@ def _shifted(
 
 
 def _pytree(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that can be an argument of a compiled one: a plain one is static there."""
+    """A function as a pytree, so that it can be an argument of a compiled function."""
     return Partial(function) if jax.tree_util.all_leaves([function]) else function

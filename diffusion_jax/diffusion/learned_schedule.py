@@ -1,7 +1,7 @@
 """The learned schedule of VDM: a monotone network for log SNR between learned end points.
 
-It is trained jointly with the network by the bound in continuous time, u in [0, 1], and is a
-``Schedule`` like any other once it is cut into timesteps (Kingma et al. 2021, arXiv 2107.00630).
+It is trained together with the denoising network, by the bound in continuous time u in [0, 1].
+Discretised into timesteps it is a ``Schedule`` (Kingma et al. 2021, arXiv 2107.00630).
 """
 
 import functools
@@ -16,17 +16,18 @@ from jax import lax
 from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion_jax.diffusion import likelihood, losses, process, schedules, timesteps
+from diffusion_jax.diffusion.examples import example_keys
 from diffusion_jax.diffusion.losses import BatchLosses, LossesOf, LossInputs, Objective
 from diffusion_jax.diffusion.network import Model
 from diffusion_jax.diffusion.process import Example
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 
-ENDS = ("start", "gap")  # the parameters of the end points; all others shape the way between
+ENDS = ("start", "gap")  # parameters of the end points; the others shape log SNR between them
 HIDDEN = 1024  # units of the monotone network (VDM appendix H)
 
 
 class LearnedSchedule(NamedTuple):
-    """What is chosen: in how many timesteps it is cut, and where the end points begin."""
+    """The fixed choices: the number of timesteps, and log SNR at both ends before training."""
 
     num_timesteps: int
     log_snr_start: float
@@ -34,13 +35,13 @@ class LearnedSchedule(NamedTuple):
 
 
 def init(recipe: LearnedSchedule, key: Key[Array, ""]) -> PyTree:
-    """Parameters with which log SNR falls all but linearly from the first end to the last."""
+    """Initial parameters: log SNR falls almost linearly from the first end to the last."""
     weight_key, bias_key = jax.random.split(key)
     return {
         "start": jnp.float32(recipe.log_snr_start),
         "gap": jnp.float32(_inverse_softplus(recipe.log_snr_start - recipe.log_snr_end)),
         "linear": jnp.float32(_inverse_softplus(1.0)),
-        # the hidden units bend at places all over [0, 1]; together they weigh little at first
+        # the hidden units bend at points all over [0, 1]; their sum has little weight at first
         "weight_in": _inverse_softplus(4.0) + jax.random.normal(weight_key, (HIDDEN,)),
         "bias": 4 * jax.random.uniform(bias_key, (HIDDEN,), minval=-1.0, maxval=0.0),
         "weight_out": jnp.full(HIDDEN, _inverse_softplus(0.1 / HIDDEN)),
@@ -48,7 +49,7 @@ def init(recipe: LearnedSchedule, key: Key[Array, ""]) -> PyTree:
 
 
 def joint(model: Model, recipe: LearnedSchedule) -> Model:
-    """The network and the schedule as one model: the parameters of both, the output of the one."""
+    """The network and the schedule as one model: parameters of both, output of the network."""
 
     def init_both(key: Key[Array, ""]) -> PyTree:
         network_key, schedule_key = jax.random.split(key)
@@ -65,26 +66,26 @@ def _inverse_softplus(value: float) -> float:
 
 
 class Moment(NamedTuple):
-    """A moment in continuous time u."""
+    """A point of the schedule in continuous time u."""
 
     log_snr: Float[Array, "..."]
     rate: Float[Array, "..."]  # -d log SNR / du
-    timestep: Float[Array, "..."]  # what the network is told: 1 at u = 0 to T at u = 1
+    timestep: Float[Array, "..."]  # the network's input: 1 at u = 0 to T at u = 1
 
 
 def moment_at(recipe: LearnedSchedule, params: PyTree, u: Float[Array, ""]) -> Moment:
-    """The moment at time u: log SNR falls strictly, from its start at 0 to its end at 1.
+    """The moment at time u; log SNR decreases strictly, from its start at 0 to its end at 1.
 
     log SNR = start - gap r(u), r(u) = (m(u) - m(0)) / (m(1) - m(0)), where
-    m(u) = a u + c . sigmoid(w u + b) grows: a, c and w are made positive by a softplus (VDM
-    appendix H). The network is told r(u), which is log SNR relative to its ends.
+    m(u) = a u + c . sigmoid(w u + b) increases, because a softplus makes a, c and w positive (VDM
+    appendix H). The timestep is r(u), scaled to 1..T: log SNR relative to its ends.
     """
     gap = jax.nn.softplus(params["gap"])
     first, last = (_monotone(params, jnp.float32(end)) for end in (0, 1))
     value, slope = jax.jvp(lambda u: _monotone(params, u), (u,), (jnp.ones(()),))
     rise = (value - first) / (last - first)
-    told = 1 + (recipe.num_timesteps - 1) * rise
-    return Moment(params["start"] - gap * rise, gap * slope / (last - first), told)
+    timestep = 1 + (recipe.num_timesteps - 1) * rise
+    return Moment(params["start"] - gap * rise, gap * slope / (last - first), timestep)
 
 
 def _monotone(params: PyTree, u: Float[Array, ""]) -> Float[Array, ""]:
@@ -104,12 +105,12 @@ def discretise(recipe: LearnedSchedule, params: PyTree) -> Schedule:
 
 
 def initial(recipe: LearnedSchedule, seed: int) -> Schedule:
-    """The chain before any training."""
+    """The chain before training."""
     return discretise(recipe, init(recipe, jax.random.key(seed)))
 
 
 def row_at(moment: Moment) -> Schedule:
-    """The row of one moment, differentiable; it is a chain of its own."""
+    """The row of one moment, differentiable: that of a chain of one row."""
     return schedules.from_log_snr(moment.log_snr[None], moment.timestep[None])[0]
 
 
@@ -124,8 +125,8 @@ def diffusion_term(rate: Float[Array, ""], eps: Example, predicted_eps: Example)
 def reconstruction_term(row: Schedule, x_0: Example, eps: Example, levels: int | None) -> Example:
     """L_0 = -log p(x_0|z_0) in nats, p(x_0|z_0) proportional to q(z_0|x_0) over the levels.
 
-    z_0 is x_0 with the noise of the first end, ``row`` (VDM). Continuous data have
-    the density N(x_0; z_0 / sqrt(alpha_bar), sigma^2).
+    z_0 is x_0 with the noise of the first end, ``row`` (VDM). Continuous data have the density
+    N(x_0; z_0 / sqrt(alpha_bar), sigma^2).
     """
     if levels is None:
         return (jnp.square(eps) + math.log(2 * math.pi) - row.log_snr) / 2
@@ -140,7 +141,7 @@ def continuous_time(
     apply: Callable[..., Float[Array, "batch ..."]],
     recipe: LearnedSchedule,
 ) -> LossesOf:
-    """The objective of VDM: the bound in continuous time, of a schedule that is learned by it."""
+    """The objective of VDM: the bound in continuous time, which trains the schedule too."""
     return functools.partial(_continuous_losses, objective, apply, recipe)
 
 
@@ -153,22 +154,23 @@ def _continuous_losses(
 ) -> BatchLosses:
     """The bound in continuous time, in bits per dimension, of this device's examples.
 
-    Times are spread evenly with a common offset; the inputs' schedule and timestep state are those
-    of discrete time and are not used. Each loss is reported at the row that contains its u.
+    Times are spread evenly with a common offset. The schedule and the timestep state of ``inputs``
+    are those of discrete time and have no effect. Each loss is reported at the discrete timestep
+    that contains its u.
 
-    The bound does not depend on how log SNR gets from end to end, but its variance does: the
-    inner parameters get the gradient of the squared loss instead (VDM appendix I.2).
+    The bound depends on the ends of log SNR alone, but its variance depends on the way between
+    them: the inner parameters get the gradient of the squared loss instead (VDM appendix I.2).
     """
     examples = inputs.examples
-    keys = losses.example_keys(inputs.key, examples.indices)
+    keys = example_keys(inputs.key, examples.indices)
     u = timesteps.spread(keys.common, examples.indices, examples.batch_size)
     label = losses.drop_labels(objective, keys.label, examples.label)
     of_schedule = params["schedule"]
     ends = {name: of_schedule[name] for name in ENDS}
-    still_ends = {name: lax.stop_gradient(leaf) for name, leaf in ends.items()}
+    fixed_ends = {name: lax.stop_gradient(leaf) for name, leaf in ends.items()}
     moments = jax.vmap(functools.partial(moment_at, recipe), (None, 0))
     by_ends = moments(lax.stop_gradient(of_schedule) | ends, u)
-    by_inner = moments(of_schedule | still_ends, u)
+    by_inner = moments(of_schedule | fixed_ends, u)
 
     def diffusion(params: PyTree, moments: Moment) -> Float[Array, " batch"]:
         rows = jax.vmap(row_at)(moments)
@@ -201,7 +203,7 @@ def _with_gradient_of_square(
 ) -> Callable[[PyTree, Moment, Moment], Float[Array, " batch"]]:
     """f(params, a, b) = losses_of(params, a), with the gradient of losses_of(params, b)^2 by b.
 
-    ``a`` and ``b`` are equal numbers, so that one backward pass serves both.
+    ``a`` and ``b`` must be equal numbers, so that one backward pass serves both.
     """
 
     @jax.custom_vjp
@@ -212,8 +214,8 @@ def _with_gradient_of_square(
         values, pull_back = jax.vjp(losses_of, params, a)
         return values, (values, pull_back)
 
-    def backward(kept: tuple, cotangent: Float[Array, " batch"]) -> tuple:
-        values, pull_back = kept
+    def backward(residuals: tuple, cotangent: Float[Array, " batch"]) -> tuple:
+        values, pull_back = residuals
         of_params, of_a = pull_back(cotangent)
         return of_params, of_a, jax.tree.map(lambda g: 2 * values * g, of_a)
 

@@ -1,6 +1,6 @@
-"""How likely a model finds data: the variational bound term by term, and the probability flow.
+"""The likelihood of data: the variational bound term by term, and the probability flow.
 
-Terms are in nats, one per dimension of ONE example at ONE row, before any mean; ``bits`` turns
+Terms are in nats, one per dimension of ONE example at ONE row, before any mean; ``bits`` converts
 nats into bits. L_T + sum over t of L_{t-1} + L_0 bounds -log p(x_0) from above (DDPM eq. 5).
 """
 
@@ -24,20 +24,20 @@ def decoder_log_likelihood(
 ) -> Example:
     """Log p(x_0|x_1) per dimension: the mass of N(mean, sigma^2) in the bin of x_0 (DDPM eq. 13).
 
-    ``levels`` equidistant values in [-1, 1] have bins of half-width 1 / (levels - 1), the outer
-    two reaching to infinity. Without levels the data are continuous: the density itself.
+    ``levels`` equidistant values in [-1, 1] have bins of half-width 1 / (levels - 1); the outer
+    two reach to infinity. Without levels the data are continuous, and this is their density.
     """
     deviation = jnp.exp(log_variance / 2)
     distance = (x_0 - mean) / deviation
     if levels is None:
         return -(jnp.square(distance) + log_variance + math.log(2 * math.pi)) / 2
     half = 1 / (levels - 1) / deviation
-    # Phi(b) - Phi(a) = Phi(-a) - Phi(-b): the tail where Phi is small keeps its digits
+    # Phi(b) - Phi(a) = Phi(-a) - Phi(-b): in the tail where Phi is small no digits are lost
     low, high = -jnp.abs(distance) - half, -jnp.abs(distance) + half
     log_low, log_high = log_ndtr(low), log_ndtr(high)
-    tiny = jnp.finfo(log_high.dtype).tiny  # no gradient of log(0) where a bin is all but empty
+    tiny = jnp.finfo(log_high.dtype).tiny  # avoids the gradient of log(0) in an empty bin
     inner = log_high + jnp.log(-jnp.expm1(-jnp.maximum(log_high - log_low, tiny)))
-    quarter = 0.5 / (levels - 1)  # of a bin: levels are as exact as float32 has them
+    quarter = 0.5 / (levels - 1)  # of a bin: x_0 is a level up to float32 rounding
     return jnp.select(
         [x_0 < -1 + quarter, x_0 > 1 - quarter],
         [log_ndtr(distance + half), log_ndtr(half - distance)],
@@ -46,7 +46,7 @@ def decoder_log_likelihood(
 
 
 def bits(nats: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Nats in bits."""
+    """Convert nats into bits."""
     return nats / math.log(2)
 
 
@@ -57,7 +57,7 @@ def kl_of_variances(log_variance: Example, log_variance_of_p: Example) -> Exampl
 
 
 def prior_term(row: Schedule, x_0: Example) -> Example:
-    """L_T = KL(q(x_T|x_0) || N(0, I)); ``row`` is the last one.
+    """L_T = KL(q(x_T|x_0) || N(0, I)); ``row`` is the last row.
 
     (alpha_bar x_0^2 - alpha_bar - log(1 - alpha_bar)) / 2
     """
@@ -69,8 +69,8 @@ def variational_term(
 ) -> Example:
     """L_{t-1} = KL(q(x_{t-1}|x_t,x_0) || p(x_{t-1}|x_t)), or L_0 = -log p(x_0|x_1) at t = 1.
 
-    The two means differ by the gain of the posterior mean times the error of x_0, so nothing that
-    is nearly equal is subtracted. ``row`` is of a schedule whose posterior variance is clipped.
+    The two means differ by the gain of the posterior mean times the error of x_0, so that no
+    nearly equal numbers are subtracted. ``row`` must be one of ``clip_posterior_variance``.
     """
     error = weightings.vlb_weight(row, log_variance) * jnp.square(x_0 - predicted_x_0)
     kl = error + kl_of_variances(jnp.log(row.posterior_variance), log_variance)
@@ -94,15 +94,15 @@ def flow_log_likelihood(
     solver: str,
     divergence: str,
 ) -> Float[Array, " batch"]:
-    """Log density, in nats, that the probability flow of a network gives each x_0.
+    """Log density of each x_0 under the probability flow of a network, in nats.
 
-    The flow runs from the least noise of the schedule, where y is taken for x_0, to its most, where
-    x_T ~ N(0, I), in ``num_steps`` steps evenly spaced in log SNR: one scan. ``solver`` is "heun"
-    (order 2) or "rk4" (order 4); ``divergence`` is "exact", one jvp per dimension, or
-    "hutchinson", one jvp along a random vector of signs that stays the same all the way.
+    The flow runs from the least noise of the schedule, where y is taken for x_0, to the most, where
+    x_T ~ N(0, I), in ``num_steps`` steps that are evenly spaced in log SNR: one scan. ``solver`` is
+    "heun" (order 2) or "rk4" (order 4). ``divergence`` is "exact", one jvp per dimension, or
+    "hutchinson", one jvp along a random vector of signs, the same in every step.
 
     Raises:
-        ValueError: a solver or a divergence that is not known, num_steps < 1.
+        ConfigError: an unknown solver or divergence, or num_steps < 1.
     """
     tableau = choose("solver", solver, SOLVERS, "solver")
     trace = choose("divergence", divergence, DIVERGENCES, "divergence")
@@ -115,7 +115,7 @@ def flow_log_likelihood(
 
         return trace(velocity, y, probes)
 
-    # stage c of the step from one node to the next stands at node + c (next node - node)
+    # stage c of a step is at node + c (next node - node)
     ends = schedule.log_snr[0], schedule.log_snr[-1]
     nodes = jnp.linspace(*ends, num_steps + 1)
     width = (ends[0] - ends[1]) / num_steps / 2  # in u = log sigma = -log SNR / 2
@@ -128,8 +128,8 @@ def flow_log_likelihood(
         y, total = carry
         slopes: list[tuple] = []
         for row, coefficients in zip(rows, tableau.matrix):
-            ahead = sum((c * s for c, (s, _) in zip(coefficients, slopes)), jnp.zeros_like(y))
-            slopes.append(slope(row, y + width * ahead))
+            mixed = sum((c * s for c, (s, _) in zip(coefficients, slopes)), jnp.zeros_like(y))
+            slopes.append(slope(row, y + width * mixed))
         y += width * sum(w * s for w, (s, _) in zip(tableau.weights, slopes))
         total += width * sum(w * d for w, (_, d) in zip(tableau.weights, slopes))
         return (y, total), None
@@ -161,7 +161,7 @@ SOLVERS: dict[str, Tableau] = {
 def _hutchinson(
     velocity: Callable[[Example], Example], y: Example, probes: Example
 ) -> tuple[Example, Float[Array, " batch"]]:
-    """v(y) and, for one probe z per example, z . J z, whose mean is the trace of J."""
+    """v(y) and, for one probe z per example, z . J z, whose mean over z is the trace of J."""
     value, along = jax.jvp(velocity, (y,), (probes,))
     return value, jnp.sum((probes * along).reshape(len(y), -1), axis=1)
 
@@ -169,7 +169,7 @@ def _hutchinson(
 def _exact(
     velocity: Callable[[Example], Example], y: Example, probes: Example
 ) -> tuple[Example, Float[Array, " batch"]]:
-    """v(y) and the trace of its Jacobian, one unit vector after the other."""
+    """v(y) and the trace of its Jacobian, from one unit vector after the other."""
     value = velocity(y)
 
     def add(total: Float[Array, " batch"], unit: Example) -> tuple[Array, None]:
@@ -187,14 +187,14 @@ DIVERGENCES: dict[str, Callable[..., tuple[Example, Float[Array, " batch"]]]] = 
 
 
 def dequantise(key: Key[Array, ""], x_0: Float[Array, "..."], levels: int) -> Float[Array, "..."]:
-    """Uniform noise over the bin of each pixel, of width 2 / (levels - 1)."""
+    """Add uniform noise over the bin of each pixel, of width 2 / (levels - 1)."""
     return x_0 + jax.random.uniform(key, x_0.shape, minval=-1, maxval=1) / (levels - 1)
 
 
 def bits_per_dim(
     log_likelihood: Float[Array, "..."], num_dims: int, levels: int | None
 ) -> Float[Array, "..."]:
-    """Bits per dimension of a log density; of one of dequantised pixels, of the pixels' levels.
+    """Bits per dimension of a log density; with ``levels``, of pixels that were dequantised.
 
     -log p / (D ln 2) - log2(2 / (levels - 1)): the mass of a bin is its mean density times its
     width, and the mean of the log bounds the log of the mean (Theis et al. 2016).

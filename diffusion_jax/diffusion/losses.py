@@ -1,14 +1,13 @@
-"""The training objective: a loss of one example at one timestep, vmapped over both.
+"""The training objective: the loss of one example at one timestep, vmapped over both.
 
 The network runs on the whole batch between two vmapped functions: the noising before it and
-the loss after it. Example i's noise, timestep and dropout depend on the step's key and on its
-index in the *global* batch alone, never on how the batch is spread over devices.
+the loss after it. Noise, timestep and dropout of an example depend on the key of the step and on
+the example's index in the *global* batch alone, never on how devices share the batch.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, no_type_check
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from diffusion_jax.diffusion import likelihood, process, schedules
+from diffusion_jax.diffusion.examples import Examples, example_keys
 from diffusion_jax.diffusion.parametrisations import Parametrisation
 from diffusion_jax.diffusion.process import Example, Prediction
 from diffusion_jax.diffusion.schedules.schedule import Schedule
@@ -25,21 +25,21 @@ from diffusion_jax.diffusion.weightings import Weighting
 
 
 class Objective(NamedTuple):
-    """The static choices of a training objective: what is predicted, weighted and drawn."""
+    """The static choices of a training objective."""
 
     parametrisation: Parametrisation
     weighting: Weighting
-    is_vlb: bool  # the whole of L_vlb, with L_0 and the variance's part, not its weight alone
+    is_vlb: bool  # the whole L_vlb with L_0 and the KL of the variances, not its weight alone
     variance: Variance
-    vlb_scale: float  # of L_vlb beside the weighted error, which trains a learned variance
+    vlb_scale: float  # factor of L_vlb, which is added where the variance is learned
     timesteps: TimestepSampler
     levels: int | None  # of the data; None: continuous
     num_classes: int | None  # of the data; None: without labels
-    label_dropout: float  # the share of labels that the network is not told
+    label_dropout: float  # share of labels that are replaced by "no class"
 
 
 class NoisedExample(NamedTuple):
-    """An example at its timestep: what the network sees and what it should say."""
+    """An example at its timestep, with the network's input x_t and its target."""
 
     x_0: Example
     x_t: Example
@@ -56,7 +56,7 @@ def noise_example(
 
 
 def split_output(variance: Variance, output: Example) -> tuple[Example, Example | None]:
-    """What a network says of the mean and, if it learns that, of the variance."""
+    """The parts of an output for the mean and, if it is learned, for the variance."""
     if not variance.is_learned:
         return output, None
     of_mean, of_variance = jnp.split(output, 2, axis=-1)
@@ -64,7 +64,7 @@ def split_output(variance: Variance, output: Example) -> tuple[Example, Example 
 
 
 def decode_output(objective: Objective, row: Schedule, x_t: Example, output: Example) -> Prediction:
-    """What a network's output says about x_t, with the log variance of p(x_{t-1} | x_t)."""
+    """The prediction that an output means, with the log variance of p(x_{t-1} | x_t)."""
     of_mean, of_variance = split_output(objective.variance, output)
     prediction = objective.parametrisation.decode(row, x_t, of_mean)
     log_variance = objective.variance.log_variance(row, of_variance)
@@ -95,7 +95,7 @@ def example_loss(
     if objective.is_vlb:
         return vlb(prediction.x_0)
     gain = objective.parametrisation.gain(row)
-    fixed = lax.stop_gradient(prediction.log_variance)  # a weight is nothing to be learned
+    fixed = lax.stop_gradient(prediction.log_variance)  # nothing is learned through a weight
     weight = objective.weighting(row, gain, fixed) / gain**2
     of_mean, _ = split_output(objective.variance, output)
     loss = jnp.mean(weight * jnp.square(noised.target - of_mean))
@@ -105,27 +105,15 @@ def example_loss(
 
 
 class BatchLosses(NamedTuple):
-    """The losses of this device's examples, and the rows and weights they were taken at."""
+    """The losses of this device's examples, with their rows and weights."""
 
     losses: Float[Array, " batch"]
     rows: Int[Array, " batch"]
     weights: Float[Array, " batch"]
 
 
-@no_type_check  # jax also builds it with shapes and placeholders as leaves
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Examples:
-    """Examples of one device. ``indices`` are their places in the global batch of batch_size."""
-
-    x_0: Float[Array, "batch ..."]
-    label: Int[Array, " batch"] | None
-    indices: Int[Array, " batch"]
-    batch_size: int = dataclasses.field(metadata={"static": True})
-
-
 class LossInputs(NamedTuple):
-    """What the losses of a step depend on beside the parameters."""
+    """The inputs of the losses of a step, besides the parameters."""
 
     schedule: Schedule
     timestep_state: Any
@@ -133,36 +121,16 @@ class LossInputs(NamedTuple):
     examples: Examples
 
 
-# An objective as a training step calls it: mean(weights losses) is what the step minimises.
+# An objective as a training step calls it: the step minimises mean(weights losses).
 LossesOf = Callable[[PyTree, LossInputs], BatchLosses]
-
-
-class ExampleKeys(NamedTuple):
-    """The keys of a step: one ``common`` to the batch, the others one for each example."""
-
-    common: Key[Array, ""]
-    first: Key[Array, " batch"]  # of what the objective draws
-    second: Key[Array, " batch"]
-    dropout: Key[Array, " batch"]
-    label: Key[Array, " batch"]
-
-
-def example_keys(key: Key[Array, ""], indices: Int[Array, " batch"]) -> ExampleKeys:
-    """The keys of a step, which depend on its key and on the indices alone."""
-    common, of_examples = jax.random.split(key)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(of_examples, indices)
-    first, second, dropout = jax.vmap(lambda k: jax.random.split(k, 3))(keys).T
-    # a fourth child: the others are those of a run that keeps its labels
-    label = jax.vmap(jax.random.fold_in, (0, None))(keys, 3)
-    return ExampleKeys(common, first, second, dropout, label)
 
 
 def drop_labels(
     objective: Objective, keys: Key[Array, " batch"], label: Int[Array, " batch"] | None
 ) -> Int[Array, " batch"] | None:
-    """Discard each label with probability ``label_dropout`` (Ho & Salimans 2022, algorithm 1).
+    """Replace each label with probability ``label_dropout`` (Ho & Salimans 2022, algorithm 1).
 
-    One network so learns p(x_0) beside p(x_0 | label): number num_classes stands for no class.
+    Label num_classes means "no class": so one network learns p(x_0) as well as p(x_0 | label).
     """
     if objective.label_dropout == 0:
         return label
@@ -185,7 +153,7 @@ def _discrete_losses(
 ) -> BatchLosses:
     """Losses whose weighted mean estimates the mean loss over all timesteps.
 
-    Of a padded schedule only the rows up to its T are drawn.
+    Only rows up to T are drawn, where the schedule is padded.
     """
     schedule, examples = inputs.schedule, inputs.examples
     num_timesteps = schedules.num_timesteps(schedule)

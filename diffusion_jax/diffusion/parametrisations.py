@@ -1,4 +1,4 @@
-"""What a network may be trained to put out: eps, x_0, v, mu or the score.
+"""The quantities that a network may predict: eps, x_0, v, mu or the score.
 
 A new prediction is a ``Parametrisation`` and its line in PREDICTIONS.
 """
@@ -21,10 +21,10 @@ from diffusion_jax.diffusion.schedules.schedule import Schedule
 
 
 class Parametrisation(NamedTuple):
-    """One quantity a network may predict, with the way there and back through (x_0, eps).
+    """One quantity that a network may predict, and its conversions from and to (x_0, eps).
 
-    encode(row, (x_0, eps), x_t) is the target, decode(row, x_t, output) -> Prediction its inverse;
-    gain(row) is how much an error in x_0 moves it, at a given x_t.
+    encode(row, (x_0, eps), x_t) is the target; decode(row, x_t, output) -> Prediction is its
+    inverse. gain(row) is the factor by which an error in x_0 changes it, at constant x_t.
     """
 
     encode: Callable[[Schedule, Prediction, Example], Example]
@@ -92,5 +92,5 @@ PREDICTIONS: dict[str, Parametrisation] = {
     ),
 }
 
-# Those whose x_0 divides by sqrt(alpha_bar): impossible where alpha_bar_T = 0.
+# Their x_0 divides by sqrt(alpha_bar), which is impossible where alpha_bar_T = 0.
 NEEDS_SIGNAL = ("eps", "score")

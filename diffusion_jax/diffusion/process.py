@@ -1,4 +1,4 @@
-"""The forward process q and what a network may predict about it (Ho et al. 2020, DDPM).
+"""The forward process q, its posterior, and the prediction of a network (Ho et al. 2020, DDPM).
 
 Everything here is about ONE example and ONE row of a schedule (scalars); ``jax.vmap`` makes
 batches. Rows broadcast over examples of any shape, so a batch with one common row works too.
@@ -16,14 +16,14 @@ Example = Float[Array, "..."]
 
 
 class Prediction(NamedTuple):
-    """What a network says about x_t: the clean x_0, the noise eps and, if learned, log sigma^2."""
+    """What a network predicts of x_t: the clean x_0, the noise eps and, if learned, log sigma^2."""
 
     x_0: Example
     eps: Example
     log_variance: Example | None = None
 
 
-# All that samplers, guidance and the probability flow see of a network: a batch x_t and ONE row.
+# A network as samplers, guidance and the probability flow see it: of a batch x_t and ONE row.
 Predict = Callable[[Float[Array, "batch ..."], Schedule], Prediction]
 
 
@@ -63,7 +63,7 @@ def posterior_coefficients(
 
 
 def eps_of_x_0(row: Schedule, x_t: Example, x_0: Example) -> Example:
-    """The noise that takes x_0 to x_t: eps = (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar)."""
+    """The noise between x_0 and x_t: eps = (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar)."""
     return (x_t - jnp.sqrt(row.alpha_bar) * x_0) / jnp.sqrt(row.one_minus_alpha_bar)
 
 

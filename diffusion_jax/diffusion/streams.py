@@ -1,4 +1,4 @@
-"""The streams of random numbers of a run: one for each purpose, so that none repeats another."""
+"""The streams of random numbers of a run: each purpose has its own, so that none repeats."""
 
 import enum
 
@@ -7,7 +7,7 @@ from jaxtyping import Array, Key
 
 
 class Stream(enum.IntEnum):
-    """What random numbers are for."""
+    """The purpose of a stream of random numbers."""
 
     WEIGHTS = 0
     TRAINING = 1  # noise, timesteps and dropout
@@ -16,5 +16,5 @@ class Stream(enum.IntEnum):
 
 
 def stream_key(seed: int, stream: Stream) -> Key[Array, ""]:
-    """The key of one stream of a run with a seed."""
+    """The key of one stream of a run with this seed."""
     return jax.random.fold_in(jax.random.key(seed), int(stream))

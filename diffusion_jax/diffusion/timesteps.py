@@ -1,6 +1,7 @@
-"""Which timestep each example of a batch is trained at, and what its loss then counts.
+"""The timestep that each example of a batch is trained at, and the weight of its loss.
 
-A sampler is an init/draw/update triple of pure functions; its state is part of the train state.
+A timestep sampler has three pure functions, init, draw and update; its state is part of the train
+state.
 """
 
 from collections.abc import Callable
@@ -10,17 +11,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-HISTORY = 10  # losses that importance sampling remembers of each timestep (iDDPM)
-UNIFORM_SHARE = 1e-3  # of the draws, so that no timestep is given up (iDDPM's code)
+HISTORY = 10  # losses of each timestep that importance sampling remembers (iDDPM)
+UNIFORM_SHARE = 1e-3  # of the draws, so that every timestep goes on being drawn (iDDPM's code)
 Rows = Int[Array, " batch"]
 Weights = Float[Array, " batch"]
-Timesteps = int | Int[Array, ""]  # how many
+Losses = Float[Array, " batch"]
+NumTimesteps = int | Int[Array, ""]
 
 
 class TimestepDraw(NamedTuple):
-    """What timesteps are drawn by: a key common to the batch, and for each example one more.
+    """The inputs of a draw: a key that is common to the batch, and one key for each example.
 
-    ``indices`` are the places of the examples in the global batch of ``batch_size``.
+    ``indices`` are the positions of the examples in the global batch of ``batch_size``.
     """
 
     key: Key[Array, ""]
@@ -30,21 +32,21 @@ class TimestepDraw(NamedTuple):
 
 
 class TimestepSampler(NamedTuple):
-    """How timesteps are drawn.
+    """A distribution of timesteps.
 
     init(num_timesteps) -> state
-    draw(state, draw, num_timesteps) -> rows 0..T-1 and the weights that make the weighted mean loss
-        an unbiased estimate of the mean over all timesteps. ``num_timesteps`` may be traced, unless
-        the state has a row for each.
-    update(state, rows, losses) -> state, of the *global* batch.
+    draw(state, draw, num_timesteps) -> rows 0..T-1, and weights with which the weighted mean loss
+        is an unbiased estimate of the mean over all timesteps. ``num_timesteps`` may be traced,
+        unless the state has a row for each timestep.
+    update(state, rows, losses) -> state; rows and losses are those of the *global* batch.
     """
 
     init: Callable[[int], Any]
     draw: Callable[..., tuple[Rows, Weights]]
-    update: Callable[[Any, Rows, Weights], Any]
+    update: Callable[[Any, Rows, Losses], Any]
 
 
-def uniform(state: tuple, draw: TimestepDraw, num_timesteps: Timesteps) -> tuple[Rows, Weights]:
+def uniform(state: tuple, draw: TimestepDraw, num_timesteps: NumTimesteps) -> tuple[Rows, Weights]:
     """Independent uniform timesteps (DDPM algorithm 1, line 3)."""
     rows = jax.vmap(lambda k: jax.random.randint(k, (), 0, num_timesteps))(draw.keys)
     return rows, jnp.ones(len(draw.keys))
@@ -53,18 +55,18 @@ def uniform(state: tuple, draw: TimestepDraw, num_timesteps: Timesteps) -> tuple
 def spread(
     key: Key[Array, ""], indices: Int[Array, " batch"], batch_size: int
 ) -> Float[Array, " batch"]:
-    """Times (u + i / batch_size) mod 1 in [0, 1], u ~ U[0, 1) common to the batch.
+    """Times (u + i / batch_size) mod 1 in [0, 1], where u ~ U[0, 1) is common to the batch.
 
-    Each is uniform, and the batch's mean loss has a smaller variance than that of independent
-    ones (Kingma et al. 2021, VDM, appendix I.1).
+    Each time is uniform, and the mean loss of the batch has a smaller variance than with
+    independent times (Kingma et al. 2021, VDM, appendix I.1).
     """
     return (jax.random.uniform(key) + indices / batch_size) % 1.0
 
 
 def low_discrepancy(
-    state: tuple, draw: TimestepDraw, num_timesteps: Timesteps
+    state: tuple, draw: TimestepDraw, num_timesteps: NumTimesteps
 ) -> tuple[Rows, Weights]:
-    """Evenly spread timesteps: floor(T u_i) of the times u_i that ``spread`` draws."""
+    """Evenly spread timesteps: floor(T u_i) of the times u_i of ``spread``."""
     u = spread(draw.key, draw.indices, draw.batch_size)
     # float32 may round T * 0.99999997 up to T
     rows = jnp.minimum((u * num_timesteps).astype(jnp.int32), num_timesteps - 1)
@@ -72,7 +74,7 @@ def low_discrepancy(
 
 
 class LossHistory(NamedTuple):
-    """The last losses at each timestep, in no order, and how many there ever were."""
+    """The last losses at each timestep, in no order, and the number of all its losses so far."""
 
     losses: Float[Array, "timesteps history"]
     counts: Int[Array, " timesteps"]
@@ -83,7 +85,7 @@ def _init_history(num_timesteps: int) -> LossHistory:
 
 
 def importance_probabilities(state: LossHistory) -> Float[Array, " timesteps"]:
-    """p_t proportional to sqrt(E[L_t^2]), once every timestep has its losses; uniform before.
+    """p_t proportional to sqrt(E[L_t^2]), once every timestep has HISTORY losses; uniform before.
 
     Nichol & Dhariwal 2021 (iDDPM), eq. 18.
     """
@@ -96,7 +98,7 @@ def importance_probabilities(state: LossHistory) -> Float[Array, " timesteps"]:
 
 
 def importance(
-    state: LossHistory, draw: TimestepDraw, num_timesteps: Timesteps
+    state: LossHistory, draw: TimestepDraw, num_timesteps: NumTimesteps
 ) -> tuple[Rows, Weights]:
     """Independent timesteps from ``importance_probabilities``, weighted by 1 / (T p_t)."""
     p = importance_probabilities(state)
@@ -104,17 +106,17 @@ def importance(
     return rows, 1 / (len(p) * p[rows])
 
 
-def update_history(state: LossHistory, rows: Rows, losses: Weights) -> LossHistory:
-    """Put each loss in the place of the oldest one of its timestep."""
+def update_history(state: LossHistory, rows: Rows, losses: Losses) -> LossHistory:
+    """Replace the oldest loss of a timestep by each new one."""
     same = rows[:, None] == rows[None, :]
     order = jnp.arange(len(rows))
     earlier = jnp.sum(same & (order[None, :] < order[:, None]), axis=1)
     later = jnp.sum(same & (order[None, :] > order[:, None]), axis=1)
     slots = (state.counts[rows] + earlier) % HISTORY
-    # of more than fit the last ones stay; a row out of range is dropped
-    kept = jnp.where(later < HISTORY, rows, len(state.counts))
+    # the history has room for the last HISTORY losses: earlier ones are written out of range
+    targets = jnp.where(later < HISTORY, rows, len(state.counts))
     return LossHistory(
-        state.losses.at[kept, slots].set(losses, mode="drop"), state.counts.at[rows].add(1)
+        state.losses.at[targets, slots].set(losses, mode="drop"), state.counts.at[rows].add(1)
     )
 
 
@@ -122,7 +124,7 @@ def _no_state(num_timesteps: int) -> tuple:
     return ()
 
 
-def _keep(state: tuple, rows: Rows, losses: Weights) -> tuple:
+def _keep(state: tuple, rows: Rows, losses: Losses) -> tuple:
     return state
 
 

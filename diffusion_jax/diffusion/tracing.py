@@ -1,8 +1,8 @@
-"""Whether values are numbers already, or stand for numbers in a function that jax traces."""
+"""Values that jax traces: they stand for numbers which are not known yet."""
 
 import jax
 
 
 def is_known(*values: object) -> bool:
-    """Whether all values can be checked: traced ones (of jit, vmap, grad) have no number yet."""
+    """Whether all values are known numbers; those that jit, vmap or grad trace are not."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))

@@ -11,21 +11,21 @@ from diffusion_jax.diffusion.schedules.schedule import Schedule
 
 
 class Variance(NamedTuple):
-    """log sigma^2 from a row and, if it is learned, from what the network says of it."""
+    """log sigma^2 as a function of a row and, if it is learned, of an output of the network."""
 
     is_learned: bool
     log_variance: Callable[[Schedule, Example | None], Example]
 
 
 def log_posterior_variance(row: Schedule) -> Float[Array, "..."]:
-    """Log beta~, and log beta where beta~ is 0 (at t = 1, unless the schedule is clipped)."""
+    """Log beta~; log beta where beta~ is 0 (at t = 1, unless the schedule is clipped)."""
     return jnp.log(jnp.where(row.posterior_variance > 0, row.posterior_variance, row.beta))
 
 
 def log_beta(row: Schedule) -> Float[Array, "..."]:
-    """Log beta, at t = 1 that of the clipped beta~, as in the code of DDPM and iDDPM.
+    """Log beta; at t = 1 log of the clipped beta~, as in the code of DDPM and iDDPM.
 
-    Only L_0 looks there, and with beta_1 it would be worse for no reason.
+    Only L_0 depends on the variance at t = 1, and beta_1 would make it worse for no reason.
     """
     is_first = row.one_minus_alpha_bar_prev == 0
     return jnp.where(is_first, log_posterior_variance(row), jnp.log(row.beta))

@@ -1,9 +1,9 @@
-"""How much a squared error counts at each timestep, whatever the network predicts.
+"""The weight of the squared error at each timestep, whatever the network predicts.
 
-A weighting is a function of a row and gives the weight of the squared error of x_0. An error in
-x_0 moves another prediction p by gain_p(row) times as much (``process.Parametrisation``), so the
-same loss written with the error of p has the weight divided by gain_p^2: pairs of a weighting and
-a prediction that mean the same are equal. "simple" is the one that means another thing for each.
+A weighting is a function of a row: the weight of the squared error of x_0. An error in x_0 is an
+error gain_p(row) times as large in another prediction p (``parametrisations.Parametrisation``), so
+that the same loss, written with the error of p, has this weight divided by gain_p^2. Hence a
+weighting means the same loss for every prediction; only "simple" depends on the prediction.
 """
 
 import math
@@ -24,7 +24,7 @@ Weighting = Callable[[Schedule, Weight, Weight], Weight]
 
 
 def vlb_weight(row: Schedule, log_variance: Weight) -> Weight:
-    """The weight that makes the error of x_0 the KL of q(x_{t-1}|x_t,x_0) and p, for t >= 2.
+    """The weight with which the error of x_0 is the KL of q(x_{t-1}|x_t,x_0) and p, for t >= 2.
 
     alpha_bar_prev beta^2 / (2 sigma^2 (1 - alpha_bar)^2), from DDPM eqs. 8 to 10: half the squared
     gain of the posterior mean over sigma^2. At sigma^2 = beta~ it is half the drop of the SNR.
@@ -33,17 +33,17 @@ def vlb_weight(row: Schedule, log_variance: Weight) -> Weight:
 
 
 def simple() -> Weighting:
-    """1 for the error of what is predicted: L_simple (DDPM eq. 14)."""
+    """1 for the error of the prediction: L_simple (DDPM eq. 14)."""
     return lambda row, gain, log_variance: gain**2
 
 
 def vlb() -> Weighting:
-    """The variational bound's own weight, see ``vlb_weight``."""
+    """The weight of the variational bound, see ``vlb_weight``."""
     return lambda row, gain, log_variance: vlb_weight(row, log_variance)
 
 
 def snr() -> Weighting:
-    """SNR, which is L_simple of eps (Salimans & Ho 2022, section 4)."""
+    """SNR: the same loss as L_simple of eps (Salimans & Ho 2022, section 4)."""
     return lambda row, gain, log_variance: row.snr
 
 
@@ -55,7 +55,8 @@ def truncated_snr() -> Weighting:
 def min_snr(gamma: float = 5.0) -> Weighting:
     """min(SNR, gamma) (Hang et al. 2023, arXiv 2303.09556).
 
-    Raises ValueError: gamma <= 0.
+    Raises:
+        ConfigError: gamma <= 0.
     """
     require(0 < gamma < math.inf, "gamma", gamma, "a finite number above 0")
     return lambda row, gain, log_variance: jnp.minimum(row.snr, gamma)
@@ -64,7 +65,8 @@ def min_snr(gamma: float = 5.0) -> Weighting:
 def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
     """SNR / (k + SNR)^gamma: 1 / (k + SNR)^gamma for eps (Choi et al. 2022, arXiv 2204.00227).
 
-    Raises ValueError: gamma < 0 or k <= 0.
+    Raises:
+        ConfigError: gamma < 0 or k <= 0.
     """
     require(gamma >= 0, "gamma", gamma, "at least 0")
     require(0 < k < math.inf, "k", k, "a finite number above 0")
@@ -74,7 +76,7 @@ def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
 def sigmoid(bias: float = 0.0) -> Weighting:
     """The logistic function of bias - log SNR, for eps (Kingma & Gao 2023, arXiv 2303.00848).
 
-    Theirs also has the density of log SNR; here timesteps are as dense as the schedule has them.
+    The paper's weight also has the density of log SNR; here the schedule sets that density.
     """
     return lambda row, gain, log_variance: row.snr * jax.nn.sigmoid(bias - row.log_snr)
 
@@ -84,7 +86,8 @@ def edm(sigma_data: float = 0.5) -> Weighting:
 
     That is SNR + 1 / sigma_data^2; ``sigma_data`` is the standard deviation of the data.
 
-    Raises ValueError: sigma_data <= 0.
+    Raises:
+        ConfigError: sigma_data <= 0.
     """
     require(0 < sigma_data < math.inf, "sigma_data", sigma_data, "a finite number above 0")
     return lambda row, gain, log_variance: row.snr + sigma_data**-2
