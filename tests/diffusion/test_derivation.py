@@ -20,7 +20,9 @@ from diffusion_jax.diffusion import process, schedules
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 TEXT = (REPOSITORY / "docs/derivation.md").read_text()
 HEADER = "| Check | Should be | Ours | Misprint |"
-MODULES = {module.name for module in pkgutil.walk_packages(diffusion_jax.__path__, "diffusion_jax.")}
+MODULES = {
+    module.name for module in pkgutil.walk_packages(diffusion_jax.__path__, "diffusion_jax.")
+}
 
 
 # --- the document: names and mathematics ----------------------------------------------------

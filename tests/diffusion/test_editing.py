@@ -16,6 +16,7 @@ from diffusion_jax.diffusion.samplers import SAMPLERS
 from diffusion_jax.diffusion.samplers.ancestral import ancestral
 from diffusion_jax.diffusion.samplers.chain import sample, trajectory
 from diffusion_jax.diffusion.samplers.ddim import ddim
+from diffusion_jax.errors import ConfigError
 
 KEY = jax.random.key(5)
 MEAN, VARIANCE = 0.4, 0.05
@@ -472,7 +473,7 @@ IMAGE = jnp.zeros((2, 6))
 
 @pytest.mark.parametrize("name", sorted(set(SAMPLERS) - set(NO_MEMORY)))
 def test_samplers_with_a_memory_are_refused(name):
-    with pytest.raises(ValueError, match=r"^sampler = \w+: must be one without memory") as error:
+    with pytest.raises(ConfigError, match=r"^sampler = '\w+': must be one without memory") as error:
         inpaint(SAMPLERS[name](), IMAGE, HALF, 2, 1)
     assert "\n" not in str(error.value)
 
@@ -497,6 +498,6 @@ def test_samplers_with_a_memory_are_refused(name):
     ],
 )
 def test_refused(field, call):
-    with pytest.raises(ValueError, match=rf"^{field} = .*: must be ") as error:
+    with pytest.raises(ConfigError, match=rf"^{field} = .*: must be ") as error:
         call()
     assert "\n" not in str(error.value)

@@ -17,6 +17,7 @@ from diffusion_jax.diffusion.schedules.families import SCHEDULES
 from diffusion_jax.diffusion.timesteps import TIMESTEP_SAMPLERS, TimestepSampler
 from diffusion_jax.diffusion.variances import VARIANCES
 from diffusion_jax.diffusion.weightings import WEIGHTINGS
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.models import create_model
 
 MEAN, VARIANCE = 0.3, 0.2
@@ -374,7 +375,7 @@ def test_impossible_flows_are_named(arguments, named):
     keys = jax.random.split(jax.random.key(0), 1)
     inputs = gaussian(0.0, 1.0), schedules.cosine(10), keys, jnp.zeros((1, 1))
     arguments = {"num_steps": 5, "solver": "heun", "divergence": "exact"} | arguments
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ConfigError, match=named):
         likelihood.flow_log_likelihood(*inputs, **arguments)
 
 

@@ -14,6 +14,7 @@ from diffusion_jax.diffusion.schedules.families import SCHEDULES
 from diffusion_jax.diffusion.timesteps import TIMESTEP_SAMPLERS
 from diffusion_jax.diffusion.variances import VARIANCES
 from diffusion_jax.diffusion.weightings import WEIGHTINGS
+from diffusion_jax.errors import ConfigError
 
 T = 40
 SCHEDULE = schedules.cosine(T)
@@ -206,5 +207,5 @@ def test_gain_is_the_derivative_by_x_0_at_a_given_x_t(kind, name):
     ],
 )
 def test_impossible_arguments_are_named(create, named):
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ConfigError, match=named):
         create()

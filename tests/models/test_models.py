@@ -171,7 +171,7 @@ def test_the_label_matters_if_and_only_if_conditional(name):
             model.apply(params, x_t, timestep, jnp.full(3, label), None) for label in (0, 2)
         )
         assert (zero != two).any() == conditional
-    with pytest.raises(ValueError, match="label = None"):
+    with pytest.raises(ConfigError, match=r"^label = None: must be one per example"):
         model.apply(params, x_t, timestep, None, None)
 
 
