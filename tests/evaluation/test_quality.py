@@ -17,7 +17,7 @@ from diffusion_jax.data.dataset import DatasetChoice, Split
 from diffusion_jax.data.load import load_dataset
 from diffusion_jax.data.pixels import to_x_0
 from diffusion_jax.evaluation import classifier as classifier_module
-from diffusion_jax.evaluation import quality
+from diffusion_jax.evaluation import distances, quality
 from diffusion_jax.evaluation.classifier import (
     features,
     load_classifier,
@@ -125,7 +125,7 @@ def test_kernel_is_the_double_sum():
 def test_kernel_does_not_depend_on_how_it_is_cut(monkeypatch):
     x, y = np.random.default_rng(0).normal(size=(2, 50, 3))
     whole = kernel_distance(x, y)
-    monkeypatch.setattr(classifier_module, "BLOCK", 7)
+    monkeypatch.setattr(distances, "BLOCK", 7)
     assert kernel_distance(x, y) == pytest.approx(whole, rel=1e-10)
 
 
