@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rounding import UNIT, rounding
 
 from diffusion_jax.models.layers import conv, upsample
 
@@ -32,14 +33,18 @@ def exact(x, kernel):
     return sum(around[:, i : i + height, j : j + width] @ kernel[i, j] for i, j in shifts)
 
 
+def rounding_of(x, kernel):
+    """That of ``exact`` in any form."""
+    return rounding(9 * x.shape[3], exact(np.square(x), np.square(kernel)))
+
+
 @pytest.mark.parametrize("form", [conv.plain, conv.winograd])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_a_convolution_is_its_sum_to_float32_rounding(form, shape):
     x, kernel = arrays(*shape)
     expected = exact(x, kernel)
     error = np.abs(form(jnp.asarray(x), jnp.asarray(kernel)) - expected).max()
-    # a sum of n products of size one is of size sqrt(n)
-    assert error < 8e-6 * np.sqrt(9 * x.shape[3])
+    assert error < rounding_of(x, kernel)
 
 
 def test_a_batch_is_convolved_in_groups_that_fit_a_cache():
@@ -99,12 +104,16 @@ def test_gradients_in_training_are_their_sums_to_float32_rounding(shape):
     x, kernel = arrays(*shape)
     dy, _ = arrays(*shape[:3], shape[4], 1, seed=1)
     expected = exact_gradients(x, kernel, dy)
+    squares = exact_gradients(np.square(x), np.square(kernel), np.square(dy))
+    terms = 9 * shape[4], np.prod(shape[:3])  # of the gradient of the inputs, of the kernel
+    bounds = [rounding(*sums) for sums in zip(terms, squares)]
+    of_plain = 2 * rounding_of(x, kernel)
     x, kernel, dy = jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(dy)
     y, pull_back = jax.vjp(conv.convolve_in_training, x, kernel)
-    np.testing.assert_allclose(y, conv.plain(x, kernel), atol=2e-4)
+    np.testing.assert_allclose(y, conv.plain(x, kernel), rtol=0, atol=of_plain)
     for found in (pull_back(dy), conv.winograd_gradients(x, kernel, dy)):
-        for one, other in zip(found, expected):
-            np.testing.assert_allclose(one, other, atol=4e-6 * np.abs(other).max())
+        for one, other, bound in zip(found, expected, bounds):
+            np.testing.assert_allclose(one, other, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize(
@@ -140,9 +149,9 @@ def test_a_wide_layer_adds_no_transforms_to_the_memory_of_a_step():
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_an_upsampled_convolution_is_its_sum_to_float32_rounding(form, shape):
     x, kernel = arrays(*shape)
-    expected = exact(np.repeat(np.repeat(x, 2, axis=1), 2, axis=2), kernel)
-    error = np.abs(form(jnp.asarray(x), jnp.asarray(kernel)) - expected).max()
-    assert error < 8e-6 * np.sqrt(9 * x.shape[3])
+    large = np.repeat(np.repeat(x, 2, axis=1), 2, axis=2)
+    error = np.abs(form(jnp.asarray(x), jnp.asarray(kernel)) - exact(large, kernel)).max()
+    assert error < rounding_of(large, kernel)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +173,8 @@ def test_a_layer_is_the_same_in_training(c_in):
     layer = conv.Conv3x3(c_in, 160, (3, 3), dtype=jnp.float32, rngs=nnx.Rngs(0))
     layer.bias[...] = jnp.arange(160.0)
     x, _ = arrays(4, 8, 8, c_in, 160)
-    expected = exact(x, np.asarray(layer.kernel[...])) + np.arange(160)
+    kernel = np.asarray(layer.kernel[...])
+    expected = exact(x, kernel) + np.arange(160)
+    bound = rounding_of(x, kernel) + 200 * UNIT  # the bias's sum, which is smaller
     for is_training in (True, False):
-        np.testing.assert_allclose(layer(jnp.asarray(x), is_training), expected, atol=6e-5)
+        np.testing.assert_allclose(layer(jnp.asarray(x), is_training), expected, rtol=0, atol=bound)

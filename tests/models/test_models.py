@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from rounding import rounding
 
 from diffusion_jax.diffusion.network import Model
 from diffusion_jax.errors import ConfigError
@@ -321,8 +322,11 @@ def test_upsample_is_nearest_neighbour_then_convolution(shape, channels, is_trai
     for parameter in (upsample.conv.kernel, upsample.conv.bias):
         parameter[...] = jnp.float32(rng.standard_normal(parameter.shape))
     x = jnp.float32(rng.standard_normal((2, *shape, channels)))
-    plain = upsample.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
-    np.testing.assert_allclose(upsample(x, is_training), plain, rtol=1e-5, atol=2e-4)
+    large = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    plain = upsample.conv(large)
+    squares = conv.plain(jnp.square(large), jnp.square(upsample.conv.kernel[...]))
+    bound = 2 * rounding(9 * channels, squares)  # of both
+    np.testing.assert_allclose(upsample(x, is_training), plain, rtol=0, atol=bound)
 
 
 def test_any_size_that_the_strides_divide():
