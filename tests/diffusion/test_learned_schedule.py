@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from gaussian import gaussian
+from rounding import UNIT
 from runs import TOY2D, arguments, run
 
 from diffusion_jax.diffusion import learned_schedule, process, schedules, timesteps
@@ -195,10 +196,16 @@ def test_ends_are_trained_by_the_bound_and_the_way_between_by_its_variance():
 
     gradient = jax.jit(jax.grad(found))(params)
     expected = jax.jit(jax.grad(lambda schedule: jnp.mean(diffusion(schedule) ** 2)))(params)
+    # As the way is all but linear, terms like the gap's all but cancel in its slope's gradient.
+    # They come to some four times the gap's; 64 of them are rounded by 8 sqrt(64) units at most,
+    # but with a probability of exp(-8^2 / 2).
+    terms = 4 * np.abs(expected["gap"]) * jax.nn.softplus(params["gap"])
+    rounded = {"linear": 64 * UNIT * terms}
     for name in set(gradient) - set(learned_schedule.ENDS):
         scale = np.abs(expected[name]).max()
         assert scale > 0, name
-        np.testing.assert_allclose(gradient[name], expected[name], atol=2e-4 * scale)
+        atol = 2e-4 * scale + rounded.get(name, 0)
+        np.testing.assert_allclose(gradient[name], expected[name], atol=atol)
     for name in learned_schedule.ENDS:
         assert gradient[name] != 0
 

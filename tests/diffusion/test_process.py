@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gaussian import BETAS, columns, cosine_betas, rows
+from rounding import UNIT
 
 from diffusion_jax.diffusion import process, schedules
 from diffusion_jax.diffusion.parametrisations import NEEDS_SIGNAL, PREDICTIONS
@@ -227,8 +228,11 @@ def test_v_is_decoded_in_float32_at_every_timestep(name):
     x_t = process.q_sample(schedule, x_0, eps)
     output = PREDICTIONS["v"].encode(schedule, Prediction(x_0, eps), x_t)
     found = PREDICTIONS["v"].decode(schedule, x_t, output)
-    np.testing.assert_allclose(found.x_0, x_0, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(found.eps, eps, rtol=0, atol=1e-6)
+    # x_t, v and what they decode to are rounded two units each, by sqrt(2) more of the first two
+    # together, and the weights' squares come to 1 but for three units: of hypot(x_0, eps), below 8
+    bound = 8 * UNIT * np.hypot(x_0, eps)
+    assert (np.abs(found.x_0 - x_0) <= bound).all()
+    assert (np.abs(found.eps - eps) <= bound).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
