@@ -18,16 +18,23 @@ import numpy as np
 from diffusion_jax.runtime.checkpoint import Arrays, Checkpoints
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
-TIMEOUT = 120  # seconds, of any run here
+TIMEOUT = 300  # seconds, of any run here; no run takes a tenth of it on a quiet machine
 
 # A start costs seconds of imports; a child that is forked after them is as fresh in all else. What
 # the package imports where it is used, and what this module needs, is imported there too.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["diffusion_jax.commands", "diffusion_jax.ablation.ablate"]
-    + ["diffusion_jax.data.sources.builder"]
-    + ["grain", "matplotlib.figure", "matplotlib.backends.backend_agg", "sklearn.datasets"]
-    + ["jax.experimental.multihost_utils", "runs"]
+    [
+        "diffusion_jax.commands",
+        "diffusion_jax.ablation.ablate",
+        "diffusion_jax.data.sources.builder",
+        "grain",
+        "jax.experimental.multihost_utils",
+        "matplotlib.figure",
+        "matplotlib.backends.backend_agg",
+        "sklearn.datasets",
+        "runs",
+    ]
 )
 
 TOY2D = {

@@ -14,6 +14,7 @@ from rounding import rounding
 from diffusion_jax.diffusion.network import Model
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.models import MODELS, create_model
+from diffusion_jax.models.layers import conv
 from diffusion_jax.models.layers.attention import Attention
 from diffusion_jax.models.layers.norm import GroupNorm, lean_norm_silu, norm_silu
 from diffusion_jax.models.unet import Upsample, dropout
