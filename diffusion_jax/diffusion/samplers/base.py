@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from diffusion_jax.diffusion import process, schedules
+from diffusion_jax.diffusion import process
 from diffusion_jax.diffusion.process import Predict, Prediction
 from diffusion_jax.diffusion.schedules.schedule import Schedule
+from diffusion_jax.diffusion.schedules.transforms import at_log_snr
 
 Batch = Float[Array, "batch ..."]
 Keys = Key[Array, " batch"]
@@ -53,7 +54,7 @@ class Step(NamedTuple):
     def middle(self, schedule: Schedule) -> Schedule:
         """The row of ``schedule`` half-way in log SNR."""
         log_snr = (self.row.log_snr + self.row_prev.log_snr) / 2
-        return schedules.at_log_snr(schedule, log_snr[None])[0]
+        return at_log_snr(schedule, log_snr[None])[0]
 
 
 class Sampler(abc.ABC):
