@@ -60,15 +60,24 @@ SAMPLERS = (
     *("ancestral", "ddim", "euler", "euler_ancestral", "heun", "edm", "dpmpp_1s", "dpmpp_2s"),
     *("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "unipc", "plms", "pndm", "predictor_corrector"),
 )
+BY_SAMPLER = {name: {"sampling.sampler": name} for name in SAMPLERS}
 EDITED = {"editing.images": "in.npz", "sampling.num_steps": None, "sampling.sampler": "ddim"}
-SAMPLES = {name: {"sampling.sampler": name} for name in SAMPLERS} | {
+OF_IMAGES = {
     "karras": {"sampling.sampler": "heun", "sampling.spacing": "karras"},
     "guidance": {"guidance.weight": 1.5, "guidance.weak_step": 10},
-    "inpaint": {"editing.task": "inpaint", "editing.images": "in.npz", "editing.mask": "mask.png"},
+    "inpaint": {
+        "editing.task": "inpaint",
+        "editing.images": "in.npz",
+        "editing.mask": "mask.png",
+        "editing.jump_length": 2,
+        "editing.num_resamples": 2,
+    },
     "image_to_image": EDITED | {"editing.task": "image_to_image", "editing.timestep": 8},
     "interpolate": EDITED | {"editing.task": "interpolate"},
     "variations": EDITED | {"editing.task": "variations"},
 }
+POINTS = {name: value for name, value in TINY.items() if not name.startswith("model.")}
+SAMPLES = {"digits": (TINY, BY_SAMPLER | OF_IMAGES), "toy2d": (POINTS, BY_SAMPLER)}
 ABLATION = TINY | {
     "ablate.grid": "schedule.s=0.008,0.02",
     "ablate.seeds": (0,),
@@ -176,21 +185,20 @@ def losses(both: Comparison) -> None:
 
 
 def samples(both: Comparison) -> None:
-    """Sixteen images by every sampler, by guidance and of every edit, of one trained model."""
-    both.before.main("samples", TINY)
-    with np.load(both.before.folder / "samples/samples/samples.npz") as arrays:
-        np.savez(both.before.folder / "in.npz", images=arrays["images"][:2])
-    mask = np.zeros((8, 8), np.uint8)
-    mask[:, 4:] = 255
-    Image.fromarray(mask).save(both.before.folder / "mask.png")
-    for name in ("in.npz", "mask.png"):
-        shutil.copy(both.before.folder / name, both.after.folder)
-    both.hand_over("samples")
-    for name, fields in SAMPLES.items():
-        for tree in both:
-            (tree.folder / "samples/samples/samples.npz").unlink()
-            tree.main("samples", TINY | fields, "sample")
-        both.files(f"samples, {name}", "samples/samples/samples.npz")
+    """Images and points of a trained model each; points are not rounded to grey levels."""
+    given = np.random.default_rng(0).integers(256, size=(2, 8, 8, 1), dtype=np.uint8)
+    for tree in both:
+        np.savez(tree.folder / "in.npz", images=given)
+        Image.fromarray(np.uint8(255 * np.tri(8))).save(tree.folder / "mask.png")
+    for config, (trained, cases) in SAMPLES.items():
+        workdir = f"samples/{config}"
+        both.before.main(workdir, trained, config=config)
+        both.hand_over(workdir)
+        for name, fields in cases.items():
+            for tree in both:
+                (tree.folder / workdir / "samples/samples.npz").unlink()
+                tree.main(workdir, trained | fields, "sample", config)
+            both.files(name, f"{workdir}/samples/samples.npz")
 
 
 def evaluate(both: Comparison) -> None:
