@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -253,6 +254,7 @@ def main() -> None:
     parser.add_argument("--archives", type=os.path.abspath, help="of MNIST, a folder")
     parser.add_argument("parts", nargs="*", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and remove the worktree
     git = "git", "-C", str(REPOSITORY), "worktree"
     with tempfile.TemporaryDirectory() as scratch:
         root = pathlib.Path(scratch)
