@@ -212,8 +212,8 @@ def evaluate(both: Comparison) -> None:
 
 
 def contents(path: pathlib.Path) -> dict[pathlib.Path, tuple[bytes, int]]:
-    """The bytes and the date of every file in a folder."""
-    files = [file for file in path.rglob("*") if file.is_file()]
+    """The bytes and the date of every file in a folder, but for its lock."""
+    files = [file for file in path.rglob("*") if file.is_file() and file != path / ".lock"]
     return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
 
 
