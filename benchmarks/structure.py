@@ -306,8 +306,8 @@ def repeated_blocks(folder: pathlib.Path) -> list[str]:
     return [message["message"] for message in messages]
 
 
-def main(argv: list[str]) -> None:
-    """Print a row for each number, then what is behind it."""
+def main(argv: list[str]) -> int:
+    """Print a row for each number, then what is behind it; 1 if one is not as wanted."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.structure")
     parser.add_argument("folder", nargs="?", type=pathlib.Path, default=pathlib.Path.cwd())
     parser.add_argument("--verbose", action="store_true", help="show the repeated blocks")
@@ -343,7 +343,10 @@ def main(argv: list[str]) -> None:
     for name, _, _, items in rows:
         if items:
             print(f"\n{name}:", *(f"    {item}" for item in items), sep="\n")
+    too_long = len(chain) > MAX_CHAIN or len(floors) > MAX_FLOORS
+    too_long |= sum(reading.values()) >= MAX_READING
+    return int(too_long or bool(cycles or against or wide or blocks))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

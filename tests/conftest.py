@@ -23,7 +23,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 # The files that take longest, for the test runner's processes to begin with.
 LONGEST = (
     *("ablate", "samplers", "sampling", "evaluate", "main", "devices", "likelihood", "train"),
-    *("solvers", "schedules", "models", "report", "editing", "losses", "notebook"),
+    *("solvers", "schedules", "models", "stored_folders", "structure", "cost", "report", "data"),
+    *("editing", "losses", "quality", "conv", "notebook", "checkpoint", "installed", "pure"),
 )
 
 install_import_hook("diffusion_jax", "beartype.beartype")

@@ -93,6 +93,7 @@ def test_reading_path():
     assert sum(lines.values()) < structure.MAX_READING, lines
 
 
+@pytest.mark.slow  # pylint; .ci/run asks benchmarks.structure
 def test_no_repeated_blocks():
     assert structure.repeated_blocks(REPOSITORY) == []
 

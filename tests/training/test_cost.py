@@ -25,7 +25,7 @@ from diffusion_jax.runtime import devices
 from diffusion_jax.training.step import ALONE, Constants, init_state, step_choices, train_step
 
 BATCH_SIZE = 16
-MODEL = {"model.width": 16, "model.channel_multipliers": (1, 2), "train.batch_size": BATCH_SIZE}
+MODEL = {"model.width": 16, "train.batch_size": BATCH_SIZE}
 
 
 @pytest.fixture(scope="module")
