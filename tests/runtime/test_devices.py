@@ -81,7 +81,7 @@ def on_one(experiment):
     return losses_of(experiment, 1, [1] * 20)
 
 
-@pytest.mark.parametrize("num_devices", [2, 8])
+@pytest.mark.parametrize("num_devices", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_the_loss_does_not_depend_on_the_number_of_devices(experiment, on_one, num_devices):
     losses, _ = losses_of(experiment, num_devices, [1] * 20)
     np.testing.assert_allclose(losses, on_one[0], rtol=1e-5)

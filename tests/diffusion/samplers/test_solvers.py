@@ -248,7 +248,8 @@ def test_the_evaluations_are_those_that_are_counted(name):
         return Prediction(x_t, x_t)
 
     sampler = SAMPLERS[name]()
-    for num_steps in (1, 5):
+    # one step is a case of its own where steps are not alike
+    for num_steps in (5,) if sampler.num_evaluations(5) == 5 else (1, 5):
         calls.clear()
         chain = schedules.respace(schedules.linear(100), num_steps)
         jax.block_until_ready(sample(KEY, predict, chain, sampler, (2, 1)))
