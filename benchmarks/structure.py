@@ -2,7 +2,7 @@
 
     python -m benchmarks.structure                 # this checkout
     python -m benchmarks.structure FOLDER          # another one, for example
-    git worktree add /tmp/before 0a48fca && python -m benchmarks.structure /tmp/before
+    git worktree add ../before 0a48fca && python -m benchmarks.structure ../before
 
 The files are parsed, never imported. They are the modules of diffusion_jax and main.py; configs/
 is the user's. What is counted:

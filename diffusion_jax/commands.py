@@ -53,7 +53,7 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path, command: str) -> int:
         return 1
 
 
-class _Session(NamedTuple):
+class _Context(NamedTuple):
     """What a mode of a single run works with, all of it checked."""
 
     config: ConfigDict
@@ -89,7 +89,7 @@ class _Session(NamedTuple):
         return Generator(self.experiment, network, self.devices)
 
 
-def _open(config: ConfigDict, path: pathlib.Path, batch_size: int, is_training: bool) -> _Session:
+def _open(config: ConfigDict, path: pathlib.Path, batch_size: int, is_training: bool) -> _Context:
     """Start the devices, check the config and the folder, and load the data; writes no run."""
     require_batches(config)
     runtime_devices.start(config.num_devices, batch_size, config.distributed, divide=is_training)
@@ -100,7 +100,7 @@ def _open(config: ConfigDict, path: pathlib.Path, batch_size: int, is_training: 
         require_same(config, recorded, OF_THE_TRAINING if is_training else OF_THE_MODEL, path)
     elif not is_training:
         raise WorkdirError(path, "holds no run; train one first")
-    return _Session(
+    return _Context(
         config=config,
         experiment=experiment,
         workdir=workdir,
@@ -112,13 +112,13 @@ def _open(config: ConfigDict, path: pathlib.Path, batch_size: int, is_training: 
     )
 
 
-def _begin(session: _Session) -> bool:
+def _begin(context: _Context) -> bool:
     """Hold the folder and say what is used; returns whether this is the process that writes."""
-    runtime_devices.start_compilation_cache(session.config.compilation_cache)
+    runtime_devices.start_compilation_cache(context.config.compilation_cache)
     if jax.process_index() != 0:
         return False
-    session.workdir.lock()
-    runtime_devices.log(session.devices)
+    context.workdir.lock()
+    runtime_devices.log(context.devices)
     return True
 
 
@@ -130,58 +130,58 @@ def _wait_for_all() -> None:
 
 def train(config: ConfigDict, path: pathlib.Path, command: str) -> int:
     """Train, or go on with, the run in a folder, then sample from it."""
-    session = _open(config, path, config.train.batch_size, is_training=True)
-    experiment, workdir = session.experiment, session.workdir
-    is_writer = _begin(session)
+    context = _open(config, path, config.train.batch_size, is_training=True)
+    experiment, workdir = context.experiment, context.workdir
+    is_writer = _begin(context)
     if is_writer:
         workdir.record(to_record(config))
-        if not session.is_there or config.schedule.name != "learned":
-            print(session.describe_schedule(experiment.schedule))
-        if not session.card.exists():  # a run that goes on has its card already
-            session.draw_card(experiment.schedule)
-    generator = session.generator()
+        if not context.is_there or config.schedule.name != "learned":
+            print(context.describe_schedule(experiment.schedule))
+        if not context.card.exists():  # a run that goes on has its card already
+            context.draw_card(experiment.schedule)
+    generator = context.generator()
     every = experiment.training.sample_every_steps
     on_step = grids_in_training(generator, every, workdir.samples)
     state, stopped_by = train_experiment(
-        experiment, session.dataset, workdir, session.devices, on_step
+        experiment, context.dataset, workdir, context.devices, on_step
     )
     if stopped_by is not None:
         LOG.info("stopped by signal %d after saving step %d", stopped_by, state.step)
         return 128 + stopped_by
     if is_writer:
-        _sample(session, generator, runtime_devices.local_copy(state.ema))
+        _sample(context, generator, runtime_devices.local_copy(state.ema))
     _wait_for_all()
     return 0
 
 
 def sample(config: ConfigDict, path: pathlib.Path, command: str) -> int:
     """Sample from the run in a folder."""
-    session = _open(config, path, config.sampling.batch_size, is_training=False)
-    is_writer = _begin(session)
-    generator = session.generator()
-    ema, step = restore_average(session.experiment.template, path, None)
+    context = _open(config, path, config.sampling.batch_size, is_training=False)
+    is_writer = _begin(context)
+    generator = context.generator()
+    ema, step = restore_average(context.experiment.template, path, None)
     LOG.info("sampling from step %d", step)
     if is_writer:
-        _sample(session, generator, ema)
+        _sample(context, generator, ema)
     _wait_for_all()
     return 0
 
 
-def _sample(session: _Session, generator: Generator, ema: PyTree) -> None:
+def _sample(context: _Context, generator: Generator, ema: PyTree) -> None:
     """Write the samples of a trained network."""
-    experiment = session.experiment
-    schedule = _trained_schedule(session, ema)
-    params = ema, None if session.weak is None else _restore_weak(session.weak)
+    experiment = context.experiment
+    schedule = _trained_schedule(context, ema)
+    params = ema, None if context.weak is None else _restore_weak(context.weak)
     samples = Samples(
         generator=generator,
         params=params,
         plan=experiment.sampling,
         schedule=schedule,
-        dataset=session.dataset,
-        edited=session.edited,
+        dataset=context.dataset,
+        edited=context.edited,
     )
-    identity = identity_of_samples(session.config, params, session.edited)
-    write_samples(samples, identity, session.workdir.samples)
+    identity = identity_of_samples(context.config, params, context.edited)
+    write_samples(samples, identity, context.workdir.samples)
 
 
 def _restore_weak(weak: Weak) -> PyTree:
@@ -197,31 +197,31 @@ def _restore_weak(weak: Weak) -> PyTree:
     return params
 
 
-def _trained_schedule(session: _Session, ema: PyTree) -> Schedule:
+def _trained_schedule(context: _Context, ema: PyTree) -> Schedule:
     """The schedule of a trained run, described and drawn if it was learned."""
-    schedule = session.experiment.schedule_of(ema)
-    if schedule is not session.experiment.schedule:
-        print(session.describe_schedule(schedule))
-        session.draw_card(schedule)
+    schedule = context.experiment.schedule_of(ema)
+    if schedule is not context.experiment.schedule:
+        print(context.describe_schedule(schedule))
+        context.draw_card(schedule)
     return schedule
 
 
 def evaluate(config: ConfigDict, path: pathlib.Path, command: str) -> int:
     """Evaluate the run in a folder on the test split."""
-    session = _open(config, path, config.evaluate.batch_size, is_training=False)
-    experiment = session.experiment
-    plan = fit(experiment.evaluation, session.dataset.test)
-    is_writer = _begin(session)
+    context = _open(config, path, config.evaluate.batch_size, is_training=False)
+    experiment = context.experiment
+    plan = fit(experiment.evaluation, context.dataset.test)
+    is_writer = _begin(context)
     ema, step = restore_average(experiment.template, path, None)
     LOG.info("evaluating step %d", step)
     if is_writer:
-        schedule = _trained_schedule(session, ema)
-        evaluator = Evaluator(experiment.network, plan, session.devices)
+        schedule = _trained_schedule(context, ema)
+        evaluator = Evaluator(experiment.network, plan, context.devices)
         report = evaluator.evaluate(
             Trained(params=ema, step=step, schedule=schedule, seed=experiment.seed),
-            session.dataset.test,
+            context.dataset.test,
             about=experiment.about,
-            folder=session.workdir.path,
+            folder=context.workdir.path,
         )
         print(describe_evaluation(report))
     _wait_for_all()
