@@ -82,7 +82,13 @@ def train_classifier(dataset: Dataset, seed: int) -> Classifier:
         x_0 = to_x_0(batch["image"], dataset.levels)
         params, opt_state = step(params, opt_state, x_0, batch["label"])
 
-    classifier = Classifier(jax.jit(network.apply), params, dataset.levels, 1.0, 0.0)
+    classifier = Classifier(
+        apply=jax.jit(network.apply),
+        params=params,
+        levels=dataset.levels,
+        scale=1.0,
+        test_accuracy=0.0,
+    )
     held_out = to_x_0(dataset.test.images[:], dataset.levels)
     unscaled, logits = _apply(classifier, held_out)
     classifier = classifier._replace(
@@ -175,11 +181,11 @@ def _restore(path: pathlib.Path, dataset: Dataset, fingerprint: str) -> Classifi
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     _, unravel = ravel_pytree(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
     return Classifier(
-        jax.jit(network.apply),
-        unravel(arrays["params"]),
-        dataset.levels,
-        float(arrays["scale"]),
-        float(arrays["test_accuracy"]),
+        apply=jax.jit(network.apply),
+        params=unravel(arrays["params"]),
+        levels=dataset.levels,
+        scale=float(arrays["scale"]),
+        test_accuracy=float(arrays["test_accuracy"]),
     )
 
 

@@ -30,8 +30,9 @@ def create_weak(config: ConfigDict, experiment: Experiment, path: pathlib.Path) 
     """
     fields = config.guidance
     if fields.weak_workdir is None:
-        network = experiment.network
-        return None if fields.weak_step is None else Weak(network, path, fields.weak_step)
+        if fields.weak_step is None:
+            return None
+        return Weak(network=experiment.network, workdir=path, step=fields.weak_step)
     path, where = pathlib.Path(fields.weak_workdir), fields.weak_workdir
     field = "config.guidance.weak_workdir"
     recorded = Workdir(path).read_record()
