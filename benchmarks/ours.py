@@ -22,7 +22,7 @@ from diffusion_jax.diffusion.streams import Stream, stream_key
 from diffusion_jax.evaluation import evaluate as evaluation
 from diffusion_jax.experiment.evaluation import fit
 from diffusion_jax.experiment.experiment import Experiment, create_experiment
-from diffusion_jax.runtime import devices
+from diffusion_jax.runtime import checkpoint, devices
 from diffusion_jax.runtime.checkpoint import Checkpoints
 from diffusion_jax.sampling.generator import Generator
 from diffusion_jax.training.step import (
@@ -218,7 +218,6 @@ def restore(contender: str, size: str) -> Prepared:
     _save(folder, 1, state)
 
     def run() -> None:
-        with contextlib.closing(Checkpoints(folder, 1, 0)) as checkpoints:
-            assert checkpoints.restore(state._asdict()).step == 1
+        assert checkpoint.restore(folder, state._asdict()).step == 1
 
     return run, {}

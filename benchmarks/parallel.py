@@ -15,7 +15,8 @@ from jax import block_until_ready
 
 from diffusion_jax.__main__ import parse_arguments
 from diffusion_jax.ablation import grid
-from diffusion_jax.ablation.slots import Parallel, create_slots
+from diffusion_jax.ablation.jobs import Parallel
+from diffusion_jax.ablation.slots import create_slots
 from diffusion_jax.config.config import load
 from diffusion_jax.data.batches import read_batches
 from diffusion_jax.data.load import load_dataset

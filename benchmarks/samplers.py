@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     experiment = create_experiment(config)
     dataset = load_dataset(create_dataset_choice(config))
     devices.start_compilation_cache(config.compilation_cache)
-    ema, step = restore_average(experiment.template, pathlib.Path(arguments.workdir), None)
+    ema, step = restore_average(experiment.model.template, pathlib.Path(arguments.workdir), None)
     classifier = load_classifier(dataset, 0, pathlib.Path(arguments.workdir))
     real = features(classifier, to_x_0(dataset.test.images[:], dataset.levels))
 

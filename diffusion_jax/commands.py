@@ -3,14 +3,14 @@
 Every mode checks all that it can before it writes anything. Functions return exit statuses.
 """
 
+import contextlib
 import logging
 import pathlib
 import sys
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -26,13 +26,16 @@ from diffusion_jax.experiment.dataset import create_dataset_choice
 from diffusion_jax.experiment.editing import EditedImages, create_edited_images
 from diffusion_jax.experiment.evaluation import fit
 from diffusion_jax.experiment.experiment import Experiment, create_experiment, require_batches
-from diffusion_jax.experiment.sampling import identity_of_samples
-from diffusion_jax.experiment.weak import Weak, create_weak
+from diffusion_jax.experiment.sampling import identity_of_samples, require_unset_ends
+from diffusion_jax.experiment.training import describe_changes
+from diffusion_jax.experiment.weak import Weak, create_weak, is_ahead, restore_weak
 from diffusion_jax.runtime import devices as runtime_devices
 from diffusion_jax.runtime.checkpoint import restore_average
+from diffusion_jax.runtime.processes import together
 from diffusion_jax.runtime.workdir import Workdir
 from diffusion_jax.sampling.gallery import Samples, grids_in_training, write_samples
 from diffusion_jax.sampling.generator import Generator
+from diffusion_jax.training.step import TrainState
 from diffusion_jax.training.train import train as train_experiment
 
 LOG = logging.getLogger("diffusion_jax")
@@ -59,10 +62,11 @@ class _Context(NamedTuple):
     config: ConfigDict
     experiment: Experiment
     workdir: Workdir
-    is_there: bool  # a run is in the folder already
+    recorded: dict[str, Any] | None  # the config of the run that is in the folder already
     dataset: Dataset
     devices: list[jax.Device]
     weak: Weak | None
+    weak_params: PyTree  # None without a weaker network, or if this run has yet to save it
     edited: EditedImages | None
 
     @property
@@ -93,85 +97,112 @@ def _open(config: ConfigDict, path: pathlib.Path, batch_size: int, is_training: 
     """Start the devices, check the config and the folder, and load the data; writes no run."""
     require_batches(config)
     runtime_devices.start(config.num_devices, batch_size, config.distributed, divide=is_training)
-    experiment = create_experiment(config)
-    workdir = Workdir(path)
-    recorded = workdir.read_record()
-    if recorded is not None:
-        require_same(config, recorded, OF_THE_TRAINING if is_training else OF_THE_MODEL, path)
-    elif not is_training:
-        raise WorkdirError(path, "holds no run; train one first")
-    return _Context(
-        config=config,
-        experiment=experiment,
-        workdir=workdir,
-        is_there=recorded is not None,
-        weak=create_weak(config, experiment, path),
-        edited=create_edited_images(config, experiment.dataset),
-        dataset=load_dataset(create_dataset_choice(config)),
-        devices=runtime_devices.select_devices(config.num_devices),
-    )
+    with together():
+        experiment = create_experiment(config)
+        workdir = Workdir(path)
+        recorded = workdir.read_record()
+        if recorded is not None:
+            require_same(config, recorded, OF_THE_TRAINING if is_training else OF_THE_MODEL, path)
+        elif not is_training:
+            raise WorkdirError(path, "holds no run; train one first")
+        devices = runtime_devices.select_devices(config.num_devices)
+        if is_training:
+            runtime_devices.require_shared_batches(batch_size, devices)
+            require_unset_ends(config)
+        weak = create_weak(config, experiment, path)
+        is_later = is_training and is_ahead(weak, workdir, experiment.training)
+        return _Context(
+            config=config,
+            experiment=experiment,
+            workdir=workdir,
+            recorded=recorded,
+            weak=weak,
+            weak_params=None if is_later else restore_weak(weak),
+            edited=create_edited_images(config, experiment.dataset),
+            dataset=load_dataset(create_dataset_choice(config)),
+            devices=devices,
+        )
 
 
-def _begin(context: _Context) -> bool:
-    """Hold the folder and say what is used; returns whether this is the process that writes."""
+@contextlib.contextmanager
+def _begin(context: _Context) -> Iterator[bool]:
+    """Hold the folder and say what is used; yields whether this is the process that writes."""
     runtime_devices.start_compilation_cache(context.config.compilation_cache)
-    if jax.process_index() != 0:
-        return False
-    context.workdir.lock()
-    runtime_devices.log(context.devices)
-    return True
-
-
-def _wait_for_all() -> None:
-    """Several processes end together: one that left early would end the others."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("done")
+    is_writer = jax.process_index() == 0
+    with contextlib.ExitStack() as held:
+        with together():
+            if is_writer:
+                held.enter_context(context.workdir.lock())
+                runtime_devices.log(context.devices)
+        yield is_writer
 
 
 def train(config: ConfigDict, path: pathlib.Path, command: str) -> int:
     """Train, or go on with, the run in a folder, then sample from it."""
     context = _open(config, path, config.train.batch_size, is_training=True)
     experiment, workdir = context.experiment, context.workdir
-    is_writer = _begin(context)
-    if is_writer:
-        workdir.record(to_record(config))
-        if not context.is_there or config.schedule.name != "learned":
-            print(context.describe_schedule(experiment.schedule))
-        if not context.card.exists():  # a run that goes on has its card already
-            context.draw_card(experiment.schedule)
-    generator = context.generator()
-    every = experiment.training.sample_every_steps
-    on_step = grids_in_training(generator, every, workdir.samples)
-    state, stopped_by = train_experiment(
-        experiment, context.dataset, workdir, context.devices, on_step
-    )
-    if stopped_by is not None:
-        LOG.info("stopped by signal %d after saving step %d", stopped_by, state.step)
-        return 128 + stopped_by
-    if is_writer:
-        _sample(context, generator, runtime_devices.local_copy(state.ema))
-    _wait_for_all()
+    with _begin(context) as is_writer:
+        with together():
+            if is_writer:
+                _record(context)
+        generator = context.generator()
+        every = experiment.training.sample_every_steps
+        on_step = grids_in_training(generator, every, workdir.samples)
+        state, stopped_by = train_experiment(
+            experiment, context.dataset, workdir, context.devices, on_step
+        )
+        if stopped_by is not None:
+            LOG.info("stopped by signal %d after saving step %d", stopped_by, state.step)
+            return 128 + stopped_by
+        with together():
+            _sample_trained(context, generator, state, is_writer)
     return 0
+
+
+def _record(context: _Context) -> None:
+    """Write what the run is, and say it."""
+    config, schedule = context.config, context.experiment.schedule
+    for line in describe_changes(config, context.recorded):
+        LOG.warning(line)
+    context.workdir.record(to_record(config))
+    if context.recorded is None or config.schedule.name != "learned":
+        print(context.describe_schedule(schedule))
+    if not context.card.exists():  # a run that goes on has its card already
+        context.draw_card(schedule)
+
+
+def _sample_trained(
+    context: _Context, generator: Generator, state: TrainState, is_writer: bool
+) -> None:
+    """Sample at the end of a training; what is wrong now does not mean that nothing was written."""
+    try:
+        weak_params = context.weak_params
+        if weak_params is None:
+            weak_params = restore_weak(context.weak)  # orbax wants all processes to read
+        if is_writer:
+            _sample(context, generator, (runtime_devices.local_copy(state.ema), weak_params))
+    except ConfigError as error:  # the checks before the training could not see it
+        raise RunError(f"trained to step {state.step}, but not sampled: {error}") from error
 
 
 def sample(config: ConfigDict, path: pathlib.Path, command: str) -> int:
     """Sample from the run in a folder."""
     context = _open(config, path, config.sampling.batch_size, is_training=False)
-    is_writer = _begin(context)
-    generator = context.generator()
-    ema, step = restore_average(context.experiment.template, path, None)
-    LOG.info("sampling from step %d", step)
-    if is_writer:
-        _sample(context, generator, ema)
-    _wait_for_all()
+    with _begin(context) as is_writer, together():
+        generator = context.generator()
+        ema, step = restore_average(context.experiment.model.template, path, None)
+        params = ema, context.weak_params
+        LOG.info("sampling from step %d", step)
+        if is_writer:
+            _sample(context, generator, params)
     return 0
 
 
-def _sample(context: _Context, generator: Generator, ema: PyTree) -> None:
-    """Write the samples of a trained network."""
+def _sample(context: _Context, generator: Generator, params: tuple[PyTree, PyTree]) -> None:
+    """Write the samples of a trained network; ``params`` are its own and the weaker one's."""
     experiment = context.experiment
-    schedule = _trained_schedule(context, ema)
-    params = ema, None if context.weak is None else _restore_weak(context.weak)
+    generator.rows(params)  # refuses, before anything is written, ends that were not learned
+    schedule = _trained_schedule(context, params[0])
     samples = Samples(
         generator=generator,
         params=params,
@@ -182,19 +213,6 @@ def _sample(context: _Context, generator: Generator, ema: PyTree) -> None:
     )
     identity = identity_of_samples(context.config, params, context.edited)
     write_samples(samples, identity, context.workdir.samples)
-
-
-def _restore_weak(weak: Weak) -> PyTree:
-    """The averaged parameters of the weaker network."""
-    template = jax.eval_shape(weak.network.model.init, jax.random.key(0))
-    try:
-        params, step = restore_average(
-            template, weak.workdir, weak.step, field="config.guidance.weak_step"
-        )
-    except WorkdirError as error:
-        raise ConfigError(f"config.guidance.weak_{error}") from error
-    LOG.info("guided away from step %d of %s", step, weak.workdir)
-    return params
 
 
 def _trained_schedule(context: _Context, ema: PyTree) -> Schedule:
@@ -211,20 +229,19 @@ def evaluate(config: ConfigDict, path: pathlib.Path, command: str) -> int:
     context = _open(config, path, config.evaluate.batch_size, is_training=False)
     experiment = context.experiment
     plan = fit(experiment.evaluation, context.dataset.test)
-    is_writer = _begin(context)
-    ema, step = restore_average(experiment.template, path, None)
-    LOG.info("evaluating step %d", step)
-    if is_writer:
-        schedule = _trained_schedule(context, ema)
-        evaluator = Evaluator(experiment.network, plan, context.devices)
-        report = evaluator.evaluate(
-            Trained(params=ema, step=step, schedule=schedule, seed=experiment.seed),
-            context.dataset.test,
-            about=experiment.about,
-            folder=context.workdir.path,
-        )
-        print(describe_evaluation(report))
-    _wait_for_all()
+    with _begin(context) as is_writer, together():
+        ema, step = restore_average(experiment.model.template, path, None)
+        LOG.info("evaluating step %d", step)
+        if is_writer:
+            schedule = _trained_schedule(context, ema)
+            evaluator = Evaluator(experiment.network, plan, context.devices)
+            report = evaluator.evaluate(
+                Trained(params=ema, step=step, schedule=schedule, seed=experiment.seed),
+                context.dataset.test,
+                about=experiment.about,
+                folder=context.workdir.path,
+            )
+            print(describe_evaluation(report))
     return 0
 
 
@@ -234,12 +251,13 @@ def ablate(config: ConfigDict, path: pathlib.Path, command: str) -> int:
     from diffusion_jax.ablation import ablate as ablation_of
     from diffusion_jax.ablation.grid import count_jobs, create_ablation
     from diffusion_jax.ablation.jobs import Site
-    from diffusion_jax.ablation.slots import SIDE_BY_SIDE
+    from diffusion_jax.ablation.slots import SIDE_BY_SIDE, choose_parallel, choose_way_on_cpu
 
     require_batches(config)
     num_jobs = count_jobs(config)
-    side_by_side = config.ablate.parallel in SIDE_BY_SIDE
-    side_by_side |= config.ablate.parallel == "auto" and num_jobs >= runtime_devices.count_cores()
+    num_devices = config.num_devices or runtime_devices.count_cores()
+    way_on_cpu = choose_way_on_cpu(config.ablate.parallel, num_jobs, num_devices)
+    side_by_side = way_on_cpu in SIDE_BY_SIDE
     runtime_devices.start(
         config.num_devices,
         config.train.batch_size,
@@ -250,14 +268,15 @@ def ablate(config: ConfigDict, path: pathlib.Path, command: str) -> int:
     devices = runtime_devices.select_devices(config.num_devices)
     ablation = create_ablation(config)
     workdir = Workdir(path)
-    ablation_of.check(ablation, workdir, devices)
+    parallel = choose_parallel(ablation, way_on_cpu, len(devices))
+    ablation_of.check(ablation, workdir, devices, parallel)
     dataset = load_dataset(create_dataset_choice(config))
     ablation_of.check_data(ablation, dataset)
     runtime_devices.start_compilation_cache(config.compilation_cache)
-    workdir.lock(config.ablate.shard)
-    runtime_devices.log(devices)
-    site = Site(dataset=dataset, path=path, devices=devices)
-    stopped_by = ablation_of.ablate(ablation, site, command)
+    with workdir.lock(config.ablate.shard):
+        runtime_devices.log(devices)
+        site = Site(dataset=dataset, path=path, devices=devices, parallel=parallel)
+        stopped_by = ablation_of.ablate(ablation, site, command)
     if stopped_by is not None:
         LOG.info("stopped by signal %d; what was under way is saved", stopped_by)
         return 128 + stopped_by

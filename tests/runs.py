@@ -15,7 +15,7 @@ from unittest import mock
 import conftest
 import numpy as np
 
-from diffusion_jax.runtime.checkpoint import Arrays, Checkpoints
+from diffusion_jax.runtime.checkpoint import Arrays, load, saved_steps
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 TIMEOUT = 300  # seconds, of any run here; no run takes a tenth of it on a quiet machine
@@ -146,11 +146,8 @@ def _main(words: list[str], files: tuple[pathlib.Path, ...], environment: dict[s
 
 def checkpoint(workdir: pathlib.Path, step: int | None = None) -> Arrays:
     """The arrays of a run's checkpoint, the newest unless ``step`` says which."""
-    checkpoints = Checkpoints(workdir / "checkpoints", 1, 0)
-    try:
-        return checkpoints.load(checkpoints.steps[-1] if step is None else step)
-    finally:
-        checkpoints.close()
+    directory = workdir / "checkpoints"
+    return load(directory, saved_steps(directory)[-1] if step is None else step)
 
 
 def assert_same(arrays: Arrays, others: Arrays) -> None:

@@ -20,6 +20,7 @@ from diffusion_jax.ablation.jobs import (
     Ablation,
     FailedJobsError,
     Job,
+    Parallel,
     Site,
     folder_of,
     group_jobs,
@@ -31,7 +32,6 @@ from diffusion_jax.ablation.jobs import (
 from diffusion_jax.ablation.report.page import write_csv, write_report
 from diffusion_jax.ablation.results import SCORES, Results
 from diffusion_jax.ablation.scoring import score_jobs
-from diffusion_jax.ablation.slots import choose_parallel
 from diffusion_jax.ablation.training import train_jobs
 from diffusion_jax.config.config import OF_THE_TRAINING, require_same
 from diffusion_jax.data.dataset import Dataset
@@ -43,13 +43,16 @@ from diffusion_jax.evaluation.classifier import (
 )
 from diffusion_jax.evaluation.interval import Interval
 from diffusion_jax.experiment.evaluation import fit
+from diffusion_jax.runtime.devices import require_shared_batches
 from diffusion_jax.runtime.workdir import Workdir
 from diffusion_jax.training.step import init_state
 
 LOG = logging.getLogger("diffusion_jax")
 
 
-def check(ablation: Ablation, folder: Workdir, devices: list[jax.Device]) -> None:
+def check(
+    ablation: Ablation, folder: Workdir, devices: list[jax.Device], parallel: Parallel
+) -> None:
     """Refuse an ablation that cannot be run, before anything is written.
 
     Raises:
@@ -64,11 +67,8 @@ def check(ablation: Ablation, folder: Workdir, devices: list[jax.Device]) -> Non
         if recorded is not None:
             fixed = (*OF_THE_TRAINING, "train.num_steps")
             require_same(job.config, recorded, fixed, of_job.path)
-    parallel = choose_parallel(ablation, len(devices))
-    size = ablation.jobs[0].experiment.training.batch_size
     if parallel.way == "sequence":
-        allowed = f"a multiple of the {len(devices)} devices"
-        require(size % len(devices) == 0, "config.train.batch_size", size, allowed)
+        require_shared_batches(ablation.jobs[0].experiment.training.batch_size, devices)
     check_room(ablation.mine, folder.path, parallel.per_device)
 
 
@@ -94,13 +94,12 @@ def ablate(ablation: Ablation, site: Site, command: str) -> int | None:
     Raises:
         FailedJobsError: some jobs failed; the report is written without their arms.
     """
-    parallel = choose_parallel(ablation, len(site.devices))
     missing = [job for job in ablation.mine if not is_finished(job, site.path)]
     arms = len({job.arm.name for job in ablation.jobs})
     note = f"{len(ablation.mine)} jobs, {len(ablation.mine) - len(missing)} finished"
-    LOG.info("%d arms, %s; %s, %d at once on a device", arms, note, *parallel)
+    LOG.info("%d arms, %s; %s, %d at once on a device", arms, note, *site.parallel)
     failed: dict[str, str] = {}  # by the titles of jobs
-    stopped_by = train_jobs(missing, site, parallel, failed)
+    stopped_by = train_jobs(missing, site, failed)
     if stopped_by is not None:
         return stopped_by
     trained = [job for job in missing if title_of(job) not in failed]
@@ -142,7 +141,7 @@ def _facts(ablation: Ablation, dataset: Dataset, classifier: Classifier) -> dict
     """How the jobs were trained and scored, in words."""
 
     def parameters(job: Job) -> str:
-        return f"{sum(leaf.size for leaf in jax.tree.leaves(job.experiment.template)):,}"
+        return f"{sum(leaf.size for leaf in jax.tree.leaves(job.experiment.model.template)):,}"
 
     def bound(job: Job) -> str:
         plan = fit(job.experiment.evaluation, dataset.test)

@@ -23,16 +23,18 @@ LONGEST_NAME = 200  # bytes, of a folder
 
 
 def count_jobs(config: ConfigDict) -> int:
-    """The number of jobs of a grid, before anything is created.
+    """The number of jobs of a grid, or of this shard of it, before anything is created.
 
     Raises:
-        ConfigError: there is no grid, or it cannot be read.
+        ConfigError: there is no grid, or it or the shard cannot be read.
     """
     text = config.ablate.grid
     require(text is not None, FIELD, text, "set to ablate, to schedule.s=0,0.008 for example")
     allowed = "false: the jobs of an ablation are shared out by config.ablate.shard"
     require(not config.distributed, "config.distributed", config.distributed, allowed)
-    return len(config.ablate.seeds) * sum(len(_choices(part)) for part in text.split("|"))
+    num_jobs = len(config.ablate.seeds) * sum(len(_choices(part)) for part in text.split("|"))
+    index, num_shards = _shard(config.ablate.shard, num_jobs)
+    return len(range(index, num_jobs, num_shards))
 
 
 def create_ablation(config: ConfigDict) -> Ablation:

@@ -107,12 +107,20 @@ SCORED_FILES = (
 )
 
 
+class Parallel(NamedTuple):
+    """How jobs run: the way (device, sequence, vmap) and how many at once on a device."""
+
+    way: str
+    per_device: int
+
+
 class Site(NamedTuple):
-    """The data, the folder and the devices that the jobs of an ablation run with."""
+    """The data, the folder and the devices that the jobs of an ablation run with, and the way."""
 
     dataset: Dataset
     path: pathlib.Path
     devices: list[jax.Device]
+    parallel: Parallel
 
 
 class FailedJobsError(RunError):

@@ -41,7 +41,8 @@ def score_jobs(jobs: Sequence[Job], site: Site, command: str, failed: dict[str, 
         for number, job in enumerate(group, start=1):
             LOG.info("scoring %s, %d of %d", title_of(job), number, len(group))
             try:
-                _score(job, site, evaluator, generator, command)
+                with folder_of(job, site.path).lock():
+                    _score(job, site, evaluator, generator, command)
             except (RunError, ConfigError) as error:  # not finite, or in use
                 fail(job, error, failed)
 
@@ -49,8 +50,7 @@ def score_jobs(jobs: Sequence[Job], site: Site, command: str, failed: dict[str, 
 def _score(job: Job, site: Site, evaluator: Evaluator, generator: Generator, command: str) -> None:
     """Evaluate one job, sample from it, and record that it is finished."""
     experiment, workdir = job.experiment, folder_of(job, site.path)
-    workdir.lock()
-    ema, step = restore_average(experiment.template, workdir.path, None)
+    ema, step = restore_average(experiment.model.template, workdir.path, None)
     if step != experiment.training.num_steps:
         raise RunError(f"its newest checkpoint is of step {step}")
     schedule = experiment.schedule_of(ema)

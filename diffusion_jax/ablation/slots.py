@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, PyTree
 
-from diffusion_jax.ablation.jobs import Ablation, Job
+from diffusion_jax.ablation.jobs import Ablation, Job, Parallel
 from diffusion_jax.runtime.devices import divide, local_copy, replicate
 from diffusion_jax.training.step import (
     ALONE,
@@ -109,27 +109,27 @@ def _of_single_slot(steps: Steps) -> Steps:
     return of_device
 
 
-class Parallel(NamedTuple):
-    """How jobs run: the way (device, sequence, vmap) and how many at once on a device."""
+def choose_way_on_cpu(parallel: str, num_jobs: int, num_devices: int) -> str:
+    """The way of ``num_jobs`` jobs on a CPU; it is decided before its cores become devices.
 
-    way: str
-    per_device: int
-
-
-def choose_parallel(ablation: Ablation, num_devices: int) -> Parallel:
-    """How the jobs of an ablation run; "auto" chooses the fastest way.
-
-    On a CPU, one arm per device is fastest unless there are fewer arms than devices, because no
-    device waits for another (docs/RESULTS.md). On an accelerator, which a small model does not
-    fill, vmap should be fastest; that is not measured yet.
+    "auto" is one arm per device, unless there are fewer arms than devices: no device waits for
+    another, which is fastest (docs/RESULTS.md).
     """
-    way, num_jobs = ablation.parallel, len(ablation.mine)
-    if way == "auto":
-        on_cpu = "device" if num_jobs >= num_devices else "sequence"
-        way = on_cpu if jax.default_backend() == "cpu" else "vmap"
+    if parallel != "auto":
+        return parallel
+    return "device" if num_jobs >= num_devices else "sequence"
+
+
+def choose_parallel(ablation: Ablation, way_on_cpu: str, num_devices: int) -> Parallel:
+    """How the jobs of an ablation run, once it is known whether there is an accelerator.
+
+    A small model does not fill an accelerator, so there "auto" is vmap; that is not measured yet.
+    """
+    is_auto, is_cpu = ablation.parallel == "auto", jax.default_backend() == "cpu"
+    way = "vmap" if is_auto and not is_cpu else way_on_cpu
     if way != "vmap":
         return Parallel(way=way, per_device=1)
-    most = -(-num_jobs // num_devices)
+    most = -(-len(ablation.mine) // num_devices)
     per_device = min(most, ablation.arms_per_device or MAX_ARMS_PER_DEVICE)
     return Parallel(way=way, per_device=per_device)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from jaxtyping import PyTree
 
 from diffusion_jax.ablation.jobs import Job, Site, fail, folder_of, group_jobs, title_of
-from diffusion_jax.ablation.slots import Parallel, Slots, create_slots
+from diffusion_jax.ablation.slots import Slots, create_slots
 from diffusion_jax.ablation.turns import Turn, take_turns
 from diffusion_jax.config.config import to_record
 from diffusion_jax.diffusion import schedules
@@ -23,9 +23,7 @@ from diffusion_jax.training.step import Constants, TrainState, init_state, pace
 LOG = logging.getLogger("diffusion_jax")
 
 
-def train_jobs(
-    jobs: Sequence[Job], site: Site, parallel: Parallel, failed: dict[str, str]
-) -> int | None:
+def train_jobs(jobs: Sequence[Job], site: Site, failed: dict[str, str]) -> int | None:
     """Train every job to its end, from its newest checkpoint if there is one.
 
     Jobs with other static choices have another compiled step, and run after the others. Jobs that
@@ -36,7 +34,7 @@ def train_jobs(
     """
     with contextlib.closing(Stop()) as stop:
         for group in group_jobs(jobs):
-            slots = create_slots(parallel, group, site.devices)
+            slots = create_slots(site.parallel, group, site.devices)
             training = _Training(group, slots, site, failed)
             with contextlib.closing(training):
                 stopping = False
@@ -121,10 +119,8 @@ class _Training:
         return free
 
     def _open(self, job: Job, slot: int) -> Run:
-        """Lock the folder of a job and restore its newest checkpoint."""
+        """Lock the folder of a job, until the run is closed, and restore its newest checkpoint."""
         plan, folder = job.experiment.training, folder_of(job, self._site.path)
-        folder.lock()
-        folder.record(to_record(job.config))
         # The functions of the first job do the same and are compiled already.
         first, length = self._jobs[0].experiment, len(job.experiment.schedule)
         fresh = init_state(first, seed=job.seed, num_timesteps=length)
@@ -133,7 +129,18 @@ class _Training:
         journal = functools.partial(Journal, max_in_flight=self._in_flight, read=read, name=title)
         waiting = len({turn.index for turn in self._waiting})
         LOG.info("training %s; %d more are waiting", title, waiting)
-        return Run(plan, fresh, journal, seed=job.seed, dataset=self._site.dataset, workdir=folder)
+        with contextlib.ExitStack() as held:
+            held.enter_context(folder.lock())
+            folder.record(to_record(job.config))
+            return Run(
+                plan,
+                fresh,
+                journal,
+                seed=job.seed,
+                dataset=self._site.dataset,
+                workdir=folder,
+                held=held.pop_all(),
+            )
 
     def advance(self, stop: Stop) -> bool:
         """Take the same number of steps in every slot; save and end the runs that are due.

@@ -21,6 +21,7 @@ from diffusion_jax.diffusion.losses import BatchLosses, LossesOf, LossInputs, Ob
 from diffusion_jax.diffusion.network import Model
 from diffusion_jax.diffusion.process import Example
 from diffusion_jax.diffusion.schedules.schedule import Schedule
+from diffusion_jax.diffusion.streams import seed_key
 
 ENDS = ("start", "gap")  # parameters of the end points; the others shape log SNR between them
 HIDDEN = 1024  # units of the monotone network (VDM appendix H)
@@ -82,7 +83,7 @@ def moment_at(recipe: LearnedSchedule, params: PyTree, u: Float[Array, ""]) -> M
     """
     gap = jax.nn.softplus(params["gap"])
     first, last = (_monotone(params, jnp.float32(end)) for end in (0, 1))
-    value, slope = jax.jvp(lambda u: _monotone(params, u), (u,), (jnp.ones(()),))
+    value, slope = jax.jvp(lambda u: _monotone(params, u), (u,), (jnp.ones_like(u),))
     rise = (value - first) / (last - first)
     timestep = 1 + (recipe.num_timesteps - 1) * rise
     return Moment(params["start"] - gap * rise, gap * slope / (last - first), timestep)
@@ -106,7 +107,7 @@ def discretise(recipe: LearnedSchedule, params: PyTree) -> Schedule:
 
 def initial(recipe: LearnedSchedule, seed: int) -> Schedule:
     """The chain before training."""
-    return discretise(recipe, init(recipe, jax.random.key(seed)))
+    return discretise(recipe, init(recipe, seed_key(seed)))
 
 
 def row_at(moment: Moment) -> Schedule:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -10,6 +11,7 @@ from diffusion_jax.diffusion import losses
 from diffusion_jax.diffusion.losses import Objective
 from diffusion_jax.diffusion.process import Predict, Prediction
 from diffusion_jax.diffusion.schedules.schedule import Schedule
+from diffusion_jax.diffusion.streams import seed_key
 
 
 class Model(NamedTuple):
@@ -24,6 +26,11 @@ class Model(NamedTuple):
 
     init: Callable[..., Any]
     apply: Callable[..., Any]
+
+    @property
+    def template(self) -> PyTree:
+        """The structure and shapes of the parameters."""
+        return jax.eval_shape(self.init, seed_key(0))
 
 
 class Network(NamedTuple):

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Float32, Int, PyTree, UInt8
 from diffusion_jax.data.batches import read_batches
 from diffusion_jax.data.dataset import Dataset
 from diffusion_jax.data.pixels import to_uint8, to_x_0
+from diffusion_jax.diffusion.streams import seed_key
 from diffusion_jax.models.classifier import create_classifier
 from diffusion_jax.runtime import files
 
@@ -75,7 +76,7 @@ def train_classifier(dataset: Dataset, seed: int) -> Classifier:
 
     LOG.info("training a classifier of %s for %d steps", dataset.name, num_steps)
     begun = time.monotonic()
-    params = network.init(jax.random.key(seed))
+    params = network.init(seed_key(seed))
     opt_state = optimizer.init(params)
     stream = read_batches(dataset.train, BATCH_SIZE, seed)
     for _, batch in zip(range(num_steps), stream):
@@ -178,7 +179,7 @@ def _restore(path: pathlib.Path, dataset: Dataset, fingerprint: str) -> Classifi
     if str(arrays["fingerprint"]) != fingerprint:
         raise ValueError("it is of other images or settings")
     network = create_classifier(dataset.shape, dataset.num_classes)
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    shapes = jax.eval_shape(network.init, seed_key(0))
     _, unravel = ravel_pytree(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
     return Classifier(
         apply=jax.jit(network.apply),

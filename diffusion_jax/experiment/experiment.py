@@ -6,7 +6,6 @@ This folder is where values of the config become arguments: nothing deeper reads
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -46,11 +45,6 @@ class Experiment(NamedTuple):
     sampling: SamplingPlan
     evaluation: EvaluationPlan
     about: dict[str, str]  # what evaluation.json says of the model
-
-    @property
-    def template(self) -> PyTree:
-        """The structure and shapes of the parameters."""
-        return jax.eval_shape(self.model.init, jax.random.key(0))
 
     @property
     def network(self) -> Network:

@@ -159,6 +159,19 @@ def _create_chain(config: ConfigDict, schedule: Schedule) -> Chain:
     )
 
 
+def require_unset_ends(config: ConfigDict) -> None:
+    """Refuse the ends of a chain where the schedule is yet to be learned: nobody knows its own.
+
+    Raises:
+        ConfigError: naming the end.
+    """
+    for name in ("sigma_min", "sigma_max"):
+        value = config.sampling[name]
+        allowed = "unset in training, where the schedule is learned; --mode=sample takes it"
+        is_known = config.schedule.name != "learned"
+        require(is_known or value is None, f"config.sampling.{name}", value, allowed)
+
+
 def _check_chain(
     config: ConfigDict, schedule: Schedule, sampler: Sampler, chain: Chain, field: str
 ) -> Schedule:
@@ -187,6 +200,8 @@ def _check_chain(
             allowed = f"one that stays on the timesteps: {why}"
             stays = not sampler.goes_off_grid
             require(stays, "config.sampling.sampler", fields.sampler, allowed)
+    if config.schedule.name == "learned":  # its ends are known when it is; Generator.rows asks then
+        chain = chain._replace(sigma_min=None, sigma_max=None)
     with in_section("config.sampling"):
         rows = chain.rows(schedule)
     require(

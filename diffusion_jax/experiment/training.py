@@ -1,6 +1,7 @@
 """How a run trains: how long, in which batches, with which optimizer and average."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import optax
 from ml_collections import ConfigDict
@@ -22,6 +23,7 @@ class TrainingPlan(NamedTuple):
     checkpoint_every_steps: int
     keep_last: int
     keep_best: int
+    keep_step: int | None  # the weaker network that guides this run's samples
     optimizer: optax.GradientTransformation
     ema_decay: float
     ema_warmup: bool
@@ -72,11 +74,26 @@ def create_training_plan(config: ConfigDict) -> TrainingPlan:
         checkpoint_every_steps=checkpoint.every_steps,
         keep_last=checkpoint.keep_last,
         keep_best=checkpoint.keep_best,
+        keep_step=config.guidance.weak_step if config.guidance.weak_workdir is None else None,
         optimizer=create_optimizer(config),
         ema_decay=config.ema.decay,
         ema_warmup=config.ema.warmup,
         flip=config.dataset.flip,
     )
+
+
+def describe_changes(config: ConfigDict, recorded: Mapping[str, Any] | None) -> list[str]:
+    """What a run that goes on with another number of steps should know, as lines of text."""
+    if recorded is None or config.optimizer.decay != "cosine":
+        return []
+    before, now = recorded["train"]["num_steps"], config.train.num_steps
+    if before == now:
+        return []
+    return [
+        f"config.train.num_steps = {now}, it was {before}: the cosine decay of the learning rate "
+        f"now ends at step {now}, so the steps that were taken had other rates than those of a run "
+        f"of {now} steps"
+    ]
 
 
 def create_optimizer(config: ConfigDict) -> optax.GradientTransformation:

@@ -1,17 +1,23 @@
 """The weaker network of autoguidance: an earlier checkpoint, or another run."""
 
+import logging
 import pathlib
 from typing import NamedTuple
 
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from diffusion_jax.config.config import differences
 from diffusion_jax.diffusion.network import Network
-from diffusion_jax.errors import require
+from diffusion_jax.errors import ConfigError, WorkdirError, require
 from diffusion_jax.experiment.experiment import Experiment
 from diffusion_jax.experiment.objective import create_objective
+from diffusion_jax.experiment.training import TrainingPlan
 from diffusion_jax.models import create_model
+from diffusion_jax.runtime.checkpoint import restore_average, saved_steps
 from diffusion_jax.runtime.workdir import Workdir
+
+LOG = logging.getLogger("diffusion_jax")
 
 
 class Weak(NamedTuple):
@@ -35,7 +41,10 @@ def create_weak(config: ConfigDict, experiment: Experiment, path: pathlib.Path) 
         return Weak(network=experiment.network, workdir=path, step=fields.weak_step)
     path, where = pathlib.Path(fields.weak_workdir), fields.weak_workdir
     field = "config.guidance.weak_workdir"
-    recorded = Workdir(path).read_record()
+    try:
+        recorded = Workdir(path).read_record()
+    except WorkdirError as error:
+        raise ConfigError(f"config.guidance.weak_{error}") from error
     require(recorded is not None, field, where, "the folder of a run")
     require(config.schedule.name != "learned", field, where, "unset: the schedule was learned")
     for name, (before, now) in differences(config, recorded).items():
@@ -59,3 +68,35 @@ def create_weak(config: ConfigDict, experiment: Experiment, path: pathlib.Path) 
         learned_variance=objective.variance.is_learned,
     )
     return Weak(network=Network(model, objective), workdir=path, step=fields.weak_step)
+
+
+def is_ahead(weak: Weak | None, workdir: Workdir, plan: TrainingPlan) -> bool:
+    """Whether the weaker network is a checkpoint that this training is yet to save.
+
+    Raises:
+        ConfigError: it is one of this run, and neither is there nor will be.
+    """
+    if weak is None or plan.keep_step is None:
+        return False
+    steps, every = saved_steps(workdir.checkpoints), plan.checkpoint_every_steps
+    is_saved = weak.step % every == 0 or weak.step == plan.num_steps
+    is_ahead = is_saved and max(steps, default=0) < weak.step <= plan.num_steps
+    allowed = f"one of the checkpoints {steps}, or a later step that is saved: every {every} steps"
+    allowed += f", and {plan.num_steps}"
+    require(is_ahead or weak.step in steps, "config.guidance.weak_step", weak.step, allowed)
+    return is_ahead
+
+
+def restore_weak(weak: Weak | None) -> PyTree:
+    """The averaged parameters of the weaker network; None without one."""
+    if weak is None:
+        return None
+    template = weak.network.model.template
+    try:
+        params, step = restore_average(
+            template, weak.workdir, weak.step, field="config.guidance.weak_step"
+        )
+    except WorkdirError as error:
+        raise ConfigError(f"config.guidance.weak_{error}") from error
+    LOG.info("guided away from step %d of %s", step, weak.workdir)
+    return params

@@ -1,15 +1,20 @@
-"""Checkpoints that are asynchronous, verified and never trusted blindly.
+"""Checkpoints that are asynchronous, confirmed, verified and never trusted blindly.
 
-Orbax writes and prunes them. It restores flipped bits without a word, so a digest of the state
-is saved beside it and compared at restore; a damaged step falls back to the newest intact one.
+Orbax writes them. A save is read back before it takes the place of older ones. Orbax restores
+flipped bits without a word, so a digest of the state is saved beside it and compared at restore; a
+damaged step falls back to the newest intact one. Whoever reads changes nothing: the run that the
+folder belongs to may be writing there.
 """
 
 import contextlib
-import hashlib
+import functools
 import logging
 import math
 import pathlib
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +27,13 @@ from diffusion_jax.errors import ConfigError, RunError, WorkdirError
 LOG = logging.getLogger("diffusion_jax")
 
 Arrays = dict[str, np.ndarray]
+
+UNFINISHED = "*.orbax-checkpoint-tmp*"  # the folder of a step while orbax writes it
+REMOVED = ".removed"  # the end of its name while a step is removed
+
+
+class SaveError(RunError):
+    """A checkpoint could not be written, or not be read back."""
 
 
 class NoIntactCheckpointError(RunError):
@@ -51,28 +63,12 @@ def _by_path(state: Any) -> dict[str, Any]:
 
 def digest(arrays: Arrays) -> str:
     """SHA-256 of every array's name, type, shape and bytes."""
-    total = hashlib.sha256()
+    total = sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         total.update(f"{name} {array.dtype} {array.shape}\n".encode())
         total.update(array.reshape(-1).view(np.uint8))  # which copies nothing
     return total.hexdigest()
-
-
-class _LowestN:
-    """Keeps the ``n`` steps of the lowest losses.
-
-    Orbax's own BestN reads a file of metrics at each start, and fails if one is damaged.
-    """
-
-    def __init__(self, n: int, losses: dict[int, float]) -> None:
-        self._n, self._losses = n, losses
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """For each checkpoint whether it stays (orbax's PreservationPolicy)."""
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        lowest = sorted(steps, key=lambda step: self._losses.get(step, math.inf))[: self._n]
-        return [step in lowest for step in steps]
 
 
 def saved_steps(directory: pathlib.Path) -> list[int]:
@@ -81,20 +77,31 @@ def saved_steps(directory: pathlib.Path) -> list[int]:
 
 
 class Checkpoints:
-    """The checkpoints of one run: the ``keep_last`` newest and the ``keep_best`` lowest losses."""
+    """The checkpoints that a run writes; it must hold the lock of its folder.
 
-    def __init__(self, directory: pathlib.Path, keep_last: int, keep_best: int) -> None:
+    The ``keep_last`` newest and the ``keep_best`` lowest losses stay, and the step ``keep_step``.
+    """
+
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        keep_last: int,
+        keep_best: int,
+        *,
+        keep_step: int | None = None,
+    ) -> None:
+        _report_ourselves()
         self._directory = directory.absolute()
-        self._losses: dict[int, float] = {}
+        self._keep_last, self._keep_best, self._keep_step = keep_last, keep_best, keep_step
         self._damaged: list[int] = []
-        policies = ocp.training.preservation_policies
-        keep = [policies.LatestN(keep_last), _LowestN(keep_best, self._losses)]
-        self._checkpointer = ocp.training.Checkpointer(
-            self._directory,
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True,
-            lightweight_initialize=True,  # reads no step's files, which fails if one is damaged
-        )
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._saving: Future | None = None
+        self._directory.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            for pattern in (UNFINISHED, f"*{REMOVED}"):  # of a run that was killed
+                for path in self._directory.glob(pattern):
+                    shutil.rmtree(path)
+        self._losses: dict[int, float] = {}
         for step in self.steps:
             with contextlib.suppress(Exception):  # damage is for restore to tell of
                 self._losses[step] = ocp.metadata(self._path(step)).custom_metadata["loss"]
@@ -107,77 +114,176 @@ class Checkpoints:
     def _path(self, step: int) -> pathlib.Path:
         return self._directory / str(step)
 
+    def restore(self, template: Any, step: int | None = None) -> Restored | None:
+        """As the function ``restore``; steps that are damaged are removed after the next save."""
+        restored, self._damaged = _restore(self._directory, template, step)
+        return restored
+
     def save(self, step: int, state: Any, loss: float) -> None:
-        """Save host arrays in the background; ``loss`` ranks the checkpoint."""
-        while self._damaged:  # else they would be kept, as the newest, in the place of intact ones
-            ocp.delete(self._path(self._damaged.pop()), missing_ok=True)
-            self._checkpointer.reload()
+        """Save host arrays in the background; ``loss`` ranks the checkpoint.
+
+        Raises:
+            SaveError: the save before this one failed.
+        """
+        self.wait()
         arrays = flatten(state)
-        self._losses[step] = loss
+        sum_ = digest(arrays)
         options = ocp.Context()
         # it takes time from the training, and weights get only 8 % smaller
         options.array.saving.use_compression = False
-        with options:
-            self._checkpointer.save_async(
-                step,
+        with _as_save_error(step), options:
+            # begun here, as several processes must begin in the same order as their other work
+            response = ocp.save_async(
+                self._path(step),
                 arrays,
-                custom_metadata={"digest": digest(arrays), "loss": loss},
-                force=True,
-                overwrite=True,  # nothing is there; without it orbax reads every step's files
+                custom_metadata={"digest": sum_, "loss": loss},
+                overwrite=True,  # of a damaged one; nothing else is there
             )
+        self._losses[step] = loss
+        self._saving = self._thread.submit(self._finish, response.result, step, arrays, sum_)
 
-    def restore(self, template: Any, step: int | None = None) -> Restored | None:
-        """The newest intact state in the structure of ``template``; None if nothing was saved.
+    def _finish(self, wait: Callable[[], None], step: int, arrays: Arrays, sum_: str) -> None:
+        """Wait for the save, confirm it, and only then remove what it makes superfluous."""
+        with _as_save_error(step):
+            wait()
+            if jax.process_index() != 0:
+                return
+            saved = ocp.metadata(self._path(step))
+            if saved.custom_metadata["digest"] != sum_:
+                raise ValueError("its record is not the one that was written")
+            _require_same_arrays(saved.metadata or {}, arrays)
+            self._damaged = [damaged for damaged in self._damaged if damaged != step]
+            for other in self._superfluous():
+                removed = self._path(other).with_name(f"{other}{REMOVED}")
+                self._path(other).rename(removed)  # at once: half a step would look damaged
+                shutil.rmtree(removed)
 
-        With ``step`` it is that of this step or none.
+    def _superfluous(self) -> list[int]:
+        intact = [step for step in self.steps if step not in self._damaged]
+        lowest = sorted(intact, key=lambda step: self._losses.get(step, math.inf))
+        kept = {*intact[-self._keep_last :], *lowest[: self._keep_best], self._keep_step}
+        return [step for step in self.steps if step not in kept]
+
+    def wait(self) -> None:
+        """Wait for what is being saved.
 
         Raises:
-            NoIntactCheckpointError: every checkpoint is damaged.
-            OtherModelError: an intact checkpoint of another structure.
+            SaveError: it could not be written or not be read back; older steps stay.
         """
-        steps, self._damaged = [s for s in self.steps if step in (None, s)], []
-        for step in reversed(steps):
-            try:
-                arrays = self.load(step)
-            except Exception as error:  # damage shows as any exception of orbax or tensorstore
-                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                LOG.warning("checkpoint %d is damaged (%s), trying an older one", step, reason)
-                self._damaged.append(step)
-                continue
-            return Restored(step, _unflatten(arrays, template))
-        if steps:
-            raise NoIntactCheckpointError(f"none of the checkpoints {steps} is intact")
-        return None
-
-    def load(self, step: int) -> Arrays:
-        """The arrays of one step, by their paths.
-
-        Raises:
-            Exception: the step is damaged; which one depends on where.
-        """
-        saved = ocp.metadata(self._path(step))
-        abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved.metadata)
-        arrays = ocp.load(self._path(step), abstract)
-        if digest(arrays) != saved.custom_metadata["digest"]:
-            raise ValueError("its contents do not have the digest they were saved with")
-        return arrays
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def close(self) -> None:
-        """Wait for what is being saved, then let go."""
-        self._checkpointer.close()
+        """Wait for what is being saved, then let go.
+
+        Raises:
+            SaveError: see ``wait``.
+        """
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+
+@contextlib.contextmanager
+def _as_save_error(step: int) -> Iterator[None]:
+    """Orbax and tensorstore fail in many ways: as one line of ours, whatever it was."""
+    try:
+        yield
+    except Exception as error:
+        raise SaveError(
+            f"checkpoint {step} could not be saved, those before it stay: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, without the long description that tensorstore adds."""
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    return text.partition(" [tensorstore_spec=")[0][:300]
+
+
+@functools.cache  # once
+def _report_ourselves() -> None:
+    """Leave out orbax's own log: for a failure that it also raises it writes many tracebacks."""
+    log = logging.getLogger("absl")
+    log.addFilter(lambda record: "/orbax/checkpoint/" not in record.pathname)
+
+
+def restore(directory: pathlib.Path, template: Any, step: int | None = None) -> Restored | None:
+    """The newest intact state in the structure of ``template``; None if nothing was saved.
+
+    With ``step`` it is that of this step or none. Nothing in the folder changes, and a run may be
+    writing there.
+
+    Raises:
+        NoIntactCheckpointError: every checkpoint is damaged.
+        OtherModelError: an intact checkpoint of another structure.
+    """
+    return _restore(directory, template, step)[0]
+
+
+def _restore(
+    directory: pathlib.Path, template: Any, step: int | None
+) -> tuple[Restored | None, list[int]]:
+    """The state, and the newer steps that are damaged."""
+    _report_ourselves()
+    damaged: list[int] = []
+    while True:
+        steps = [s for s in saved_steps(directory) if step in (None, s)]
+        intact = [s for s in steps if s not in damaged]
+        if not intact:
+            break
+        try:
+            arrays = load(directory, intact[-1])
+        except Exception as error:  # damage shows as any exception of orbax or tensorstore
+            if intact[-1] not in saved_steps(directory):
+                continue  # its run has just removed it, for a newer one
+            LOG.warning(
+                "checkpoint %d is damaged (%s), trying an older one", intact[-1], _reason(error)
+            )
+            damaged.append(intact[-1])
+            continue
+        return Restored(intact[-1], _unflatten(arrays, template)), damaged
+    if steps:
+        raise NoIntactCheckpointError(f"none of the checkpoints {steps} is intact")
+    return None, damaged
+
+
+def load(directory: pathlib.Path, step: int) -> Arrays:
+    """The arrays of one step, by their paths.
+
+    Raises:
+        Exception: the step is damaged; which one depends on where.
+    """
+    path = directory.absolute() / str(step)
+    saved = ocp.metadata(path)
+    abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved.metadata)
+    arrays = ocp.load(path, abstract)
+    if digest(arrays) != saved.custom_metadata["digest"]:
+        raise ValueError("its contents do not have the digest they were saved with")
+    return arrays
 
 
 def _unflatten(arrays: Arrays, template: Any) -> Any:
     expected = _by_path(template)
     fields = {name.partition("/")[0] for name in expected}  # others may be left out as a whole
-    for name in sorted(expected.keys() | {n for n in arrays if n.partition("/")[0] in fields}):
-        saved, wanted = (
-            f"{tree[name].dtype}{list(tree[name].shape)}" if name in tree else "nothing"
-            for tree in (arrays, expected)
-        )
-        if saved != wanted:
-            raise OtherModelError(f"checkpoint has {saved} for {name}, the model has {wanted}")
+    _require_same_arrays(
+        {name: array for name, array in arrays.items() if name.partition("/")[0] in fields},
+        expected,
+    )
     return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in expected])
+
+
+def _require_same_arrays(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Compare names, types and shapes."""
+    for name in sorted(expected.keys() | saved.keys()):
+        there, wanted = (
+            f"{tree[name].dtype}{list(tree[name].shape)}" if name in tree else "nothing"
+            for tree in (saved, expected)
+        )
+        if there != wanted:
+            raise OtherModelError(f"checkpoint has {there} for {name}, the model has {wanted}")
 
 
 def restore_average(
@@ -193,11 +299,11 @@ def restore_average(
         NoIntactCheckpointError: every checkpoint is damaged.
         OtherModelError: it is of another model.
     """
-    with contextlib.closing(Checkpoints(path / "checkpoints", 1, 0)) as checkpoints:
-        restored = checkpoints.restore({"ema": template}, step)
-        steps = checkpoints.steps
+    directory = path / "checkpoints"
+    restored = restore(directory, {"ema": template}, step)
     if restored is None:
         if step is None:
             raise WorkdirError(path, "has no checkpoint yet")
+        steps = saved_steps(directory)
         raise ConfigError(f"{field} = {step}: must be a checkpoint of {path}, which has {steps}")
     return restored.state["ema"], restored.step

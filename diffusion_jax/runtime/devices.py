@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion_jax.errors import ConfigError, require
+from diffusion_jax.runtime import numerics
 
 LOG = logging.getLogger("diffusion_jax")
 
@@ -26,6 +27,8 @@ COORDINATOR, NUM_PROCESSES, PROCESS_ID = (
     "JAX_NUM_PROCESSES",
     "JAX_PROCESS_ID",
 )
+
+LEAVING_SECONDS = 30  # a process that fails waits so long for the others, which may hang without it
 
 # a core's convolutions on that core; the widest vectors that it has
 XLA_FLAGS = "--xla_cpu_multi_thread_eigen=false", "--xla_cpu_prefer_vector_width=512"
@@ -50,15 +53,16 @@ def start(
     divide: bool,
     num_jobs: int | None = None,
 ) -> None:
-    """Start jax: join the other processes, make cores devices, and check that batches divide.
+    """Start jax: fix its options, join the other processes, and make cores devices.
 
-    They must where ``divide``, in training; elsewhere what is uneven is filled up, and one image is
-    the work of one thread. Devices that have jobs of their own, ``num_jobs`` in all, share no
-    batches.
+    As many cores as can share a batch evenly where ``divide``, in training; elsewhere what is
+    uneven is filled up, and one image is the work of one thread. Devices that have jobs of their
+    own, ``num_jobs`` in all, share no batches.
 
     Raises:
-        ConfigError: a batch that the devices cannot share evenly, or more devices than there are.
+        ConfigError: more devices than there are.
     """
+    numerics.fix()
     at_least_1 = num_devices is None or num_devices >= 1
     require(at_least_1, "config.num_devices", num_devices, "at least 1")
     processes = _number_of(NUM_PROCESSES) if distributed and NUM_PROCESSES in os.environ else 1
@@ -84,11 +88,16 @@ def start(
     local = jax.local_device_count()
     if num_devices is not None and num_devices > local:
         raise ConfigError(f"config.num_devices = {num_devices}: there are {local}")
-    count = len(select_devices(num_devices))
-    if divide and batch_size % count:
-        raise ConfigError(
-            f"config.train.batch_size = {batch_size}: must be a multiple of the {count} devices"
-        )
+
+
+def require_shared_batches(batch_size: int, devices: list[jax.Device]) -> None:
+    """Refuse batches that the devices cannot share evenly, as they must in training.
+
+    Raises:
+        ConfigError: naming the number of devices.
+    """
+    allowed = f"a multiple of the {len(devices)} devices"
+    require(batch_size % len(devices) == 0, "config.train.batch_size", batch_size, allowed)
 
 
 def start_compilation_cache(folder: str | None) -> None:
@@ -165,14 +174,16 @@ def _fill_holes(libc: ctypes.CDLL) -> None:
 
 def _join() -> None:
     if COORDINATOR not in os.environ:
-        jax.distributed.initialize()
+        jax.distributed.initialize(shutdown_timeout_seconds=LEAVING_SECONDS)
         return
     missing = [name for name in (NUM_PROCESSES, PROCESS_ID) if name not in os.environ]
     if missing:
         raise ConfigError(f"{COORDINATOR} is set, {' and '.join(missing)} must be set too")
     processes, process = _number_of(NUM_PROCESSES), _number_of(PROCESS_ID)
     require(0 <= process < processes, PROCESS_ID, process, f"in 0..{processes - 1}")
-    jax.distributed.initialize(os.environ[COORDINATOR], processes, process)
+    jax.distributed.initialize(
+        os.environ[COORDINATOR], processes, process, shutdown_timeout_seconds=LEAVING_SECONDS
+    )
 
 
 def _number_of(variable: str) -> int:

@@ -1,28 +1,39 @@
 """A run's folder: one run at a time in it, and its record of what it was started with."""
 
+import contextlib
 import fcntl
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from diffusion_jax.errors import WorkdirError
-from diffusion_jax.runtime import files
+from diffusion_jax.runtime import files, numerics
+
+OPTIONS = "jax"  # the part of config.json that is no part of the config
+PATTERNS = "*?[\\"  # orbax takes the path of a checkpoint for a pattern if it has one of these
 
 
 class Workdir:
-    """The folder of one run, held by a lock that dies with the process."""
+    """The folder of one run, held by a lock that dies with the process.
+
+    Raises:
+        WorkdirError: a path whose checkpoints could not be read back.
+    """
 
     def __init__(self, path: str | pathlib.Path) -> None:
         self.path = pathlib.Path(path)
+        unfit = [character for character in PATTERNS if character in str(self.path.absolute())]
+        if unfit:
+            reason = f"must have no {' '.join(unfit)} in its path, {self.path.absolute()}"
+            raise WorkdirError(path, f"{reason}: its checkpoints could not be read back")
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self.arms = self.path / "arms"  # of an ablation
         self._record = self.path / "config.json"
-        self._locks = []
 
     def read_record(self) -> dict[str, Any] | None:
-        """The config of the run that is there; None if none is.
+        """The config of the run that is there; None if there is none.
 
         Raises:
             WorkdirError: the path is a file, or holds an ablation, or its record is damaged.
@@ -36,12 +47,14 @@ class Workdir:
         if not self._record.exists():
             return None
         try:
-            return json.loads(self._record.read_text())
+            record = json.loads(self._record.read_text())
         except ValueError as error:
             raise WorkdirError(self.path, f"config.json is damaged: {error}") from error
+        return {name: value for name, value in record.items() if name != OPTIONS}
 
-    def lock(self, shard: str | None = None) -> None:
-        """Create the folder and hold it until this process ends, kill -9 included.
+    @contextlib.contextmanager
+    def lock(self, shard: str | None = None) -> Iterator[None]:
+        """Create the folder and hold it to the end of the block, or of the process by kill -9.
 
         Different shards of an ablation ("1/3") may work in the folder at once; the same shard
         twice is refused.
@@ -56,17 +69,18 @@ class Workdir:
                 whole: fcntl.LOCK_SH,
                 whole.with_suffix("." + shard.replace("/", "_")): fcntl.LOCK_EX,
             }
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._locks = [open(path, "w") for path in kinds]  # noqa: SIM115 (held while it lives)
-        except OSError as error:
-            raise WorkdirError(self.path, str(error.strerror)) from error
-        try:
-            for file, kind in zip(self._locks, kinds.values()):
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise WorkdirError(self.path, "in use by another run") from None
+        with contextlib.ExitStack() as held:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                for path, kind in kinds.items():
+                    fcntl.flock(held.enter_context(path.open("w")), kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise WorkdirError(self.path, "in use by another run") from None
+            except OSError as error:
+                raise WorkdirError(self.path, str(error.strerror)) from error
+            yield
 
     def record(self, config: Mapping[str, Any]) -> None:
-        """Write config.json."""
-        files.replace_text(self._record, json.dumps(config, indent=2, allow_nan=False) + "\n")
+        """Write config.json: the config, and the options of jax that results depend on."""
+        record = {**config, OPTIONS: numerics.FIXED}
+        files.replace_text(self._record, json.dumps(record, indent=2, allow_nan=False) + "\n")

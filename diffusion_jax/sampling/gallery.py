@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
@@ -17,6 +16,7 @@ from diffusion_jax.data.dataset import Dataset
 from diffusion_jax.data.pixels import to_uint8, to_x_0
 from diffusion_jax.diffusion import schedules
 from diffusion_jax.diffusion.schedules.schedule import Schedule
+from diffusion_jax.diffusion.streams import seed_key
 from diffusion_jax.drawing.images import (
     draw_points,
     image_grid,
@@ -151,9 +151,7 @@ def _animate_noising(samples: Samples, path: pathlib.Path) -> None:
     compared = {"this run": schedule} | {
         name: function(len(schedule)) for name, function in NOISING.items()
     }
-    noised = {
-        name: noising(rows, jax.random.key(0), real, num_frames) for name, rows in compared.items()
-    }
+    noised = {name: noising(rows, seed_key(0), real, num_frames) for name, rows in compared.items()}
     states = np.linspace(0, len(schedule), num_frames).round()
     _animate(noised, states, dataset.levels, path)
 

@@ -1,5 +1,6 @@
 """A training run under way: its checkpoints, its batches and its journal."""
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable
@@ -10,7 +11,6 @@ import numpy as np
 
 from diffusion_jax.data.batches import read_batches
 from diffusion_jax.data.dataset import Dataset
-from diffusion_jax.errors import RunError
 from diffusion_jax.experiment.training import TrainingPlan
 from diffusion_jax.runtime.checkpoint import Checkpoints, Restored
 from diffusion_jax.runtime.workdir import Workdir
@@ -32,7 +32,7 @@ class Run:
 
     It goes on from the newest intact checkpoint, if there is one: ``step`` and ``state``, on the
     host, are those that it begins with. ``journal`` opens the records at a step with the sums that
-    the checkpoint kept.
+    the checkpoint kept. ``held`` is closed with the run: the lock of its folder, for example.
     """
 
     def __init__(
@@ -45,21 +45,31 @@ class Run:
         dataset: Dataset,
         workdir: Workdir,
         processes: Processes = Processes(),  # noqa: B008 (a constant)
+        held: contextlib.ExitStack | None = None,
     ) -> None:
         self._plan = plan
-        self._workdir = workdir  # whose lock is held while the run lives
-        self._checkpoints = Checkpoints(workdir.checkpoints, plan.keep_last, plan.keep_best)
-        # what the next record is made of is saved too: a resumed run reports as one never stopped
-        template = {**fresh._asdict(), "since_log": NO_STEPS}
-        try:
+        with held or contextlib.ExitStack() as resources:
+            self._checkpoints = Checkpoints(
+                workdir.checkpoints, plan.keep_last, plan.keep_best, keep_step=plan.keep_step
+            )
+            resources.callback(self._checkpoints.close)
+            # what the next record is made of is saved too: a resumed run reports as one never
+            # stopped
+            template = {**fresh._asdict(), "since_log": NO_STEPS}
             self.step, saved = self._checkpoints.restore(template) or Restored(0, template)
-        except RunError:
-            self._checkpoints.close()
-            raise
-        self.state = TrainState(*(saved[name] for name in TrainState._fields))
+            self.state = TrainState(*(saved[name] for name in TrainState._fields))
+            start = {"start": self.step, "since_log": saved["since_log"]}
+            self._journal = journal(workdir.path, plan, **start)
+            resources.callback(self._journal.close)
+            self._resources = resources.pop_all()
         if self.step:
             LOG.info("resuming at step %d", self.step)
-        self._journal = journal(workdir.path, plan, start=self.step, since_log=saved["since_log"])
+        if self.step > plan.num_steps:
+            LOG.warning(
+                "the checkpoint is of step %d, past config.train.num_steps = %d: there is nothing "
+                "to train, and what follows is of step %d",
+                *(self.step, plan.num_steps, self.step),
+            )
         self._batches = read_batches(
             dataset.train,
             plan.batch_size,
@@ -103,5 +113,4 @@ class Run:
 
     def close(self) -> None:
         """Finish what is being saved, and the records."""
-        self._checkpoints.close()
-        self._journal.close()
+        self._resources.close()

@@ -21,8 +21,8 @@ import pytest
 from runs import DIGITS, REPOSITORY, Run, arguments, assert_same, checkpoint, run
 
 from diffusion_jax.ablation import ablate, collecting, comparison, grid, slots
-from diffusion_jax.ablation.jobs import Site, folder_of, is_finished
-from diffusion_jax.ablation.slots import Parallel
+from diffusion_jax.ablation.jobs import Parallel, Site, folder_of, is_finished
+from diffusion_jax.ablation.slots import choose_parallel
 from diffusion_jax.ablation.training import train_jobs
 from diffusion_jax.config import config as configuration
 from diffusion_jax.data.load import load_dataset
@@ -180,11 +180,11 @@ def alone(data_dir, digits, devices, tmp_path_factory):
     jobs = create_jobs({}, data_dir)
     for job in jobs:
         experiment, workdir = job.experiment, folder_of(job, path)
-        workdir.lock()
         generator = Generator(experiment, None, devices)
         every = experiment.training.sample_every_steps
         on_step = grids_in_training(generator, every, workdir.samples)
-        train(experiment, digits, workdir, devices, on_step)
+        with workdir.lock():
+            train(experiment, digits, workdir, devices, on_step)
     return path
 
 
@@ -230,7 +230,7 @@ def test_arms_are_trained_as_by_themselves_by_one_compiled_step(
         return train_step(choices, state, constants, *others)
 
     monkeypatch.setattr(slots, "train_step", step)
-    inputs = jobs, Site(digits, tmp_path, devices), Parallel(parallel, per_device), {}
+    inputs = jobs, Site(digits, tmp_path, devices, Parallel(parallel, per_device)), {}
     if parallel == "sequence":  # stopped after the first checkpoint, the same call goes on
         with monkeypatch.context() as patched:
             patched.setattr(TrainingRun, "save", interrupted_save)
@@ -275,17 +275,14 @@ def traced(monkeypatch):
 
 @pytest.fixture
 def site(digits, devices, tmp_path):
-    return Site(digits, tmp_path, devices)
-
-
-ONE_EACH = Parallel("device", 1)
+    return Site(digits, tmp_path, devices, Parallel("device", 1))
 
 
 def test_static_choices_compile_a_step_each_and_nothing_else_does(traced, data_dir, site):
     fields = {"train.num_steps": 1}
     fields["ablate.grid"] = "loss.prediction=eps,v; schedule.num_timesteps=10,14"
     jobs = create_jobs(fields, data_dir)
-    assert train_jobs(jobs, site, ONE_EACH, {}) is None
+    assert train_jobs(jobs, site, {}) is None
     assert traced == [14, 14]
 
 
@@ -293,7 +290,7 @@ def test_a_job_that_diverges_leaves_its_place_to_the_next(traced, data_dir, site
     fields = {"ablate.grid": "schedule.num_timesteps=3,4,5,6", "train.num_steps": 3}
     jobs = create_jobs(fields, data_dir)
     failed = {}
-    assert train_jobs(jobs, site, ONE_EACH, failed) is None
+    assert train_jobs(jobs, site, failed) is None
     name = "schedule.num_timesteps=3, seed 1"
     assert failed == {name: "step 1: loss nan, gradient norm nan"}
     assert traced == [6]
@@ -307,7 +304,7 @@ def test_the_rest_of_a_job_that_diverged_is_not_taken_up(traced, data_dir, site)
     fields = {"ablate.grid": "schedule.num_timesteps=4,5,3,6,7"}
     jobs = create_jobs(fields, data_dir)
     failed = {}
-    assert train_jobs(jobs, site, ONE_EACH, failed) is None
+    assert train_jobs(jobs, site, failed) is None
     assert list(failed) == ["schedule.num_timesteps=3, seed 1"]
     steps = [saved_steps(folder_of(job, site.path).checkpoints)[-1:] for job in jobs]
     assert steps == [[7], [7], [], [7], [7]]
@@ -326,7 +323,7 @@ def test_a_cut_job_whose_checkpoint_is_damaged_is_named(traced, data_dir, site, 
     closed = TrainingRun.close
     monkeypatch.setattr(TrainingRun, "close", close_and_damage)
     failed = {}
-    assert train_jobs(jobs, site, ONE_EACH, failed) is None
+    assert train_jobs(jobs, site, failed) is None
     assert list(failed) == ["schedule.num_timesteps=5, seed 1"]
     assert "none of the checkpoints [3] is intact" in failed["schedule.num_timesteps=5, seed 1"]
     assert not folder_of(jobs[1], site.path).checkpoints.joinpath("7").exists()
@@ -335,18 +332,18 @@ def test_a_cut_job_whose_checkpoint_is_damaged_is_named(traced, data_dir, site, 
 def test_a_signal_during_the_last_save_is_not_forgotten(traced, data_dir, site, monkeypatch):
     monkeypatch.setattr(TrainingRun, "save", interrupted_save)
     jobs = create_jobs({"ablate.grid": "schedule.s=0", "train.num_steps": 1}, data_dir)
-    stopped = train_jobs(jobs, site, ONE_EACH, {})
+    stopped = train_jobs(jobs, site, {})
     assert stopped == signal.SIGTERM
 
 
 def is_locked(workdir):
     try:
-        workdir.lock()
+        with workdir.lock():
+            return False
     except ConfigError as error:
         if "in use by another run" not in str(error):
             raise
         return True
-    return False
 
 
 def test_a_run_under_way_holds_its_folder(traced, data_dir, site, monkeypatch):
@@ -360,7 +357,7 @@ def test_a_run_under_way_holds_its_folder(traced, data_dir, site, monkeypatch):
 
     reported = TrainingRun.took
     monkeypatch.setattr(TrainingRun, "took", took)
-    assert train_jobs(jobs, site, ONE_EACH, {}) is None
+    assert train_jobs(jobs, site, {}) is None
     assert locked[0] == [True, True, False]  # the third waits
     assert any(third for *_, third in locked)
     assert not any(is_locked(folder_of(job, site.path)) for job in jobs)
@@ -369,32 +366,29 @@ def test_a_run_under_way_holds_its_folder(traced, data_dir, site, monkeypatch):
 def test_more_arms_than_fit_are_refused(devices, monkeypatch, tmp_path):
     """Their checkpoints on the disk, their states in the memory."""
     ablation = grid.create_ablation(load({"ablate.parallel": "vmap"}))
-    ablate.check(ablation, Workdir(tmp_path / "new"), devices)
+    inputs = ablation, Workdir(tmp_path / "new"), devices, choose_parallel(ablation, "vmap", 2)
+    ablate.check(*inputs)
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
         said = r"^config\.ablate\.grid = '3 jobs': must be fewer: .* has 1,000$"
         with pytest.raises(ConfigError, match=said):
-            ablate.check(ablation, Workdir(tmp_path / "new"), devices)
+            ablate.check(*inputs)
     monkeypatch.setattr(os, "sysconf", lambda name: 100)
     with pytest.raises(
         ConfigError, match=r"^config\.ablate\.arms_per_device = 2: must be at most 0"
     ):
-        ablate.check(ablation, Workdir(tmp_path / "new"), devices)
+        ablate.check(*inputs)
     assert not (tmp_path / "new").exists()
 
 
 def test_shards_share_a_folder_with_other_shards_alone(tmp_path):
-    shards = [Workdir(tmp_path) for _ in range(2)]
-    for number, shard in enumerate(shards, start=1):
-        shard.lock(f"{number}/2")
-    for same in (None, "1/2"):
-        with pytest.raises(ConfigError, match=r"^workdir=.*: in use by another run$"):
-            Workdir(tmp_path).lock(same)
-    del shard, shards
-    whole = Workdir(tmp_path)
-    whole.lock()
-    with pytest.raises(ConfigError, match="in use by another run"):
-        Workdir(tmp_path).lock("1/2")
+    workdir, said = Workdir(tmp_path), r"^workdir=.*: in use by another run$"
+    with workdir.lock("1/2"), workdir.lock("2/2"):
+        for same in (None, "1/2"):
+            with pytest.raises(ConfigError, match=said), workdir.lock(same):
+                pass
+    with workdir.lock(), pytest.raises(ConfigError, match=said), workdir.lock("1/2"):
+        pass
 
 
 # Ablations as processes
@@ -765,7 +759,7 @@ def test_arms_of_another_length_are_not_mixed_in(finished, small, num_steps, dev
     ablation = grid.create_ablation(load(small | {"train.num_steps": num_steps}))
     said = rf"config\.train\.num_steps = {num_steps}: the run in .* has 40"
     with pytest.raises(ConfigError, match=said):
-        ablate.check(ablation, Workdir(finished[0]), devices)
+        ablate.check(ablation, Workdir(finished[0]), devices, Parallel("device", 1))
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def create(fields, dataset="digits"):
     config = configuration.load(str(REPOSITORY / "configs" / f"{dataset}.py"), overrides)
     num_jobs = grid.count_jobs(config)
     ablation = grid.create_ablation(config)
-    assert len(ablation.jobs) == num_jobs
+    assert len(ablation.mine) == num_jobs
     return ablation
 
 

@@ -1,5 +1,9 @@
+import contextlib
+import itertools
 import logging
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +12,16 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from runs import assert_same
 
+from diffusion_jax.errors import WorkdirError
+from diffusion_jax.runtime import checkpoint
 from diffusion_jax.runtime.checkpoint import (
     Checkpoints,
     NoIntactCheckpointError,
     OtherModelError,
+    SaveError,
     digest,
     flatten,
+    saved_steps,
 )
 
 
@@ -213,3 +221,99 @@ def test_a_damaged_older_step_hinders_nothing(directory):
     checkpoints.save(30, state_at(30), 1.0)
     checkpoints.close()
     assert restore(directory).step == 30
+
+
+def test_can_be_lost_older_steps_while_a_save_is_not_confirmed(saved, tmp_path):
+    """Orbax takes the path for a pattern, and leaves out the arrays without an error."""
+    directory = shutil.copytree(saved, tmp_path / "x[1]" / "checkpoints")
+    checkpoints = Checkpoints(directory, 1, 0)
+    checkpoints.save(30, state_at(30), 1.0)
+    with pytest.raises(SaveError, match=r"^checkpoint 30 could not be saved, those before it stay"):
+        checkpoints.close()
+    assert saved_steps(directory) == [10, 20, 30]
+    restored = restore(shutil.copytree(directory, tmp_path / "elsewhere"), state_at(0))
+    assert restored.step == 20
+    assert_same(flatten(restored.state), flatten(state_at(20)))
+
+
+def test_can_be_lost_a_save_that_failed_is_reported_by_the_next(saved, tmp_path):
+    directory = shutil.copytree(saved, tmp_path / "x[1]" / "checkpoints")
+    with contextlib.closing(Checkpoints(directory, 1, 0)) as checkpoints:
+        checkpoints.save(30, state_at(30), 1.0)
+        with pytest.raises(SaveError, match="checkpoint 30"):
+            checkpoints.save(40, state_at(40), 1.0)
+    assert saved_steps(directory) == [10, 20, 30]
+
+
+def snapshot(folder):
+    """Every path below a folder, with its contents and the time of its last change."""
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in [folder, *folder.rglob("*")]
+    }
+
+
+def test_can_be_lost_what_another_run_is_writing_a_reader_changes_nothing(directory):
+    shutil.copytree(directory / "20", directory / "30.orbax-checkpoint-tmp")
+    before = snapshot(directory.parent)
+    template = {"kernel": state_at(0)["params"]["kernel"]}
+    template = {"ema": template, "step": np.int32(0)}
+    with pytest.raises(OtherModelError):
+        checkpoint.restore(directory, template)
+    assert checkpoint.restore(directory, state_at(0)).step == 20
+    assert checkpoint.restore(directory, state_at(0), step=7) is None
+    assert snapshot(directory.parent) == before
+    assert checkpoint.restore(directory.parent / "nothing", state_at(0)) is None
+    with pytest.raises(WorkdirError, match="has no checkpoint yet"):
+        checkpoint.restore_average(state_at(0), directory.parent / "nothing", None)
+    assert snapshot(directory.parent) == before
+
+
+READER = """
+import logging, pathlib, sys
+import numpy as np
+from diffusion_jax.runtime import checkpoint
+
+logging.basicConfig(stream=sys.stdout)
+steps = set()
+while len(steps) < 10:
+    template = {"step": np.int32(0), "x": np.zeros(50_000, np.float32)}
+    restored = checkpoint.restore(pathlib.Path(sys.argv[1]), template)
+    if restored is not None:
+        assert (restored.state["x"] == restored.state["step"]).all()
+        assert restored.step == restored.state["step"] >= max(steps, default=0)
+        steps.add(restored.step)
+"""
+
+
+def test_can_be_lost_nothing_where_a_live_run_is_read(tmp_path):
+    """It saves and removes steps all the time; each that is read is whole, and none is damaged."""
+
+    def state(step):
+        return {"step": np.int32(step), "x": np.full(50_000, step, np.float32)}
+
+    words = [sys.executable, "-c", READER, str(tmp_path)]
+    reader = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    numbers = itertools.count(1)
+    with contextlib.closing(Checkpoints(tmp_path, 1, 0)) as checkpoints:
+        while reader.poll() is None:
+            last = next(numbers)
+            checkpoints.save(last, state(last), 1.0)
+    assert reader.communicate()[0] == ""  # no warning either
+    assert reader.returncode == 0
+    assert saved_steps(tmp_path) == [last]
+    assert_same(flatten(checkpoint.restore(tmp_path, state(0)).state), flatten(state(last)))
+
+
+def test_the_step_that_guides_is_kept(tmp_path):
+    with contextlib.closing(Checkpoints(tmp_path, 1, 0, keep_step=2)) as checkpoints:
+        for step in range(1, 5):
+            checkpoints.save(step, {"x": np.float32(step)}, 1.0)
+    assert saved_steps(tmp_path) == [2, 4]
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next_that_writes(directory):
+    for name in ("30.orbax-checkpoint-tmp", "5.removed"):
+        shutil.copytree(directory / "20", directory / name)
+    Checkpoints(directory, 2, 0).close()
+    assert sorted(path.name for path in directory.iterdir()) == ["10", "20"]

@@ -1,0 +1,47 @@
+"""A run's folder: what may hold one, who holds it, and what its record says."""
+
+import json
+
+import pytest
+
+from diffusion_jax.errors import WorkdirError
+from diffusion_jax.runtime.workdir import Workdir
+
+
+@pytest.mark.parametrize("name", ["x[1]", "x*", "x?", "x\\y"])
+@pytest.mark.parametrize("inside", ["", "/run"])
+def test_can_be_lost_a_path_that_orbax_takes_for_a_pattern(tmp_path, name, inside):
+    """It would write checkpoints there which nobody can read."""
+    with pytest.raises(WorkdirError, match=r"^workdir=.*: must have no .* could not be read back$"):
+        Workdir(tmp_path / f"{name}{inside}")
+
+
+@pytest.mark.parametrize("name", ["x 1", "x]", "é%41#", "~x", "a:b", "{x}"])
+def test_any_other_path_is_fine(tmp_path, name):
+    assert Workdir(tmp_path / name).path == tmp_path / name
+
+
+def test_can_be_lost_a_lock_ends_with_its_block_whatever_refers_to_it(tmp_path):
+    """A traceback that somebody keeps, as a notebook does, holds no folder."""
+    workdir, lingering = Workdir(tmp_path), []
+
+    def fail():
+        held = workdir.lock()  # noqa: F841 (the frame of the traceback refers to it)
+        with workdir.lock():
+            raise RuntimeError
+
+    try:
+        fail()
+    except RuntimeError as error:
+        lingering.append(error)
+    with Workdir(tmp_path).lock():
+        assert lingering
+
+
+def test_means_two_things_the_record_has_the_options_of_jax(tmp_path):
+    workdir = Workdir(tmp_path)
+    workdir.record({"seed": 3})
+    options = json.loads((tmp_path / "config.json").read_text())["jax"]
+    assert options["jax_default_prng_impl"] == "threefry2x32"
+    assert options["jax_enable_x64"] is False
+    assert workdir.read_record() == {"seed": 3}  # they are no fields of the config
