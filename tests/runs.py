@@ -5,6 +5,7 @@ import functools
 import multiprocessing
 import os
 import pathlib
+import resource
 import signal
 import sys
 import time
@@ -95,6 +96,10 @@ class Run:
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal."""
         os.kill(self._process.pid, number)
+
+    def limit_files(self, size: int) -> None:
+        """Let every file that grows beyond some bytes be an error from now on."""
+        resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (size, size))
 
     def is_running(self) -> bool:
         """Whether it has not ended yet."""

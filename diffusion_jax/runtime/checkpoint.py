@@ -12,6 +12,7 @@ import logging
 import math
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
@@ -198,16 +199,27 @@ def _as_save_error(step: int) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, without the long description that tensorstore adds."""
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
-    return text.partition(" [tensorstore_spec=")[0][:300]
+    """The first line of an error, shortened: tensorstore tells all that it was doing."""
+    text = f"{type(error).__name__}: {error}".splitlines()[0].partition(" [tensorstore_spec=")[0]
+    return text if len(text) < 300 else f"{text[:100]} ... {text[-150:]}"
 
 
 @functools.cache  # once
 def _report_ourselves() -> None:
-    """Leave out orbax's own log: for a failure that it also raises it writes many tracebacks."""
-    log = logging.getLogger("absl")
-    log.addFilter(lambda record: "/orbax/checkpoint/" not in record.pathname)
+    """Leave out what orbax and tensorstore print of a failure beside raising it: many tracebacks.
+
+    When the first array fails orbax ends its event loop, and the other arrays' tasks in it.
+    """
+    absl, asyncio = logging.getLogger("absl"), logging.getLogger("asyncio")
+    absl.addFilter(lambda record: "/orbax/checkpoint/" not in record.pathname)
+    asyncio.addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+    show = sys.unraisablehook
+
+    def show_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = show_others
 
 
 def restore(directory: pathlib.Path, template: Any, step: int | None = None) -> Restored | None:

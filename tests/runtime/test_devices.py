@@ -16,6 +16,7 @@ from diffusion_jax.data.dataset import Split
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.experiment.experiment import create_experiment
 from diffusion_jax.runtime import devices
+from diffusion_jax.runtime.workdir import Workdir
 from diffusion_jax.training.step import (
     BETWEEN_DEVICES,
     Constants,
@@ -208,6 +209,26 @@ def test_two_processes_are_as_one_and_stop_together(tmp_path):
     assert found.keys() == expected.keys()
     for at in list(found)[:2]:  # before rounding has grown
         np.testing.assert_allclose(found[at], expected[at], rtol=1e-5)
+
+
+def test_knowable_at_the_start_processes_fail_together(tmp_path):
+    """Where the first process may not begin, the other does not wait for it."""
+    with Workdir(tmp_path / "run").lock():
+        first, second = (process.wait() for process in start_two(tmp_path / "run", TOY2D, tmp_path))
+    assert first.code == 2
+    assert first.stderr.splitlines()[-1].endswith("run: in use by another run")
+    assert second.code == 1
+    assert second.stderr.splitlines()[-1].startswith("RunError: another process of this run failed")
+
+
+def test_processes_fail_together_after_the_training_too(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "samples").touch()  # where the first one wants a folder
+    first, second = (process.wait() for process in start_two(tmp_path / "run", TOY2D, tmp_path))
+    assert (first.code, second.code) == (1, 1)
+    assert first.stderr.splitlines()[-1].startswith("FileExistsError: ")
+    assert second.stderr.splitlines()[-1].startswith("RunError: another process of this run failed")
+    assert checkpoint(tmp_path / "run")["step"] == 40
 
 
 def test_two_processes_read_each_its_share():
