@@ -406,26 +406,42 @@ def losses_of(kind, weighting, schedule):
     return jax.jit(jax.vmap(of_row))(schedules.clip_posterior_variance(schedule))
 
 
-# alpha_bar is 0 from the third row on, and the chain goes on
-ZERO_INSIDE = schedules.from_betas([0.1, 0.3, 1.0, 0.2, 0.4])
+@pytest.fixture(scope="module")
+def zero_inside():
+    """A chain whose alpha_bar is 0 from the third row on."""
+    return schedules.from_betas([0.1, 0.3, 1.0, 0.2, 0.4])
 
 
 @pytest.mark.parametrize("kind", ["x_0", "v"])
-def test_min_snr_2(kind):
+def test_min_snr_2(kind, zero_inside):
     """Min-SNR's weight divided by an SNR of 0, at rescaled betas.
 
     For x_0 and v no weighting divides by the SNR, wherever in a chain it is 0: the weight is 0.
     """
-    schedule = ZERO_INSIDE
     snr = np.array([0.9 / 0.1, 0.63 / 0.37, 0, 0, 0])
     for weighting in WEIGHTINGS:
-        values, gradients = losses_of(kind, weighting, schedule)
+        values, gradients = losses_of(kind, weighting, zero_inside)
         assert np.isfinite(values).all(), weighting
         assert np.isfinite(gradients).all(), weighting
-    values, gradients = losses_of(kind, "min_snr", schedule)
+    values, gradients = losses_of(kind, "min_snr", zero_inside)
     expected = np.minimum(snr, 5) * np.mean(ERROR**2)
     np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-9)
     np.testing.assert_array_equal(gradients[2:], np.zeros((3, 3)))
+
+
+def test_the_twin_of_min_snr_2(config, zero_inside):
+    """x_0 does not follow from mu where the row before has zero SNR: losses of mu were NaN there.
+
+    There mu is a multiple of x_t, whatever x_0. In the last row mu may have zero SNR itself.
+    """
+    config = config.copy_and_resolve_references()
+    config.loss.prediction = "mu"
+    with pytest.raises(ConfigError, match=r"^config\.loss\.prediction = 'mu': must be "):
+        create_objective(config, zero_inside, INFO)
+    create_objective(config, zero_inside[:3], INFO)
+    values, gradients = losses_of("mu", "min_snr", zero_inside[:3])
+    assert np.isfinite(values).all()
+    assert np.isfinite(gradients).all()
 
 
 # --- weights --------------------------------------------------------------------------------
