@@ -92,6 +92,35 @@ def test_every_path_is_one_of_repaint(num_steps):
         assert wrapped.num_evaluations(num_steps) == down.sum()
 
 
+def published_times(num_steps, jump_length, num_resamples):
+    """The times of RePaint's published schedule (get_schedule_jump with its first kind of jumps).
+
+    They count from T - 1, where the chain begins, down to 0, and end with -1. At each of the times
+    0, j, 2j, ... below T - j the chain goes j times up and down again, num_resamples - 1 times.
+    """
+    times = [num_steps - 1]
+    for place in reversed(range(0, num_steps - jump_length, jump_length)):
+        times += range(times[-1] - 1, place - 1, -1)
+        top = place + jump_length
+        times += (num_resamples - 1) * [*range(place + 1, top), *range(top, place - 1, -1)]
+    return np.array([*times, *range(times[-1] - 1, -2, -1)])
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "jump_length", "num_resamples"),
+    [(250, 10, 10), (250, 10, 1), (100, 7, 3), (51, 10, 2), (50, 10, 2), (20, 19, 4), (5, 1, 5)],
+)
+def test_the_states_are_those_of_the_published_schedule(num_steps, jump_length, num_resamples):
+    """The published times are one less than our states: there x_0 is -1, here it is 0."""
+    path, wrapped = path_of(num_steps, jump_length, num_resamples)
+    times = published_times(num_steps, jump_length, num_resamples)
+    np.testing.assert_array_equal(path - 1, times)
+    if (num_steps, jump_length, num_resamples) == (250, 10, 10):  # the paper's own setting
+        # 24 places to jump from, 9 times 10 states up and down again, beside the 250 states down
+        assert len(times) == 251 + 24 * 9 * 20
+        assert wrapped.num_evaluations(num_steps) == 250 + 24 * 9 * 10
+
+
 @pytest.mark.parametrize("num_steps", LENGTHS)
 @pytest.mark.parametrize("jump_length", [1, 3, 20])
 def test_one_resample_is_the_plain_path(num_steps, jump_length):

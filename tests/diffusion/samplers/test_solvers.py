@@ -159,6 +159,58 @@ def test_dpmpp_2m_is_the_papers_formula():
     np.testing.assert_allclose(found[0, 0], expected, rtol=1e-5)
 
 
+def posterior_mean_of_mixture(y, sigma):
+    """D(y; sigma) = E[x_0 | y] for y = x_0 + sigma z and the mixture above, by Bayes' rule."""
+    total = VARIANCE + sigma**2
+    gaps = y[..., None] - np.ravel(MEANS)
+    log_share = np.log(WEIGHTS) - gaps**2 / (2 * total)
+    share = np.exp(log_share - log_share.max(axis=-1, keepdims=True))
+    share /= share.sum(axis=-1, keepdims=True)
+    return (share * (np.ravel(MEANS) + VARIANCE / total * gaps)).sum(axis=-1)
+
+
+def edm_step(y, sigma, sigma_next, num_steps, z):
+    """Karras et al. 2022, algorithm 2, lines 4 to 11: churn 40 in [0.05, 50], S_noise 1.003."""
+    gamma = min(40 / num_steps, np.sqrt(2) - 1) if 0.05 <= sigma <= 50 else 0.0
+    sigma_hat = sigma + gamma * sigma
+    y_hat = y + np.sqrt(sigma_hat**2 - sigma**2) * 1.003 * z
+    slope = (y_hat - posterior_mean_of_mixture(y_hat, sigma_hat)) / sigma_hat
+    y_next = y_hat + (sigma_next - sigma_hat) * slope
+    if sigma_next > 0:
+        slope_next = (y_next - posterior_mean_of_mixture(y_next, sigma_next)) / sigma_next
+        y_next = y_hat + (sigma_next - sigma_hat) * (slope + slope_next) / 2
+    return y_next, gamma
+
+
+@jax.jit
+def step_of_mixture(sampler, keys, state, x_t, row, row_prev):
+    return sampler.step(samplers.Step(keys, MIXTURE, state, x_t, row, row_prev))
+
+
+# churn / num_steps is 0.31 in 128 steps; in 20 it is held at sqrt(2) - 1
+@pytest.mark.parametrize("num_steps", [20, 128])
+def test_edm_is_algorithm_2_of_the_paper(num_steps):
+    native = schedules.cosine(1000)
+    chain = schedules.respace(native, num_steps, "karras", sigma_min=0.02, sigma_max=80.0)
+    sampler = samplers.edm(churn=40.0, churn_min=0.05, churn_max=50.0, noise=1.003)
+    rows = schedules.with_terminal_row(chain)
+    sigma = np.sqrt(np.float64(rows.one_minus_alpha_bar) / np.float64(rows.alpha_bar))
+    x_t = jnp.linspace(-2, 2, 32)[:, None]
+    y = np.float64(x_t)[:, 0] * np.hypot(1, sigma[-1])
+    state, gammas = sampler.init(x_t, chain, native), []
+    for i in range(num_steps, 0, -1):
+        keys = jax.random.split(jax.random.fold_in(KEY, i), len(x_t))
+        z = np.float64(samplers.normal(keys, x_t))[:, 0]
+        x_t, state = step_of_mixture(sampler, keys, state, x_t, rows[i], rows[i - 1])
+        y, gamma = edm_step(y, sigma[i], sigma[i - 1], num_steps, z)
+        gammas.append(gamma)
+        expected = y / np.hypot(1, sigma[i - 1])
+        np.testing.assert_allclose(x_t[:, 0], expected, rtol=0, atol=1e-4)
+    # without churn above 50 and below 0.05
+    assert set(gammas) == {0.0, min(40 / num_steps, np.sqrt(2) - 1)}
+    assert gammas[0] == gammas[-1] == 0
+
+
 def test_no_noise_is_the_deterministic_method():
     schedule = schedules.respace(schedules.cosine(100), 9, "karras", sigma_max=80.0)
     draw = jax.jit(lambda sampler: sample(KEY, MIXTURE, schedule, sampler, (4, 1)))
