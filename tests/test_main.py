@@ -244,6 +244,28 @@ MISTAKES = {
     "model field": field("model.dropout", 0.1),
     "width": field("model.width", 0),
     "layers": field("model.num_layers", 0),
+    "ends of a schedule that is yet to be learned": (
+        [
+            "--config.schedule.name=learned",
+            "--config.loss.weighting=vlb",
+            "--config.sampling.spacing=karras",
+            "--config.sampling.sigma_max=10.0",
+        ],
+        "config.sampling.sigma_max = 10.0: must be unset in training",
+    ),
+    "guided by no checkpoint": (
+        ["--config.guidance.weight=2.0", "--config.guidance.weak_step=7"],
+        "config.guidance.weak_step = 7: must be one of the checkpoints []",
+    ),
+    "guided by a run in a file": (
+        ["--config.guidance.weight=2.0", "--config.guidance.weak_workdir=file"],
+        "config.guidance.weak_workdir=file: is a file",
+    ),
+    "workdir of a pattern": (["--workdir=run[1]"], "--workdir=run[1]: must have no ["),
+    "weak workdir of a pattern": (
+        ["--config.guidance.weight=2.0", "--config.guidance.weak_workdir=run[1]"],
+        "config.guidance.weak_workdir=run[1]: must have no [",
+    ),
     "workdir is a file": (["--workdir=file"], "--workdir=file"),
     "workdir in a file": (["--workdir=file/run"], "--workdir=file/run"),
     "nothing to sample": (["--mode=sample"], "--workdir="),

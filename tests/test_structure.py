@@ -5,6 +5,7 @@ The rules are checked on this project, and then on tiny packages that break each
 
 import configparser
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,13 @@ def test_argv_is_read_by_main_alone(modules):
     readers = set(structure.readers_of_argv(modules))
     assert "diffusion_jax.__main__" in readers
     assert readers <= {"main", "diffusion_jax.__main__"}
+
+
+def test_keys_are_made_of_seeds_in_one_place():
+    makers = re.compile(r"random\.(key|PRNGKey|wrap_key_data)\(|default_prng_impl\b")
+    files = (REPOSITORY / "diffusion_jax").rglob("*.py")
+    made = {path.name for path in files if makers.search(path.read_text())}
+    assert made == {"streams.py", "numerics.py"}  # which fixes the generator of others' keys
 
 
 def test_imports_go_down(graph):

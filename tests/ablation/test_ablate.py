@@ -739,6 +739,20 @@ def test_shards_at_once_and_a_last_call_are_one_ablation(mixed, workdir, tmp_pat
     assert_equals(workdir, mixed[1])
 
 
+def test_means_two_things_auto_is_decided_once(small, tmp_path):
+    """One job of three cores' worth: a shard, of which only its own jobs count.
+
+    The batch cannot be shared by two devices and need not be; the lock ends the run after that.
+    """
+    fields = small | {"ablate.grid": "schedule.s=0,0.01,0.02", "ablate.seeds": (0,)}
+    fields |= {"ablate.parallel": "auto", "ablate.shard": "1/3", "train.batch_size": 15}
+    del fields["num_devices"]
+    with Workdir(tmp_path / "run").lock():
+        done = run(words(fields, tmp_path / "run"), tmp_path / "log")
+    assert done.code == 2
+    assert done.stderr == f"--workdir={tmp_path}/run: in use by another run\n"
+
+
 def test_files_that_another_mode_has_written_are_scored_anew(finished, small, tmp_path):
     """Samples by another chain are not compared with those of the other arms."""
     path = shutil.copytree(finished[0], tmp_path / "run")

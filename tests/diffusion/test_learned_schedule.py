@@ -61,6 +61,17 @@ def test_the_rate_is_the_derivative():
         np.testing.assert_allclose(rate, (behind - ahead) / (2 * h), rtol=5e-3)
 
 
+def test_means_two_things_times_of_64_bits_are_times_too():
+    """Where jax's 64-bit types are on, an array without a dtype is not of the dtype of u."""
+    params = some_params()
+    narrow = learned_schedule.moment_at(RECIPE, params, jnp.float32(0.3))
+    with jax.enable_x64(True):
+        for u in (jnp.float32(0.3), jnp.float64(0.3)):
+            wide = learned_schedule.moment_at(RECIPE, params, u)
+            np.testing.assert_allclose(wide.log_snr, narrow.log_snr, rtol=1e-5)
+            np.testing.assert_allclose(wide.rate, narrow.rate, rtol=1e-5)
+
+
 def test_cut_into_timesteps_it_is_a_schedule_like_any_other():
     params = some_params()
     schedule = learned_schedule.discretise(RECIPE, params)
