@@ -33,9 +33,10 @@ def sample(
     """Draw images from the model: the reverse chain from x_T ~ N(0, I) to x_0.
 
     ``shape`` is (batch, ...). ``indices`` are the global numbers of the images (default
-    0..batch-1): image i depends on ``key`` and i alone, whatever the batch. Samplers that evaluate
-    between the rows of ``schedule`` interpolate the timestep there in ``native``, the schedule that
-    the network was trained with (default: ``schedule`` itself).
+    0..batch-1): image i depends on ``key`` and i alone, whatever the batch, where ``key`` is
+    threefry's, jax's default. Samplers that evaluate between the rows of ``schedule`` interpolate
+    the timestep there in ``native``, the schedule that the network was trained with (default:
+    ``schedule`` itself).
     """
     inputs = key, predict, schedule, sampler, shape
     return trajectory(*inputs, num_frames=0, x_T=x_T, indices=indices, native=native).x_0
