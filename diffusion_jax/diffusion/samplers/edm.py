@@ -21,6 +21,8 @@ from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.diffusion.tracing import is_known
 from diffusion_jax.errors import require
 
+SAME = 1e-5  # float32 log SNRs that are closer may be one number, rounded twice
+
 
 def _heun(now: Step) -> Batch:
     """y_prev = y + (sigma_prev - sigma) (eps + eps') / 2, eps' at the end of an Euler step.
@@ -73,11 +75,10 @@ class Edm(TwoStage):
         (EDM algorithm 2); never beyond the schedule's own largest sigma.
         """
         x_t, row, state = now.x_t, now.row, now.state
-        inside = (row.sigma >= self.churn_min) & (row.sigma <= self.churn_max)
+        room = row.log_snr - state.schedule.log_snr[-1]
+        inside = (row.sigma >= self.churn_min) & (row.sigma <= self.churn_max) & (room > SAME)
         gamma = jnp.where(inside, jnp.minimum(self.churn / state.num_steps, np.sqrt(2) - 1), 0)
-        rise = jnp.minimum(
-            2 * jnp.log1p(gamma), row.log_snr - state.schedule.log_snr[-1]
-        )  # of -log SNR
+        rise = jnp.minimum(2 * jnp.log1p(gamma), jnp.where(inside, room, 0))  # of -log SNR
         raised = schedules.at_log_snr(state.schedule, (row.log_snr - rise)[None])[0]
         # y + sqrt(sigma_hat^2 - sigma^2) z, times sqrt(alpha_bar) at the raised level
         signal = jnp.sqrt(raised.alpha_bar / row.alpha_bar) * x_t

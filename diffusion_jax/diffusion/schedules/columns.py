@@ -27,11 +27,14 @@ def require_betas(**betas: Scalar) -> None:
             require(np.float32(beta) > 0 and beta <= 1, field, beta, "in (0, 1]")
 
 
-def log_alphas(beta: Column, alpha: Column) -> Column:
-    """log(alpha), from beta or from alpha, whichever gives full relative precision."""
-    xp = array_module(beta)
-    with np.errstate(divide="ignore"):  # beta = 1: -inf, hence alpha_bar = 0
-        return xp.where(beta < 0.5, xp.log1p(-beta), xp.log(alpha))
+LARGE = 0.9  # beyond it, 1 - x has more than four times the rounding error of x
+
+
+def log_of_rest(x: Column, rest: Column) -> Column:
+    """log(1 - x), x in [0, 1], from x or from its known ``rest`` 1 - x, whichever is precise."""
+    xp = array_module(x)
+    with np.errstate(divide="ignore"):  # x = 1: -inf
+        return xp.where(x < LARGE, xp.log1p(-xp.minimum(x, LARGE)), xp.log(rest))
 
 
 def running_product(log_alpha: Column) -> tuple[Column, Column]:
@@ -99,7 +102,7 @@ def from_alpha_bars(
     last_exact = xp.minimum(np.arange(1, len(beta) + 1), xp.sum(exact))  # 0: the row t = 0
     base = xp.concatenate([xp.ones(1), alpha_bar])[last_exact]
     one_minus_base = xp.concatenate([xp.zeros(1), one_minus_alpha_bar])[last_exact]
-    tail, one_minus_tail = running_product(xp.where(exact, 0.0, log_alphas(beta, alpha)))
+    tail, one_minus_tail = running_product(xp.where(exact, 0.0, log_of_rest(beta, alpha)))
     return from_columns(
         beta=beta,
         alpha=alpha,

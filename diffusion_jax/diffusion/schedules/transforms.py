@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diffusion_jax.diffusion.schedules.columns import array_module, from_columns, log_alphas
+from diffusion_jax.diffusion.schedules.columns import array_module, from_columns, log_of_rest
 from diffusion_jax.diffusion.schedules.schedule import Column, Scalar, Schedule, require_length
 from diffusion_jax.diffusion.schedules.spacings import GRIDS, SPACINGS
 from diffusion_jax.diffusion.tracing import is_known
@@ -162,7 +162,7 @@ def respace(
     old = _columns(schedule)
     xp = array_module(old.beta)
     # one sum per jump, which starts after the selected row before it
-    log_alpha = log_alphas(old.beta, old.alpha)[: rows[-1] + 1]
+    log_alpha = log_of_rest(old.beta, old.alpha)[: rows[-1] + 1]
     log_jump = xp.add.reduceat(log_alpha, np.append(0, rows[:-1] + 1))
     selected = jax.tree.map(lambda column: column[rows], old)
     return from_columns(
