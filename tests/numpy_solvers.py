@@ -4,6 +4,7 @@ A chain is a list of nodes, x_T's first and x_0's last. All arrays broadcast, so
 many chains of as many steps. The data are Gaussian, whose denoiser is known in closed form.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -70,7 +71,7 @@ def of_beta(node, following):
 
 def ddim(problem, nodes, x, eta=0.0):
     """DDIM eqs. 12 and 16."""
-    for node, following in zip(nodes, nodes[1:]):
+    for node, following in itertools.pairwise(nodes):
         x_0, eps = problem.predict(node, x)
         drop = of_beta(node, following)
         sigma = eta * following.noise * np.sqrt(drop)
@@ -94,7 +95,7 @@ def ancestral_step(problem, node, following, x, z):
 
 
 def ancestral(problem, nodes, x):
-    for node, following in zip(nodes, nodes[1:]):
+    for node, following in itertools.pairwise(nodes):
         x = problem.rounded(ancestral_step(problem, node, following, x, problem.noise[0]))
     return x
 
@@ -102,7 +103,7 @@ def ancestral(problem, nodes, x):
 def predictor_corrector(problem, nodes, x):
     """Song et al. 2021, algorithm 5; draw 1 is of the predictor and draw 2 of the corrector."""
     _, of_predictor, of_corrector = problem.noise
-    for node, following in zip(nodes, nodes[1:]):
+    for node, following in itertools.pairwise(nodes):
         _, eps = problem.predict(node, x)
         size = 2 * (node.signal / following.signal) ** 2 * SNR**2 * node.noise**2
         x = problem.rounded(x - size * eps / node.noise + np.sqrt(2 * size) * of_corrector)
@@ -125,7 +126,7 @@ def heun_step(problem, node, following, x):
 
 
 def heun(problem, nodes, x):
-    for node, following in zip(nodes, nodes[1:]):
+    for node, following in itertools.pairwise(nodes):
         x = heun_step(problem, node, following, x)
     return x
 
@@ -133,7 +134,7 @@ def heun(problem, nodes, x):
 def edm(problem, nodes, x):
     """EDM algorithm 2, which never raises sigma beyond its value at T."""
     gamma = min(EDM["churn"] / (len(nodes) - 1), np.sqrt(2) - 1)
-    for node, following in zip(nodes, nodes[1:]):
+    for node, following in itertools.pairwise(nodes):
         inside = (node.sigma >= EDM["churn_min"]) & (node.sigma <= EDM["churn_max"])
         room = node.half_log_snr - problem.lowest
         inside &= room > SAME
@@ -146,8 +147,8 @@ def edm(problem, nodes, x):
 
 def dpmpp_2s(problem, nodes, x):
     """DPM-Solver++ algorithm 1, r = 1/2."""
-    for node, following in zip(nodes, nodes[1:]):
-        x_0, eps = problem.predict(node, x)
+    for node, following in itertools.pairwise(nodes):
+        x_0, _ = problem.predict(node, x)
         if is_last(following):
             return x_0
         h = problem.width(node, following)
@@ -192,7 +193,7 @@ def newton(values, h_1, h_2):
 
 def multistep(problem, nodes, x, order, eta=0.0):
     values, widths = [np.zeros_like(x)] * 3, [np.full_like(x, np.inf)] * 2
-    for node, following in zip(nodes, nodes[1:]):
+    for node, following in itertools.pairwise(nodes):
         x_0, eps = problem.predict(node, x)
         values, h = [x_0, *values[:2]], problem.width(node, following)
         if order == 3:
@@ -229,7 +230,7 @@ def unipc(problem, nodes, x):
     """UniPC-2: the predictor fits a line, the corrector a parabola with the newest value too."""
     values, widths = [np.zeros_like(x)] * 2, [np.full_like(x, np.inf)] * 2
     corrected, before = x, None
-    for node, following in zip(nodes, nodes[1:]):
+    for node, following in itertools.pairwise(nodes):
         x_0, _ = problem.predict(node, x)
         h, h_before = widths
         if before is not None:
@@ -258,7 +259,7 @@ ADAMS_BASHFORTH = (*ADAMS_BASHFORTH[:3], tuple(weight / 24 for weight in ADAMS_B
 def linear_multistep(problem, nodes, x, num_starting, start):
     """PNDM eqs. 9 to 12, in y: y' = y + (sigma' - sigma) e."""
     history = []
-    for number, (node, following) in enumerate(zip(nodes, nodes[1:])):
+    for number, (node, following) in enumerate(itertools.pairwise(nodes)):
         x_0, eps = problem.predict(node, x)
         history = [eps, *history[:3]]
         euler = ddim_of(x_0, eps, following)

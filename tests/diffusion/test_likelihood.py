@@ -4,9 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 from gaussian import BETAS, columns, cosine_betas, gaussian, linear_betas, mixture
+from rounding import UNIT
 from scipy import stats
 
 from diffusion_jax.diffusion import likelihood, losses, process, schedules
@@ -103,6 +105,23 @@ def test_the_prior_term_is_that_of_iddpm(name):
         last = schedules.from_betas(BETAS[name](num_timesteps))[-1]
         found = likelihood.prior_term(last, jnp.asarray(x_0, jnp.float32))
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("beta", [1e-8, 1e-6, 1e-3, 0.3, 0.6, 0.95, 0.999])
+@pytest.mark.parametrize("num_timesteps", [1, 2, 9])
+def test_lost_to_rounding_prior_term_of_any_noise(beta, num_timesteps):
+    """Against 40 digits: from almost no noise, where it is large, to almost nothing else."""
+    last = schedules.constant(num_timesteps, beta)[-1]
+    with mpmath.workdps(40):
+        alpha_bar = (1 - mpmath.mpf(beta)) ** num_timesteps
+        for x_0 in (0.0, 0.5, 1.0):
+            expected = (alpha_bar * (x_0**2 - 1) - mpmath.log(1 - alpha_bar)) / 2
+            found = likelihood.prior_term(last, jnp.float32(x_0))
+            # alpha_bar itself is rounded, and what is left of it at x_0 = 0 is alpha_bar^2 / 4
+            allowed = 4 * UNIT * float(alpha_bar) + 1e-6 * float(expected)
+            np.testing.assert_allclose(found, float(expected), rtol=0, atol=allowed)
+            gradient = jax.grad(lambda x_0: likelihood.prior_term(last, x_0))(jnp.float32(x_0))
+            np.testing.assert_allclose(gradient, float(alpha_bar) * x_0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("deviation", [1e-3, 0.01, 0.3, 10.0])

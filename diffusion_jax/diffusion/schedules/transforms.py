@@ -9,22 +9,23 @@ from jaxtyping import Array, Float
 
 from diffusion_jax.diffusion.schedules.columns import array_module, from_columns, log_of_rest
 from diffusion_jax.diffusion.schedules.schedule import Column, Scalar, Schedule, require_length
-from diffusion_jax.diffusion.schedules.spacings import GRIDS, SPACINGS
+from diffusion_jax.diffusion.schedules.spacings import GRIDS, SPACINGS, LogSnrs
 from diffusion_jax.diffusion.tracing import is_known
 from diffusion_jax.errors import choose, require
 
 
-def from_log_snr(log_snr: Column, timestep: Column) -> Schedule:
+def from_log_snr(log_snr: Column, timestep: Column, drops: LogSnrs | None = None) -> Schedule:
     """The chain through rows of decreasing log SNR, whose input to a network is ``timestep``.
 
     alpha_bar = sigmoid(log SNR), beta_t = -(1 - alpha_bar_t) expm1(log SNR_t - log SNR_{t-1})
-    (Kingma et al. 2021, VDM).
+    (Kingma et al. 2021, VDM). ``drops`` are log SNR_{t-1} - log SNR_t for t >= 2, where they are
+    known better than the difference of two neighbours that were rounded to float32.
     """
     xp = array_module(log_snr)
     alpha_bar, one_minus_alpha_bar = 1 / (1 + xp.exp(-log_snr)), 1 / (1 + xp.exp(log_snr))
     # alpha_t = alpha_bar_t / alpha_bar_{t-1}, where the row before the first has alpha_bar = 1
-    drop = log_snr[1:] - log_snr[:-1]
-    beta = xp.concatenate([one_minus_alpha_bar[:1], -one_minus_alpha_bar[1:] * xp.expm1(drop)])
+    drops = log_snr[:-1] - log_snr[1:] if drops is None else drops
+    beta = xp.concatenate([one_minus_alpha_bar[:1], -one_minus_alpha_bar[1:] * xp.expm1(-drops)])
     alpha = xp.concatenate([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
     return from_columns(
         beta=beta,
@@ -44,14 +45,20 @@ def at_log_snr(schedule: Schedule, log_snr: Column) -> Schedule:
         ConfigError: a log SNR outside the range, or not below the one before it.
     """
     old = _columns(schedule)
-    xp = array_module(old.beta, log_snr)
-    known = xp.log(old.alpha_bar) - xp.log(old.one_minus_alpha_bar)
+    known = _log_snr(old)
     if is_known(known, log_snr):
         slack = 1e-6 * np.abs(known)  # columns are rounded to float32
         first, last = known[0] + slack[0], known[-1] - slack[-1]
         inside = np.all((log_snr <= first) & (log_snr >= last)) and np.all(np.diff(log_snr) < 0)
         require(inside, "log_snr", log_snr, f"decreasing, in [{known[-1]:.6g}, {known[0]:.6g}]")
     return from_log_snr(log_snr, _interpolate(-log_snr, -known, old.timestep))
+
+
+def _log_snr(old: Schedule) -> Column:
+    """Log SNR of float64 columns in float64; -inf at zero SNR."""
+    xp = array_module(old.beta)
+    with np.errstate(divide="ignore"):
+        return xp.log(old.alpha_bar) - xp.log(old.one_minus_alpha_bar)
 
 
 def _interpolate(
@@ -185,20 +192,16 @@ def _respace_off_grid(
     """A spacing of ``spacings.GRIDS``; ``sigmas`` are its two ends, by the name of their field."""
     require_length("num_steps", num_steps)
     old = _columns(schedule)
-    xp = array_module(old.beta)
-    with np.errstate(divide="ignore"):  # log(0) is checked below
-        known = xp.log(old.alpha_bar[xp.array([0, -1])]) - xp.log(
-            old.one_minus_alpha_bar[xp.array([0, -1])]
-        )
+    xp, known = array_module(old.beta), _log_snr(old)
     if is_known(known):
         allowed = f"one of {', '.join(SPACINGS)}: the schedule ends at zero SNR"
-        require(np.isfinite(known[1]), "spacing", spacing, allowed)
-    ends = list(known)
+        require(np.isfinite(known[-1]), "spacing", spacing, allowed)
+    ends = [known[0], known[-1]]
     for place, (field, sigma) in enumerate(sigmas.items()):
         if sigma is None:
             continue
         if is_known(sigma, known):
-            least, most = np.exp(-known / 2)
+            least, most = np.exp(-known[0] / 2), np.exp(-known[-1] / 2)
             allowed = f"a noise level of the schedule, in [{least:.6g}, {most:.6g}]"
             require(least <= sigma <= most, field, sigma, allowed)
         ends[place] = -2 * xp.log(sigma)
@@ -207,4 +210,5 @@ def _respace_off_grid(
     if is_known(*ends) and num_steps > 1:
         allowed = "above sigma_min (as many steps need noise levels between them)"
         require(ends[1] < ends[0], "sigma_max", float(f"{np.exp(-ends[1] / 2):.6g}"), allowed)
-    return at_log_snr(schedule, GRIDS[spacing](num_steps, *ends, rho))
+    log_snr, drops = GRIDS[spacing](num_steps, *ends, rho)
+    return from_log_snr(log_snr, _interpolate(-log_snr, -known, old.timestep), drops)

@@ -14,7 +14,7 @@ from rounding import UNIT
 from diffusion_jax.diffusion import schedules
 from diffusion_jax.diffusion.schedules.families import SCHEDULES
 from diffusion_jax.diffusion.schedules.schedule import Schedule
-from diffusion_jax.diffusion.schedules.spacings import SPACINGS
+from diffusion_jax.diffusion.schedules.spacings import GRIDS, SPACINGS
 from diffusion_jax.diffusion.schedules.transforms import respace
 from diffusion_jax.errors import ConfigError
 
@@ -398,6 +398,18 @@ def test_traced_schedules_can_be_transformed():
     stack = jax.jit(jax.vmap(transformed))(offsets)
     for i, s in enumerate(offsets):
         assert_close(stack[i], dict_of(transformed(float(s))), 1e-5)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("num_steps", [1, 5, 2000])
+def test_lost_to_rounding_drops_between_neighbours_of_a_traced_grid(name, grid, num_steps):
+    """2,000 log SNRs are a ten thousandth apart, of which float32 knows three digits."""
+    full = SCHEDULES[name](1000)
+    # the host's float64, rounded once
+    expected = dict_of(respace(full, num_steps, grid))
+    traced = jax.jit(respace, static_argnums=(1, 2))(full, num_steps, grid)
+    assert_close(traced, expected, 1e-5)
 
 
 # --- the pytree -----------------------------------------------------------------------------
