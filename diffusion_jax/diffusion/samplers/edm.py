@@ -106,5 +106,7 @@ def edm(
     require(not is_known(churn) or 0 <= churn < np.inf, "churn", churn, "a finite number >= 0")
     require(not is_known(churn_min) or churn_min >= 0, "churn_min", churn_min, "at least 0")
     require(not is_known(churn_max) or churn_max >= 0, "churn_max", churn_max, "at least 0")
+    fits = not is_known(churn_min, churn_max) or churn_min <= churn_max
+    require(fits, "churn_min", churn_min, f"at most churn_max = {churn_max}")
     require(not is_known(noise) or 0 < noise < np.inf, "noise", noise, "a finite number > 0")
     return Edm(churn, churn_min, churn_max, noise)

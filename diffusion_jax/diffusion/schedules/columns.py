@@ -61,13 +61,34 @@ def from_columns(
     alpha_bar_prev = xp.concatenate([xp.ones(1), alpha_bar[:-1]])
     one_minus_alpha_bar_prev = xp.concatenate([xp.zeros(1), one_minus_alpha_bar[:-1]])
     posterior_variance = beta * (one_minus_alpha_bar_prev / one_minus_alpha_bar)  # DDPM eq. 7
-    columns = (
-        np.arange(1, len(beta) + 1) if timestep is None else timestep,
-        *(beta, alpha, alpha_bar, alpha_bar_prev),
-        *(one_minus_alpha_bar, one_minus_alpha_bar_prev, posterior_variance),
-    )
+    columns = {
+        "timestep": np.arange(1.0, len(beta) + 1) if timestep is None else timestep,
+        "beta": beta,
+        "alpha": alpha,
+        "alpha_bar": alpha_bar,
+        "alpha_bar_prev": alpha_bar_prev,
+        "one_minus_alpha_bar": one_minus_alpha_bar,
+        "one_minus_alpha_bar_prev": one_minus_alpha_bar_prev,
+        "posterior_variance": posterior_variance,
+    }
+    if is_known(*columns.values()):
+        _require_sound(columns)
     dtype = jnp.float32 if xp is np else beta.dtype
-    return Schedule(*(jnp.asarray(column, dtype) for column in columns))
+    return Schedule(**{name: jnp.asarray(column, dtype) for name, column in columns.items()})
+
+
+def _require_sound(columns: dict[str, Column]) -> None:
+    """Refuse a schedule with a number that is not finite, or with a step without any noise.
+
+    What a user asks for is refused before, by its name. This is for what nobody foresaw.
+    """
+    for name, column in columns.items():
+        column = np.asarray(column, np.float32)
+        divides = name in ("beta", "one_minus_alpha_bar")
+        wrong = np.flatnonzero(~np.isfinite(column) | (divides & (column <= 0)))
+        for row in wrong[:1]:
+            allowed = f"finite{' and above 0' if divides else ''}: the arguments are too extreme"
+            require(False, f"{name}[{row}]", column[row], allowed)
 
 
 def from_alpha_bars(
