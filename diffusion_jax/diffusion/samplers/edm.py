@@ -88,7 +88,13 @@ class Edm(TwoStage):
 
 
 def heun() -> Sampler:
-    """Heun's second-order method on the sigmas of the chain (Karras et al. 2022, algorithm 1)."""
+    """Heun's second-order method on the sigmas of the chain (Karras et al. 2022, algorithm 1).
+
+    Steps that grow fast amplify errors without bound, such as 2 to 5 of the cosine schedule's 1,000
+    timesteps: with the exact denoiser, data of two modes in [-1, 1] come out as large as 411 to 59
+    (one mode: 44 to 5). 10 steps of spacing "log_snr" or 20 of "karras" are bounded there, and few
+    timesteps of the linear schedule with spacing "trailing".
+    """
     return Heun()
 
 
@@ -98,10 +104,12 @@ def edm(
     """EDM's stochastic sampler: fresh noise before each step of Heun's method (algorithm 2).
 
     ``churn`` >= 0 is S_churn, ``churn_min`` and ``churn_max`` are S_tmin and S_tmax in units of
-    sigma, ``noise`` > 0 is S_noise; the defaults are EDM's for ImageNet-64 (table 5).
+    sigma, ``noise`` > 0 is S_noise; the defaults are EDM's for ImageNet-64 (table 5). In few steps
+    that grow fast it is as unbounded as ``heun``: in 2 to 5 of the cosine schedule's timesteps data
+    in [-1, 1] come out as large as 211 to 14.
 
     Raises:
-        ConfigError: a number out of its range.
+        ConfigError: a number out of its range, or churn_min above churn_max.
     """
     require(not is_known(churn) or 0 <= churn < np.inf, "churn", churn, "a finite number >= 0")
     require(not is_known(churn_min) or churn_min >= 0, "churn_min", churn_min, "at least 0")
