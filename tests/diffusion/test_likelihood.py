@@ -414,7 +414,7 @@ def outer_rows():
     chains = {name: create(1000) for name, create in SCHEDULES.items() if name != "from_betas"}
     chains["zero terminal SNR"] = schedules.zero_terminal_snr(schedules.cosine(1000))
     clipped = {name: schedules.clip_posterior_variance(chain) for name, chain in chains.items()}
-    ends = np.array([0, -1])
+    ends = np.array([0, len(chains["linear"]) - 1])
     rows = jax.tree.map(
         lambda *leaves: jnp.concatenate(leaves), *(c[ends] for c in clipped.values())
     )
