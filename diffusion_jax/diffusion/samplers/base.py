@@ -124,6 +124,9 @@ def ddim_step(prediction: Prediction, row_prev: Schedule) -> Batch:
     return process.q_sample(row_prev, prediction.x_0, prediction.eps)
 
 
+LARGE = 0.9  # loss of SNR in a step; steps below it are rounded as in earlier versions
+
+
 def width(row: Schedule) -> Scalar:
     """The width h > 0 of a step in lambda = log(alpha / sigma) = (log SNR) / 2.
 
@@ -133,7 +136,7 @@ def width(row: Schedule) -> Scalar:
     is_first = row.one_minus_alpha_bar_prev == 0
     loss = jnp.where(is_first, 1.0, row.beta / row.one_minus_alpha_bar)
     kept = row.alpha * (row.one_minus_alpha_bar_prev / row.one_minus_alpha_bar)
-    return -log_of_rest(loss, kept) / 2
+    return -log_of_rest(loss, kept, LARGE) / 2
 
 
 def ratio(a: Scalar, b: Scalar) -> Scalar:
