@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     config.schedule.start = placeholder(float)  # sigmoid: where the logistic function begins
     config.schedule.end = placeholder(float)  # and ends
     config.schedule.tau = placeholder(float)  # its temperature
-    config.schedule.betas = placeholder(str)  # from_betas: a .npy file that holds the array
+    config.schedule.betas = placeholder(str)  # from_betas: a .npy file of the T betas
     config.schedule.log_snr_start = placeholder(float)  # where learned's first end begins: 13.3
     config.schedule.log_snr_end = placeholder(float)  # and its last: -5
     config.schedule.zero_terminal_snr = False  # rescale so that alpha_bar_T = 0 (Lin et al.)

@@ -492,7 +492,7 @@ REFUSED = {
     ),
     "mu after zero SNR": (
         ZERO_INSIDE | {"loss.prediction": "mu"},
-        "config.loss.prediction = 'mu': must be x_0, v: the schedule has, before its last",
+        "config.loss.prediction = 'mu': must be x_0 or v: the schedule reaches zero SNR before",
     ),
     "zero terminal SNR after zero SNR": (
         ZERO_INSIDE | {"loss.prediction": "v", "schedule.zero_terminal_snr": True},
