@@ -104,6 +104,8 @@ class Sums:
             with np.load(path, allow_pickle=False) as arrays:
                 saved = dict(arrays)
             before = str(saved.pop("signature"))
+            if not all(np.isfinite(array).all() for array in saved.values()):
+                raise ValueError("a number is not finite")
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
             LOG.warning("%s is damaged (%r): evaluating anew", path, error)
             return

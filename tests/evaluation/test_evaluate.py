@@ -216,7 +216,7 @@ def test_a_term_that_is_not_finite_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["prior", "flow", *Terms._fields])
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
-def test_not_finite_number_never_gets_into_the_sums(name, value):
+def test_not_finite_number_never_gets_into_the_sums(tmp_path, name, value):
     """Whatever it is the number of: one line that names it and the image."""
     flow = FlowPlan(num_examples=6, num_steps=1, solver="rk4", divergence="exact")
     sums = Sums(_plan(num_examples=6, num_timesteps=4, batch_size=3, flow=flow), 4)
@@ -232,6 +232,12 @@ def test_not_finite_number_never_gets_into_the_sums(name, value):
     assert len(str(error.value).splitlines()) == 1
     for field, array in sums.arrays.items():
         np.testing.assert_array_equal(array, before[field])
+    # nor out of a file, where a version that did not look may have left it
+    sums.arrays["prior"][4] = value
+    sums.save(tmp_path / "evaluation.npz", "the same")
+    sums.arrays = before
+    sums.restore(tmp_path / "evaluation.npz", "the same")
+    assert sums.arrays["prior"][4] == 0
 
 
 @pytest.mark.slow
