@@ -5,9 +5,10 @@ is 2. A ``RunError`` stops a run that was right: the exit status is 1.
 """
 
 import contextlib
+import decimal
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 
 class ConfigError(ValueError):
@@ -54,6 +55,29 @@ def _show(value: Any) -> str:
     if getattr(value, "ndim", 0):
         return f"array of shape {value.shape}"
     return repr(value.item() if hasattr(value, "item") else value)
+
+
+def interval(low: SupportsFloat, high: SupportsFloat) -> str:
+    """Computed bounds, [low, high] in six digits: rounded inwards, so that both are allowed."""
+    texts = at_least(low), at_most(high)
+    if float(texts[0]) > float(texts[1]):  # nothing of six digits is between them
+        texts = repr(float(low)), repr(float(high))
+    return f"[{', '.join(texts)}]"
+
+
+def at_least(bound: SupportsFloat) -> str:
+    """A computed lower bound in six digits, rounded up."""
+    return _rounded(bound, decimal.ROUND_CEILING)
+
+
+def at_most(bound: SupportsFloat) -> str:
+    """A computed upper bound in six digits, rounded down."""
+    return _rounded(bound, decimal.ROUND_FLOOR)
+
+
+def _rounded(bound: SupportsFloat, rounding: str) -> str:
+    context = decimal.Context(prec=6, rounding=rounding)
+    return f"{context.create_decimal(float(bound)):g}"
 
 
 def choose(field: str, value: str, options: Mapping[str, Any] | Sequence[str], noun: str) -> Any:

@@ -33,6 +33,10 @@ OF_THE_TRAINING = (
     "train.batch_size",
 )
 
+# jax counts in int32; these alone are more than counts.
+LARGEST_COUNT = 2**31 - 1
+SEEDS = ("config.seed", "config.ablate.seeds")
+
 # The types that a field may have, in the words of an error message.
 KINDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
 
@@ -180,9 +184,13 @@ def _check(field: str, value: Any, like: _Field) -> Any:
     if like.kind is tuple:
         fits = isinstance(value, tuple) and all(_fits(element, kind) for element in value)
         require(fits, field, value, f"a tuple, each element {KINDS[kind]}")
-        return tuple(map(kind, value))
-    require(_fits(value, kind), field, value, KINDS[kind] + " or none" * like.optional)
-    return kind(value)
+    else:
+        require(_fits(value, kind), field, value, KINDS[kind] + " or none" * like.optional)
+    elements = value if like.kind is tuple else (value,)
+    if kind is int and field not in SEEDS:
+        fits = all(abs(element) <= LARGEST_COUNT for element in elements)
+        require(fits, field, value, f"an integer of at most {LARGEST_COUNT} in size")
+    return tuple(map(kind, value)) if like.kind is tuple else kind(value)
 
 
 def _fits(value: Any, kind: type) -> bool:

@@ -22,6 +22,7 @@ from diffusion_jax.errors import ConfigError, require
 # TFDS takes 1.4 s to import and Grain 1.8 s. A second start needs no TFDS and naming a set needs
 # neither, so they are imported where they are used.
 
+CHANNELS = (1, 3)  # of images that can be drawn: grey, RGB
 MAX_BYTES_IN_MEMORY = 2 * 2**30  # of a set when decoded; a larger one stays on the disk
 
 
@@ -67,6 +68,11 @@ def describe_prepared(name: str, folder: Path) -> DatasetInfo:
     is_image = isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8
     if not is_image or None in image.shape:
         raise ConfigError(f"{prefix} has no feature 'image' of uint8 and a fixed shape: {image}")
+    if image.shape[-1] not in CHANNELS:
+        raise ConfigError(
+            f"{prefix} has images of {image.shape[-1]} channels: must be 1 (grey) or 3 (RGB), "
+            "which can be drawn"
+        )
     if "train" not in info.splits:
         raise ConfigError(f"{prefix} has no split 'train' ({', '.join(info.splits)})")
     num_classes = label.num_classes if isinstance(label, tfds.features.ClassLabel) else None

@@ -92,5 +92,7 @@ PREDICTIONS: dict[str, Parametrisation] = {
     ),
 }
 
-# Their x_0 divides by sqrt(alpha_bar), which is impossible where alpha_bar_T = 0.
-NEEDS_SIGNAL = ("eps", "score")
+
+def determines_x_0(prediction: Parametrisation, schedule: Schedule) -> bool:
+    """Whether x_0 follows from a prediction at every row, or is divided by 0 at zero SNR."""
+    return bool(jnp.all(prediction.gain(schedule) > 0))

@@ -12,10 +12,20 @@ from jaxtyping import Int
 from diffusion_jax.diffusion.bound import Terms
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.drawing.plots import BoundCurve
+from diffusion_jax.errors import NonFiniteLossError
 from diffusion_jax.experiment.evaluation import EvaluationPlan
 from diffusion_jax.runtime import files
 
 LOG = logging.getLogger("diffusion_jax")
+
+# What the sums are of, as a message about one of them names it.
+NAMES = {
+    "prior": "L_T",
+    "flow": "the probability flow",
+    "bits": "the term of the bound",
+    "mse_x_0": "the squared error of x_0",
+    "mse_eps": "the squared error of eps",
+}
 
 
 def spread_evenly(count: int, size: int) -> Int[np.ndarray, " count"]:
@@ -45,11 +55,30 @@ class Sums:
             "mse_eps": np.zeros(num_timesteps),
         }
 
+    def set(self, name: str, images: slice, bits: np.ndarray) -> None:
+        """Keep what there is one of for each image: L_T ("prior"), or the probability flow.
+
+        Raises:
+            NonFiniteLossError: a number is not finite.
+        """
+        for index in np.flatnonzero(~np.isfinite(bits))[:1]:
+            image = images.start + index
+            raise NonFiniteLossError(f"image {image}: {NAMES[name]} is {bits[index]} bits")
+        self.arrays[name][images] = bits
+
     def add(self, images: slice, positions: np.ndarray, terms: Terms, size: np.ndarray) -> None:
-        """Add terms [stratum, image]; a stratum of size 0 is only there to fill up a call."""
+        """Add terms [stratum, image]; a stratum of size 0 is only there to fill up a call.
+
+        Raises:
+            NonFiniteLossError: a number is not finite.
+        """
         real = size > 0
         positions, size = positions[real], size[real]
         terms = Terms(*(np.asarray(leaf, np.float64)[real] for leaf in terms))
+        for name, values in terms._asdict().items():
+            for stratum, index in np.argwhere(~np.isfinite(values))[:1]:
+                where = f"image {images.start + index} at t = {positions[stratum, index] + 1}"
+                raise NonFiniteLossError(f"{where}: {NAMES[name]} is {values[stratum, index]}")
         weighted = terms.bits * size[:, None]
         is_decoder = positions == 0
         self.arrays["decoder"][images] += np.sum(weighted * is_decoder, axis=0)
@@ -75,6 +104,8 @@ class Sums:
             with np.load(path, allow_pickle=False) as arrays:
                 saved = dict(arrays)
             before = str(saved.pop("signature"))
+            if not all(np.isfinite(array).all() for array in saved.values()):
+                raise ValueError("a number is not finite")
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
             LOG.warning("%s is damaged (%r): evaluating anew", path, error)
             return

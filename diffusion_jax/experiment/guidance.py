@@ -48,6 +48,6 @@ def create_guidance(config: ConfigDict, schedule: Schedule) -> Guidance | None:
     rescale = 0.0 if fields.rescale is None else fields.rescale
     require(fields.weight >= 0, "config.guidance.weight", fields.weight, "at least 0")
     require(0 <= rescale <= 1, "config.guidance.rescale", rescale, "in [0, 1]")
-    allowed = f"at least the start, {interval[0]:g}"
+    allowed = f"at least the start, {interval[0]}"
     require(interval[0] <= interval[1], "config.guidance.interval_end", interval[1], allowed)
     return Guidance(weight=fields.weight, interval=tuple(interval), rescale=rescale)

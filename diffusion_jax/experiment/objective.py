@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 from diffusion_jax.data.dataset import DatasetInfo
 from diffusion_jax.diffusion import weightings
 from diffusion_jax.diffusion.losses import Objective
-from diffusion_jax.diffusion.parametrisations import NEEDS_SIGNAL, PREDICTIONS
+from diffusion_jax.diffusion.parametrisations import PREDICTIONS, determines_x_0
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.diffusion.timesteps import TIMESTEP_SAMPLERS
 from diffusion_jax.diffusion.variances import VARIANCES
@@ -19,12 +19,13 @@ def create_objective(config: ConfigDict, schedule: Schedule, dataset: DatasetInf
     """The objective of a config; the schedule decides what can be predicted at all."""
     fields = config.loss
     parametrisation = choose("config.loss.prediction", fields.prediction, PREDICTIONS, "prediction")
-    require(
-        fields.prediction not in NEEDS_SIGNAL or bool(schedule.alpha_bar[-1] > 0),
-        "config.loss.prediction",
-        fields.prediction,
-        "x_0, v or mu: the schedule ends at zero SNR, where x_t says nothing of x_0",
-    )
+    possible = [name for name, other in PREDICTIONS.items() if determines_x_0(other, schedule)]
+    ends = "ends at zero SNR"
+    if not schedule.alpha_bar_prev[-1] > 0:
+        ends = "reaches zero SNR before its last timestep"
+    allowed = f"{' or '.join(possible)}: the schedule {ends}, where x_t says nothing of x_0"
+    is_possible = determines_x_0(parametrisation, schedule)
+    require(is_possible, "config.loss.prediction", fields.prediction, allowed)
     variance = choose("config.loss.variance", fields.variance, VARIANCES, "variance")
     weighting = create_weighting(config)
     is_vlb = fields.weighting == "vlb"

@@ -178,10 +178,12 @@ def _check_chain(
     """The rows of a chain, if this network and this sampler can take its steps."""
     fields = config.sampling
     is_grid = fields.spacing in GRIDS
-    more = "" if is_grid else " (log_snr and karras go between the timesteps)"
-    fits = chain.num_steps >= 1 and (is_grid or chain.num_steps <= len(schedule))
-    allowed = "at least 1" if is_grid else f"in 1..{len(schedule)}{more}"
-    require(fits, field, chain.num_steps, allowed)
+    has_between = is_grid and len(schedule) > 1
+    fits = chain.num_steps >= 1 and (has_between or chain.num_steps <= len(schedule))
+    allowed = f"in 1..{len(schedule)} (log_snr and karras go between the timesteps)"
+    if len(schedule) == 1:
+        allowed = "1: the schedule has a single noise level"
+    require(fits, field, chain.num_steps, "at least 1" if has_between else allowed)
     # what these networks put out belongs to one step of the whole chain
     parameters = inspect.signature(samplers.SAMPLERS[fields.sampler]).parameters
     takes_learned = (

@@ -85,6 +85,9 @@ def create_schedule(config: ConfigDict, height: int | None) -> NamedSchedule:
         arguments["num_timesteps"] = fields.num_timesteps
     with in_section("config.schedule"):
         schedule = function(**arguments)
+    allowed = f"{len(schedule)}, the number of betas in {fields.betas}"
+    is_whole = len(schedule) == fields.num_timesteps
+    require(is_whole, "config.schedule.num_timesteps", fields.num_timesteps, allowed)
     clips = [np.float32(shown[name]) for name in ("max_beta", "min_beta") if name in shown]
     num_clipped = int(np.isin(schedule.beta, [clip for clip in clips if clip > 0]).sum())
     base = fields.base_resolution

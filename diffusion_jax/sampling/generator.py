@@ -253,7 +253,6 @@ def noising(
 ) -> Float[Array, "frames batch ..."]:
     """Real data on its way to noise: x_t at evenly spaced timesteps, the same eps all the way."""
     eps = jax.random.normal(key, x_0.shape)
-    timesteps = np.linspace(0, len(schedule), num_frames)[1:].round().astype(int)
-    rows = schedule[timesteps - 1]
-    x_t = jax.vmap(process.q_sample, (0, None, None))(rows, x_0, eps)
-    return jnp.concatenate([x_0[None], x_t])
+    timesteps = np.linspace(0, len(schedule), num_frames).round().astype(int)
+    rows = schedules.with_terminal_row(schedule)[timesteps]
+    return jax.vmap(process.q_sample, (0, None, None))(rows, x_0, eps)

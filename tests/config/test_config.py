@@ -3,14 +3,20 @@ import itertools
 import re
 import textwrap
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from runs import TOY2D
 
 from diffusion_jax.__main__ import parse_arguments
-from diffusion_jax.config.config import differences, load, to_record
+from diffusion_jax.config.config import differences, load, to_record, value_of
 from diffusion_jax.diffusion import samplers, schedules, weightings
-from diffusion_jax.errors import ConfigError, choose, require
+from diffusion_jax.diffusion.losses import Examples, LossInputs
+from diffusion_jax.errors import ConfigError, at_least, at_most, choose, interval, require
+from diffusion_jax.experiment.experiment import create_experiment
 
 PATHS = ["--config=configs/default.py", "--workdir=runs/x"]
 
@@ -302,7 +308,7 @@ def test_every_default_set_to_its_own_text_changes_nothing(default_path, default
 @given(
     st.integers(),
     st.floats(allow_nan=False, allow_infinity=False),
-    st.lists(st.integers()).map(tuple),
+    st.lists(st.integers(-(2**31) + 1, 2**31 - 1)).map(tuple),
 )
 def test_a_value_survives_the_command_line_and_the_record(default_path, integer, number, integers):
     values = {"seed": integer, "schedule.s": number, "model.channel_multipliers": integers}
@@ -406,3 +412,175 @@ def test_require_names_the_field_the_value_and_what_is_allowed():
     with pytest.raises(ConfigError) as error:
         require(False, "config.train.batch_size", 0, "at least 1")
     assert message_of(error) == "config.train.batch_size = 0: must be at least 1"
+
+
+# --- values of the right type that no run can have -------------------------------------------
+
+
+def leaves_of_integers(default):
+    return [name for name, value in leaves(default) if type(value) in (int, tuple)]
+
+
+def test_count_beyond_int32_is_refused_whatever_it_counts(default_path, default):
+    """jax counts in int32; seeds alone are larger."""
+    counts = leaves_of_integers(default)
+    assert {"optimizer.warmup_steps", "train.num_steps", "sampling.num_images"} <= {*counts}
+    for name in counts:
+        is_tuple = isinstance(value_of(default, name), tuple)
+        for count in (2**31, -(2**31) - 1):
+            text = f"({count},)" if is_tuple else str(count)
+            if name in ("seed", "ablate.seeds"):
+                load(default_path, [(name, text)])
+                continue
+            with pytest.raises(ConfigError) as error:
+                load(default_path, [(name, text)])
+            assert message_of(error).startswith(f"config.{name} = ")
+            assert "of at most 2147483647 in size" in message_of(error)
+    for name in ("editing.timestep", "sampling.num_steps", "evaluate.num_examples"):  # unset
+        with pytest.raises(ConfigError, match=f"^config.{name} = 2147483648: must be an integer"):
+            load(default_path, [(name, str(2**31))])
+
+
+def create(repository, fields):
+    overrides = [(name, str(value)) for name, value in (TOY2D | fields).items()]
+    return create_experiment(load(str(repository / "configs/toy2d.py"), overrides))
+
+
+ZERO_INSIDE = {"schedule.name": "from_betas", "schedule.num_timesteps": 3}
+OFF_GRID = {"sampling.sampler": "heun", "sampling.spacing": "karras"}
+REFUSED = {
+    "edm's empty interval": (
+        {"sampling.sampler": "edm", "sampling.churn_min": 2.0, "sampling.churn_max": 1.0},
+        "config.sampling.churn_min = 2.0: must be at most churn_max = 1.0",
+    ),
+    "one step that is none, leading": (
+        {"sampling.sampler": "ddim", "sampling.num_steps": 1, "sampling.spacing": "leading"},
+        "config.sampling.spacing = 'leading': must be trailing for a single step: ",
+    ),
+    "one step that is none, compared": (
+        {
+            "sampling.sampler": "ddim",
+            "sampling.compared_steps": (1, 5),
+            "sampling.spacing": "quadratic",
+        },
+        "config.sampling.spacing = 'quadratic': must be trailing for a single step: ",
+    ),
+    "several steps of one noise level": (
+        OFF_GRID | {"schedule.num_timesteps": 1, "sampling.num_steps": 5},
+        "config.sampling.num_steps = 5: must be 1: the schedule has a single noise level",
+    ),
+    "several steps of one noise level, compared": (
+        OFF_GRID
+        | {
+            "schedule.num_timesteps": 1,
+            "sampling.num_steps": 1,
+            "sampling.compared_steps": (1, 2),
+        },
+        "config.sampling.compared_steps = 2: must be 1: the schedule has a single noise level",
+    ),
+    "an offset that leaves no cosine": (
+        {"schedule.s": 1e163},
+        "config.schedule.s = 1e+163: must be in [0, 1e100]",
+    ),
+    "a rho that leaves no sigma": (
+        OFF_GRID | {"sampling.rho": 1e-3},
+        "config.sampling.rho = 0.001: must be in [0.0",
+    ),
+    "another number of betas": (
+        ZERO_INSIDE | {"schedule.num_timesteps": 1000},
+        "config.schedule.num_timesteps = 1000: must be 3, the number of betas in ",
+    ),
+    "mu after zero SNR": (
+        ZERO_INSIDE | {"loss.prediction": "mu"},
+        "config.loss.prediction = 'mu': must be x_0 or v: the schedule reaches zero SNR before",
+    ),
+    "zero terminal SNR after zero SNR": (
+        ZERO_INSIDE | {"loss.prediction": "v", "schedule.zero_terminal_snr": True},
+        "config.schedule.zero_terminal_snr = True: must be False: the SNR is zero before",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_contradiction_is_refused_by_its_true_cause(repository, tmp_path, name):
+    fields, expected = REFUSED[name]
+    np.save(tmp_path / "betas.npy", [0.1, 1.0, 0.1])
+    if fields.get("schedule.name") == "from_betas":
+        fields = {**fields, "schedule.betas": tmp_path / "betas.npy"}
+    with pytest.raises(ConfigError) as error:
+        create(repository, fields)
+    assert message_of(error).startswith(expected)
+
+
+@pytest.mark.parametrize("prediction", ["x_0", "v"])
+def test_contradiction_is_none_where_a_network_can_be_trained(repository, tmp_path, prediction):
+    """Zero SNR inside the chain takes nothing from a network that predicts x_0 or v."""
+    np.save(tmp_path / "betas.npy", [0.1, 1.0, 0.1])
+    fields = ZERO_INSIDE | {
+        "schedule.betas": tmp_path / "betas.npy",
+        "loss.prediction": prediction,
+        "loss.weighting": "min_snr",
+        "loss.gamma": 5.0,
+    }
+    experiment = create(repository, fields)
+    examples = Examples(x_0=jnp.ones((6, 2)), label=None, indices=jnp.arange(6), batch_size=6)
+    inputs = LossInputs(experiment.schedule, (), jax.random.key(0), examples)
+    params = experiment.model.init(jax.random.key(1))
+
+    def loss(params):
+        return experiment.losses_of(params, inputs).losses.mean()
+
+    for leaf in jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(params)):
+        assert np.isfinite(leaf).all()
+
+
+# --- bounds that are computed ----------------------------------------------------------------
+
+
+@given(low=st.floats(-1e9, 1e9), high=st.floats(-1e9, 1e9))
+@example(low=1 / 3, high=1 / 3)
+@example(low=2 / 3, high=2 / 3 + 1e-12)
+@example(low=0.0, high=0.0)
+def test_printed_bound_is_allowed(low, high):
+    low, high = sorted((low, high))
+    printed = [float(end) for end in interval(low, high).strip("[]").split(", ")]
+    assert low <= printed[0] <= printed[1] <= high
+    for end, text in zip(printed, (at_least(low), at_most(high))):
+        assert low <= float(text) <= high or printed == [low, high]
+        assert end == pytest.approx(float(text), rel=1e-5)
+
+
+@pytest.mark.parametrize("spacing", ["log_snr", "karras"])
+@pytest.mark.parametrize("name", ["linear", "cosine", "sigmoid", "quadratic"])
+def test_printed_bound_of_sigma_is_a_sigma_of_the_chain(spacing, name):
+    for num_timesteps in (1, 7, 10, 352, 1000):
+        full = schedules.SCHEDULES[name](num_timesteps)
+        with pytest.raises(ConfigError) as error:
+            schedules.respace(full, 1, spacing, sigma_max=1e30)
+        least, most = message_of(error).rpartition("[")[2].rstrip("]").split(", ")
+        for sigma_min, sigma_max in ((least, most), (least, None), (None, most)):
+            ends = {
+                field: None if text is None else float(text)
+                for field, text in (("sigma_min", sigma_min), ("sigma_max", sigma_max))
+            }
+            schedules.respace(full, 1 if num_timesteps == 1 else 3, spacing, **ends)
+        columns = np.float64([full.one_minus_alpha_bar[-1], full.alpha_bar[-1]])
+        noisiest = float(np.exp(np.subtract(*np.log(columns)) / 2))
+        if num_timesteps > 1:
+            with pytest.raises(ConfigError, match=r"^sigma_min = .*: must be below sigma_max = "):
+                schedules.respace(full, 2, spacing, sigma_min=noisiest)
+        with pytest.raises(ConfigError) as error:
+            schedules.at_log_snr(full, np.array([50.0]))
+        for text in message_of(error).rpartition("[")[2].rstrip("]").split(", "):
+            schedules.at_log_snr(full, np.array([float(text)]))
+
+
+@pytest.mark.parametrize("tau", [0.007, 0.0123456789, 1 / 30, 0.05])
+def test_printed_bound_of_a_sigmoid_is_one(tau):
+    for field, bounds in (("start", (-50.0, 3.0)), ("end", (-0.1, 50.0))):
+        with pytest.raises(ConfigError) as error:
+            schedules.sigmoid(4, **dict(zip(("start", "end"), bounds)), tau=tau)
+        assert message_of(error).startswith(f"{field} = ")
+        most = float(re.findall(r"[\d.]+", message_of(error))[-1])
+        assert most == pytest.approx(50 * tau, rel=1e-5)
+        schedules.sigmoid(4, start=-most, end=most, tau=tau)

@@ -596,6 +596,22 @@ def test_a_set_of_images_of_many_sizes_is_refused(tmp_path):
         describe_dataset(choice_of("ragged", tmp_path))
 
 
+@pytest.mark.parametrize(("mode", "channels"), [("LA", 2), ("RGBA", 4)])
+def test_contradiction_of_channels_and_drawing_is_refused_at_once(mode, channels, tmp_path):
+    class Transparent(Stripes, skip_registration=True):
+        features = {  # noqa: RUF012
+            "image": tfds.features.Image(shape=(4, 6, channels), encoding_format="png")
+        }
+
+        def _generate_examples(self):
+            yield 0, {"image": Image.new(mode, (6, 4)), "label": 0}
+
+    prepare(Transparent, tmp_path)
+    message = f"has images of {channels} channels: must be 1 .grey. or 3 .RGB."
+    with pytest.raises(ConfigError, match=message):
+        describe_dataset(choice_of("transparent", tmp_path))
+
+
 # Batches
 
 

@@ -90,6 +90,25 @@ def test_cut_into_timesteps_it_is_a_schedule_like_any_other():
         np.testing.assert_allclose(row.alpha_bar, schedule.alpha_bar[i], rtol=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_lost_to_rounding_drops_between_neighbours_of_a_learned_schedule(seed):
+    """Against the same formulas in float64, where log SNR falls by thousandths."""
+    params = some_params(seed)
+    recipe = RECIPE._replace(num_timesteps=1000)
+    found = learned_schedule.discretise(recipe, params)
+    exact = {name: np.float64(leaf) for name, leaf in params.items()}
+    linear, weight_in, weight_out, gap = (
+        np.logaddexp(exact[name], 0) for name in ("linear", "weight_in", "weight_out", "gap")
+    )
+    u = np.linspace(0, 1, 1000)[:, None]
+    m = linear * u[:, 0] + weight_out @ (1 / (1 + np.exp(-(weight_in * u + exact["bias"])))).T
+    log_snr = exact["start"] - gap * (m - m[0]) / (m[-1] - m[0])
+    expected = schedules.from_log_snr(log_snr, np.arange(1.0, 1001))
+    for name in ("beta", "alpha", "alpha_bar", "one_minus_alpha_bar", "posterior_variance"):
+        column, reference = getattr(found, name), getattr(expected, name)
+        np.testing.assert_allclose(column, reference, rtol=1e-5, err_msg=name)
+
+
 def objective(levels=None, kind="eps"):
     return Objective(
         PREDICTIONS[kind],

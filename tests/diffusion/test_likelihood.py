@@ -4,15 +4,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 from gaussian import BETAS, columns, cosine_betas, gaussian, linear_betas, mixture
+from rounding import UNIT
 from scipy import stats
 
 from diffusion_jax.diffusion import likelihood, losses, process, schedules
 from diffusion_jax.diffusion.likelihood import DIVERGENCES, SOLVERS, decoder_log_likelihood
 from diffusion_jax.diffusion.losses import Examples, LossInputs, NoisedExample, Objective
-from diffusion_jax.diffusion.parametrisations import NEEDS_SIGNAL, PREDICTIONS
+from diffusion_jax.diffusion.parametrisations import PREDICTIONS, determines_x_0
 from diffusion_jax.diffusion.schedules.families import SCHEDULES
 from diffusion_jax.diffusion.timesteps import TIMESTEP_SAMPLERS, TimestepSampler
 from diffusion_jax.diffusion.variances import VARIANCES
@@ -103,6 +105,23 @@ def test_the_prior_term_is_that_of_iddpm(name):
         last = schedules.from_betas(BETAS[name](num_timesteps))[-1]
         found = likelihood.prior_term(last, jnp.asarray(x_0, jnp.float32))
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("beta", [1e-8, 1e-6, 1e-3, 0.3, 0.6, 0.95, 0.999])
+@pytest.mark.parametrize("num_timesteps", [1, 2, 9])
+def test_lost_to_rounding_prior_term_of_any_noise(beta, num_timesteps):
+    """Against 40 digits: from almost no noise, where it is large, to almost nothing else."""
+    last = schedules.constant(num_timesteps, beta)[-1]
+    with mpmath.workdps(40):
+        alpha_bar = (1 - mpmath.mpf(beta)) ** num_timesteps
+        for x_0 in (0.0, 0.5, 1.0):
+            expected = (alpha_bar * (x_0**2 - 1) - mpmath.log(1 - alpha_bar)) / 2
+            found = likelihood.prior_term(last, jnp.float32(x_0))
+            # alpha_bar itself is rounded, and what is left of it at x_0 = 0 is alpha_bar^2 / 4
+            allowed = 4 * UNIT * float(alpha_bar) + 1e-6 * float(expected)
+            np.testing.assert_allclose(found, float(expected), rtol=0, atol=allowed)
+            gradient = jax.grad(lambda x_0: likelihood.prior_term(last, x_0))(jnp.float32(x_0))
+            np.testing.assert_allclose(gradient, float(alpha_bar) * x_0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("deviation", [1e-3, 0.01, 0.3, 10.0])
@@ -395,7 +414,7 @@ def outer_rows():
     chains = {name: create(1000) for name, create in SCHEDULES.items() if name != "from_betas"}
     chains["zero terminal SNR"] = schedules.zero_terminal_snr(schedules.cosine(1000))
     clipped = {name: schedules.clip_posterior_variance(chain) for name, chain in chains.items()}
-    ends = np.array([0, -1])
+    ends = np.array([0, len(chains["linear"]) - 1])
     rows = jax.tree.map(
         lambda *leaves: jnp.concatenate(leaves), *(c[ends] for c in clipped.values())
     )
@@ -447,7 +466,7 @@ def test_every_objective_is_finite_at_both_ends(kind, variance, outer_rows):
 
     for name, (values, gradients) in everything(jnp.asarray(outputs)).items():
         for i, schedule in enumerate(names):
-            if kind in NEEDS_SIGNAL and rows.alpha_bar[i] == 0:
+            if not determines_x_0(PREDICTIONS[kind], rows[i]):
                 continue
             assert np.isfinite(values[:, i]).all(), (name, schedule, i % 2)
             assert np.isfinite(gradients[:, i]).all(), (name, schedule, i % 2)

@@ -11,7 +11,7 @@ from gaussian import BETAS, columns, cosine_betas, rows
 from rounding import UNIT
 
 from diffusion_jax.diffusion import process, schedules
-from diffusion_jax.diffusion.parametrisations import NEEDS_SIGNAL, PREDICTIONS
+from diffusion_jax.diffusion.parametrisations import PREDICTIONS, determines_x_0
 from diffusion_jax.diffusion.process import Prediction
 
 SHORT = 8
@@ -148,7 +148,8 @@ def test_bayes_rule_refutes_the_misprinted_posterior_mean(name, num_timesteps, t
 def test_conversions_of_every_pair(first, second, zero_snr):
     schedule = schedules.cosine(SHORT)
     schedule = schedules.zero_terminal_snr(schedule) if zero_snr else schedule
-    known = SHORT - 1 if zero_snr and {first, second} & set(NEEDS_SIGNAL) else SHORT
+    whole = all(determines_x_0(PREDICTIONS[kind], schedule) for kind in (first, second))
+    known = SHORT if whole else SHORT - 1
     for row in every_row(schedule)[:known]:
         truth, x_t = truth_at(row)
         found = truth
@@ -163,12 +164,25 @@ def test_conversions_of_every_pair(first, second, zero_snr):
             )
 
 
+ZERO_SNR = {
+    "nowhere": schedules.cosine(SHORT),
+    "at the end": schedules.zero_terminal_snr(schedules.cosine(SHORT)),
+    "inside": schedules.from_betas([0.1, 1.0, 0.1]),
+}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_needs_signal_names_those_that_fail_without(kind):
-    row = schedules.zero_terminal_snr(schedules.cosine(SHORT))[-1]
-    truth, x_t = truth_at(row)
-    decoded = PREDICTIONS[kind].decode(row, x_t, PREDICTIONS[kind].encode(row, truth, x_t))
-    assert bool(jnp.isfinite(decoded.x_0).all()) == (kind not in NEEDS_SIGNAL)
+@pytest.mark.parametrize("where", ZERO_SNR)
+def test_contradiction_of_a_prediction_and_zero_snr_is_known_by_the_gain(kind, where):
+    schedule = ZERO_SNR[where]
+    finite = []
+    for row in every_row(schedule):
+        truth, x_t = truth_at(row)
+        decoded = PREDICTIONS[kind].decode(row, x_t, PREDICTIONS[kind].encode(row, truth, x_t))
+        finite.append(bool(jnp.isfinite(decoded.x_0).all()))
+    assert all(finite) == determines_x_0(PREDICTIONS[kind], schedule)
+    needed = {"nowhere": (), "at the end": ("eps", "score"), "inside": ("eps", "score", "mu")}
+    assert all(finite) == (kind not in needed[where])
 
 
 def velocity(row, x_0, eps):

@@ -8,7 +8,7 @@ from gaussian import BETAS, columns
 
 from diffusion_jax.diffusion import likelihood, process, schedules, weightings
 from diffusion_jax.diffusion.losses import NoisedExample, Objective, example_loss
-from diffusion_jax.diffusion.parametrisations import NEEDS_SIGNAL, PREDICTIONS
+from diffusion_jax.diffusion.parametrisations import PREDICTIONS, determines_x_0
 from diffusion_jax.diffusion.process import Prediction
 from diffusion_jax.diffusion.schedules.families import SCHEDULES
 from diffusion_jax.diffusion.timesteps import TIMESTEP_SAMPLERS
@@ -186,7 +186,7 @@ def test_gain_is_the_derivative_by_x_0_at_a_given_x_t(kind, name):
     schedule = SCHEDULES[name](T)
     x_t = jnp.float32(0.4)
     for row in (schedule[0], schedule[T // 2], schedule[T - 1]):
-        if kind in NEEDS_SIGNAL and row.alpha_bar == 0:
+        if not determines_x_0(PREDICTIONS[kind], row):
             continue
 
         def encoded(x_0, row=row):

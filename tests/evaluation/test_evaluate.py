@@ -1,6 +1,7 @@
 """Evaluations as a process, and of data whose bits are known."""
 
 import csv
+import functools
 import itertools
 import json
 import signal
@@ -15,7 +16,7 @@ from runs import DIGITS, TOY2D, Run, arguments, assert_same, checkpoint, run
 
 from diffusion_jax.data.dataset import Split
 from diffusion_jax.diffusion import schedules
-from diffusion_jax.diffusion.bound import Strata, bound_terms, stratify
+from diffusion_jax.diffusion.bound import Strata, Terms, bound_terms, stratify
 from diffusion_jax.diffusion.losses import Examples, Objective
 from diffusion_jax.diffusion.network import Model, Network
 from diffusion_jax.diffusion.parametrisations import PREDICTIONS
@@ -24,6 +25,7 @@ from diffusion_jax.diffusion.variances import VARIANCES
 from diffusion_jax.diffusion.weightings import WEIGHTINGS
 from diffusion_jax.errors import NonFiniteLossError
 from diffusion_jax.evaluation.evaluate import Evaluator, Trained
+from diffusion_jax.evaluation.sums import NAMES, Sums
 from diffusion_jax.experiment.evaluation import EvaluationPlan, FlowPlan
 
 SMALL = {
@@ -206,7 +208,36 @@ def test_a_term_that_is_not_finite_is_named(tmp_path):
     trained = Trained(params={"none": jnp.zeros(1)}, step=1, schedule=schedule, seed=0)
     with pytest.raises(NonFiniteLossError, match=r"image \d+ at t = \d+"):
         evaluator.evaluate(trained, split, about={}, folder=tmp_path)
-    assert not (tmp_path / "evaluation.npz").exists()
+    far = Split(np.full((8, 2), 1e30, np.float32), None)  # its square is no float32
+    with pytest.raises(NonFiniteLossError, match=r"^image 0: L_T is inf bits$"):
+        evaluator.evaluate(trained, far, about={}, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["prior", "flow", *Terms._fields])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_not_finite_number_never_gets_into_the_sums(tmp_path, name, value):
+    """Whatever it is the number of: one line that names it and the image."""
+    flow = FlowPlan(num_examples=6, num_steps=1, solver="rk4", divergence="exact")
+    sums = Sums(_plan(num_examples=6, num_timesteps=4, batch_size=3, flow=flow), 4)
+    before = {field: array.copy() for field, array in sums.arrays.items()}
+    images, wrong = slice(3, 6), np.array([1.0, value, 1.0])
+    add = functools.partial(sums.set, name, images, wrong)
+    if name in Terms._fields:
+        terms = Terms(*np.ones((3, 2, 3)))._replace(**{name: np.stack([wrong, wrong])})
+        # the second stratum only fills up the call: what it has does not matter
+        add = functools.partial(sums.add, images, np.eye(2, 3, 1, int), terms, np.array([3, 0]))
+    with pytest.raises(NonFiniteLossError, match=rf"^image 4.*{NAMES[name]}.* {value}") as error:
+        add()
+    assert len(str(error.value).splitlines()) == 1
+    for field, array in sums.arrays.items():
+        np.testing.assert_array_equal(array, before[field])
+    # nor out of a file, where a version that did not look may have left it
+    sums.arrays["prior"][4] = value
+    sums.save(tmp_path / "evaluation.npz", "the same")
+    sums.arrays = before
+    sums.restore(tmp_path / "evaluation.npz", "the same")
+    assert sums.arrays["prior"][4] == 0
 
 
 @pytest.mark.slow

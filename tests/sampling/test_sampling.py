@@ -3,13 +3,17 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from runs import DIGITS, TOY2D, Run, arguments, run
 from sklearn.datasets import load_digits
 
+from diffusion_jax.diffusion import schedules
 from diffusion_jax.runtime.shards import Shards
+from diffusion_jax.sampling.generator import noising
 
 NUM_IMAGES = 6
 
@@ -155,6 +159,20 @@ def test_guidance_steps_side_by_side_and_grids_between_the_timesteps(trained, tm
     again, done = sampled(trained, tmp_path, **chain, guidance__weight=1.0, **weak)
     assert f"guided away from step 10 of {tmp_path}/run" in done.stderr
     np.testing.assert_array_equal(again, plain)  # which weight 1 leaves as it is
+
+
+@pytest.mark.parametrize("num_frames", [2, 5, 11, 21, 22, 51])
+def test_wrong_row_is_none_of_the_frames_of_real_data(num_frames):
+    """However many frames there are: the image first, then ever less of it, noise last."""
+    schedule, x_0 = schedules.cosine(10), jnp.ones((3, 2))
+    frames = noising(schedule, jax.random.key(0), x_0, num_frames)
+    assert frames.shape == (num_frames, 3, 2)
+    np.testing.assert_array_equal(frames[0], x_0)
+    eps = np.asarray(jax.random.normal(jax.random.key(0), x_0.shape))
+    timesteps = np.linspace(0, 10, num_frames).round().astype(int)
+    signal = np.append(1.0, schedule.alpha_bar)[timesteps][:, None, None]
+    expected = np.sqrt(signal) + np.sqrt(1 - signal) * eps
+    np.testing.assert_allclose(frames, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_killed_job_goes_on_and_neither_repeats_nor_loses_an_image(trained, tmp_path):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from diffusion_jax.diffusion import process
 from diffusion_jax.diffusion.process import Predict, Prediction
+from diffusion_jax.diffusion.schedules.columns import log_of_rest
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.diffusion.schedules.transforms import at_log_snr
 
@@ -123,15 +124,19 @@ def ddim_step(prediction: Prediction, row_prev: Schedule) -> Batch:
     return process.q_sample(row_prev, prediction.x_0, prediction.eps)
 
 
+LARGE = 0.9  # loss of SNR in a step; steps below it are rounded as in earlier versions
+
+
 def width(row: Schedule) -> Scalar:
     """The width h > 0 of a step in lambda = log(alpha / sigma) = (log SNR) / 2.
 
-    exp(-2 h) = 1 - beta / (1 - alpha_bar), so that no two log SNRs are subtracted. Infinite in the
-    step to x_0, and from zero SNR.
+    exp(-2 h) = 1 - beta / (1 - alpha_bar) = alpha (1 - alpha_bar_prev) / (1 - alpha_bar), so that
+    no two log SNRs are subtracted. Infinite in the step to x_0, and from zero SNR.
     """
     is_first = row.one_minus_alpha_bar_prev == 0
     loss = jnp.where(is_first, 1.0, row.beta / row.one_minus_alpha_bar)
-    return -jnp.log1p(-loss) / 2
+    kept = row.alpha * (row.one_minus_alpha_bar_prev / row.one_minus_alpha_bar)
+    return -log_of_rest(loss, kept, LARGE) / 2
 
 
 def ratio(a: Scalar, b: Scalar) -> Scalar:

@@ -21,6 +21,8 @@ from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.diffusion.tracing import is_known
 from diffusion_jax.errors import require
 
+SAME = 1e-5  # float32 log SNRs that are closer may be one number, rounded twice
+
 
 def _heun(now: Step) -> Batch:
     """y_prev = y + (sigma_prev - sigma) (eps + eps') / 2, eps' at the end of an Euler step.
@@ -73,11 +75,10 @@ class Edm(TwoStage):
         (EDM algorithm 2); never beyond the schedule's own largest sigma.
         """
         x_t, row, state = now.x_t, now.row, now.state
-        inside = (row.sigma >= self.churn_min) & (row.sigma <= self.churn_max)
+        room = row.log_snr - state.schedule.log_snr[-1]
+        inside = (row.sigma >= self.churn_min) & (row.sigma <= self.churn_max) & (room > SAME)
         gamma = jnp.where(inside, jnp.minimum(self.churn / state.num_steps, np.sqrt(2) - 1), 0)
-        rise = jnp.minimum(
-            2 * jnp.log1p(gamma), row.log_snr - state.schedule.log_snr[-1]
-        )  # of -log SNR
+        rise = jnp.minimum(2 * jnp.log1p(gamma), jnp.where(inside, room, 0))  # of -log SNR
         raised = schedules.at_log_snr(state.schedule, (row.log_snr - rise)[None])[0]
         # y + sqrt(sigma_hat^2 - sigma^2) z, times sqrt(alpha_bar) at the raised level
         signal = jnp.sqrt(raised.alpha_bar / row.alpha_bar) * x_t
@@ -87,7 +88,13 @@ class Edm(TwoStage):
 
 
 def heun() -> Sampler:
-    """Heun's second-order method on the sigmas of the chain (Karras et al. 2022, algorithm 1)."""
+    """Heun's second-order method on the sigmas of the chain (Karras et al. 2022, algorithm 1).
+
+    Steps that grow fast amplify errors without bound, such as 2 to 5 of the cosine schedule's 1,000
+    timesteps: with the exact denoiser, data of two modes in [-1, 1] come out as large as 411 to 59
+    (one mode: 44 to 5). 10 steps of spacing "log_snr" or 20 of "karras" are bounded there, and few
+    timesteps of the linear schedule with spacing "trailing".
+    """
     return Heun()
 
 
@@ -97,13 +104,17 @@ def edm(
     """EDM's stochastic sampler: fresh noise before each step of Heun's method (algorithm 2).
 
     ``churn`` >= 0 is S_churn, ``churn_min`` and ``churn_max`` are S_tmin and S_tmax in units of
-    sigma, ``noise`` > 0 is S_noise; the defaults are EDM's for ImageNet-64 (table 5).
+    sigma, ``noise`` > 0 is S_noise; the defaults are EDM's for ImageNet-64 (table 5). In few steps
+    that grow fast it is as unbounded as ``heun``: in 2 to 5 of the cosine schedule's timesteps data
+    in [-1, 1] come out as large as 211 to 14.
 
     Raises:
-        ConfigError: a number out of its range.
+        ConfigError: a number out of its range, or churn_min above churn_max.
     """
     require(not is_known(churn) or 0 <= churn < np.inf, "churn", churn, "a finite number >= 0")
     require(not is_known(churn_min) or churn_min >= 0, "churn_min", churn_min, "at least 0")
     require(not is_known(churn_max) or churn_max >= 0, "churn_max", churn_max, "at least 0")
+    fits = not is_known(churn_min, churn_max) or churn_min <= churn_max
+    require(fits, "churn_min", churn_min, f"at most churn_max = {churn_max}")
     require(not is_known(noise) or 0 < noise < np.inf, "noise", noise, "a finite number > 0")
     return Edm(churn, churn_min, churn_max, noise)

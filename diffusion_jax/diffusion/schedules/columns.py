@@ -27,11 +27,14 @@ def require_betas(**betas: Scalar) -> None:
             require(np.float32(beta) > 0 and beta <= 1, field, beta, "in (0, 1]")
 
 
-def log_alphas(beta: Column, alpha: Column) -> Column:
-    """log(alpha), from beta or from alpha, whichever gives full relative precision."""
-    xp = array_module(beta)
-    with np.errstate(divide="ignore"):  # beta = 1: -inf, hence alpha_bar = 0
-        return xp.where(beta < 0.5, xp.log1p(-beta), xp.log(alpha))
+def log_of_rest(x: Column, rest: Column, large: float = 0.5) -> Column:
+    """log(1 - x) of x in [0, 1], and from ``large`` on of its ``rest`` 1 - x, which is known.
+
+    A rounding of x is x / (1 - x) times as much in 1 - x: four times at 0.8, a thousand at 0.999.
+    """
+    xp = array_module(x)
+    with np.errstate(divide="ignore"):  # x = 1: -inf
+        return xp.where(x < large, xp.log1p(-xp.minimum(x, large)), xp.log(rest))
 
 
 def running_product(log_alpha: Column) -> tuple[Column, Column]:
@@ -58,13 +61,34 @@ def from_columns(
     alpha_bar_prev = xp.concatenate([xp.ones(1), alpha_bar[:-1]])
     one_minus_alpha_bar_prev = xp.concatenate([xp.zeros(1), one_minus_alpha_bar[:-1]])
     posterior_variance = beta * (one_minus_alpha_bar_prev / one_minus_alpha_bar)  # DDPM eq. 7
-    columns = (
-        np.arange(1, len(beta) + 1) if timestep is None else timestep,
-        *(beta, alpha, alpha_bar, alpha_bar_prev),
-        *(one_minus_alpha_bar, one_minus_alpha_bar_prev, posterior_variance),
-    )
+    columns = {
+        "timestep": np.arange(1.0, len(beta) + 1) if timestep is None else timestep,
+        "beta": beta,
+        "alpha": alpha,
+        "alpha_bar": alpha_bar,
+        "alpha_bar_prev": alpha_bar_prev,
+        "one_minus_alpha_bar": one_minus_alpha_bar,
+        "one_minus_alpha_bar_prev": one_minus_alpha_bar_prev,
+        "posterior_variance": posterior_variance,
+    }
+    if is_known(*columns.values()):
+        _require_sound(columns)
     dtype = jnp.float32 if xp is np else beta.dtype
-    return Schedule(*(jnp.asarray(column, dtype) for column in columns))
+    return Schedule(**{name: jnp.asarray(column, dtype) for name, column in columns.items()})
+
+
+def _require_sound(columns: dict[str, Column]) -> None:
+    """Refuse a schedule with a number that is not finite, or with a step without any noise.
+
+    What a user asks for is refused before, by its name. This is for what nobody foresaw.
+    """
+    for name, column in columns.items():
+        column = np.asarray(column, np.float32)
+        divides = name in ("beta", "one_minus_alpha_bar")
+        wrong = np.flatnonzero(~np.isfinite(column) | (divides & (column <= 0)))
+        for row in wrong[:1]:
+            allowed = f"finite{' and above 0' if divides else ''}: the arguments are too extreme"
+            require(False, f"{name}[{row}]", column[row], allowed)
 
 
 def from_alpha_bars(
@@ -99,7 +123,7 @@ def from_alpha_bars(
     last_exact = xp.minimum(np.arange(1, len(beta) + 1), xp.sum(exact))  # 0: the row t = 0
     base = xp.concatenate([xp.ones(1), alpha_bar])[last_exact]
     one_minus_base = xp.concatenate([xp.zeros(1), one_minus_alpha_bar])[last_exact]
-    tail, one_minus_tail = running_product(xp.where(exact, 0.0, log_alphas(beta, alpha)))
+    tail, one_minus_tail = running_product(xp.where(exact, 0.0, log_of_rest(beta, alpha)))
     return from_columns(
         beta=beta,
         alpha=alpha,

@@ -16,13 +16,13 @@ from diffusion_jax.diffusion.schedules.columns import (
     array_module,
     from_alpha_bars,
     from_columns,
-    log_alphas,
+    log_of_rest,
     require_betas,
     running_product,
 )
 from diffusion_jax.diffusion.schedules.schedule import Column, Scalar, Schedule, require_length
 from diffusion_jax.diffusion.tracing import is_known
-from diffusion_jax.errors import require
+from diffusion_jax.errors import at_most, require
 
 
 def _grid(num_timesteps: int) -> np.ndarray:
@@ -85,11 +85,13 @@ def cosine(
     sqrt(beta_1) close to the width of a pixel's bin.
 
     Raises:
-        ConfigError: T < 1, s < 0, max_beta outside (0, 1] or min_beta outside [0, max_beta].
+        ConfigError: T < 1, s outside [0, 1e100], max_beta outside (0, 1] or min_beta outside
+            [0, max_beta].
     """
     require_length("num_timesteps", num_timesteps)
     if is_known(s):
-        require(0 <= s < math.inf, "s", s, "a finite number >= 0")
+        # far beyond, the squares of its sines are 0 in float64
+        require(0 <= s <= 1e100, "s", s, "in [0, 1e100]")
     xp = array_module(s)
     t = np.arange(num_timesteps + 1.0)
     # The cosine's argument theta, and phi = pi/2 - theta without the subtraction
@@ -130,8 +132,11 @@ def sigmoid(
     require_length("num_timesteps", num_timesteps)
     if is_known(start, end, tau):
         require(0 < tau < math.inf, "tau", tau, "a finite number > 0")
-        require(abs(start) <= 50 * tau, "start", start, f"at most 50 tau = {50 * tau} in size")
-        require(start < end <= 50 * tau, "end", end, f"in (start, 50 tau] = ({start}, {50 * tau}]")
+        require(
+            abs(start) <= 50 * tau, "start", start, f"at most 50 tau = {at_most(50 * tau)} in size"
+        )
+        allowed = f"in (start, 50 tau] = ({start}, {at_most(50 * tau)}]"
+        require(start < end <= 50 * tau, "end", end, allowed)
     xp = array_module(start, end, tau)
     t = np.arange(num_timesteps + 1.0)
     # S(2a) - S(2b) = sinh(a - b) / (2 cosh a cosh b), where u_t - u_{t-1} = 2 h
@@ -220,7 +225,7 @@ def from_betas(betas: Float[Array, "..."] | np.ndarray | Sequence[float]) -> Sch
         worst = np.argmin((np.asarray(beta, np.float32) > 0) & (beta <= 1))  # a False, if any
         require_betas(**{f"betas[{worst}]": beta[worst]})
     alpha = 1 - beta
-    alpha_bar, one_minus_alpha_bar = running_product(log_alphas(beta, alpha))
+    alpha_bar, one_minus_alpha_bar = running_product(log_of_rest(beta, alpha))
     return from_columns(
         beta=beta, alpha=alpha, alpha_bar=alpha_bar, one_minus_alpha_bar=one_minus_alpha_bar
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 Timesteps = Int[np.ndarray, " num_steps"]
-LogSnrs = Float[np.ndarray, " num_steps"] | Float[Array, " num_steps"]
+LogSnrs = Float[np.ndarray, " _"] | Float[Array, " _"]
 Scalar = float | np.floating | Float[Array, ""]
 
 
@@ -42,28 +43,40 @@ def quadratic(num_timesteps: int, num_steps: int) -> Timesteps:
     return np.minimum(np.maximum.accumulate(t - i) + i, num_timesteps - i[::-1])
 
 
-# Between them: (N, the first and the last log SNR, rho) -> N log SNRs, in descending order.
+# Between them: (N, the first and the last log SNR, rho) -> Grid.
 
 
-def _evenly(num_steps: int, first: Scalar, last: Scalar) -> LogSnrs:
-    """From first to last; a single step is at the last, where x_T is N(0, I)."""
+class Grid(NamedTuple):
+    """N log SNRs in descending order, and how far they fall from each to the next.
+
+    The drops are known in closed form: the difference of two rounded neighbours is not exact.
+    """
+
+    log_snr: LogSnrs
+    drops: LogSnrs
+
+
+def _evenly(num_steps: int, first: Scalar, last: Scalar) -> tuple[LogSnrs, Scalar]:
+    """From first to last, and the step; a single point is at the last, where x_T is N(0, I)."""
     xp: ModuleType = jnp if isinstance(first, jax.Array) else np
     weight = np.linspace(0, 1, num_steps) if num_steps > 1 else np.ones(1)
-    return xp.asarray(first) * (1 - weight) + xp.asarray(last) * weight
+    points = xp.asarray(first) * (1 - weight) + xp.asarray(last) * weight
+    return points, (last - first) / max(num_steps - 1, 1)
 
 
-def log_snr(num_steps: int, first: Scalar, last: Scalar, rho: Scalar) -> LogSnrs:
+def log_snr(num_steps: int, first: Scalar, last: Scalar, rho: Scalar) -> Grid:
     """Evenly in log SNR (the grid of DPM-Solver, Lu et al. 2022)."""
     del rho
-    return _evenly(num_steps, first, last)
+    points, step = _evenly(num_steps, first, last)
+    return Grid(points, -step * np.ones(num_steps - 1))
 
 
-def karras(num_steps: int, first: Scalar, last: Scalar, rho: Scalar) -> LogSnrs:
+def karras(num_steps: int, first: Scalar, last: Scalar, rho: Scalar) -> Grid:
     """Evenly in sigma^(1/rho), sigma = exp(-log SNR / 2) (Karras et al. 2022, eq. 5)."""
     xp: ModuleType = jnp if isinstance(first, jax.Array) else np
-    ends = (xp.exp(-end / (2 * rho)) for end in (first, last))
-    inner = -2 * rho * xp.log(_evenly(num_steps, *ends))
-    return xp.clip(inner, last, first)  # the ends to the last digit
+    points, step = _evenly(num_steps, *(xp.exp(-end / (2 * rho)) for end in (first, last)))
+    inner = xp.clip(-2 * rho * xp.log(points), last, first)  # the ends to the last digit
+    return Grid(inner, 2 * rho * xp.log1p(step / points[:-1]))
 
 
 SPACINGS: dict[str, Callable[[int, int], Timesteps]] = {
@@ -72,7 +85,7 @@ SPACINGS: dict[str, Callable[[int, int], Timesteps]] = {
     "linspace": linspace,
     "quadratic": quadratic,
 }
-GRIDS: dict[str, Callable[[int, Scalar, Scalar, Scalar], LogSnrs]] = {
+GRIDS: dict[str, Callable[[int, Scalar, Scalar, Scalar], Grid]] = {
     "log_snr": log_snr,
     "karras": karras,
 }

@@ -7,25 +7,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diffusion_jax.diffusion.schedules.columns import array_module, from_columns, log_alphas
+from diffusion_jax.diffusion.schedules.columns import array_module, from_columns, log_of_rest
 from diffusion_jax.diffusion.schedules.schedule import Column, Scalar, Schedule, require_length
-from diffusion_jax.diffusion.schedules.spacings import GRIDS, SPACINGS
+from diffusion_jax.diffusion.schedules.spacings import GRIDS, SPACINGS, LogSnrs
 from diffusion_jax.diffusion.tracing import is_known
-from diffusion_jax.errors import choose, require
+from diffusion_jax.errors import at_least, at_most, choose, interval, require
 
 
-def from_log_snr(log_snr: Column, timestep: Column) -> Schedule:
+def from_log_snr(log_snr: Column, timestep: Column, drops: LogSnrs | None = None) -> Schedule:
     """The chain through rows of decreasing log SNR, whose input to a network is ``timestep``.
 
     alpha_bar = sigmoid(log SNR), beta_t = -(1 - alpha_bar_t) expm1(log SNR_t - log SNR_{t-1})
-    (Kingma et al. 2021, VDM).
+    (Kingma et al. 2021, VDM). ``drops`` are log SNR_{t-1} - log SNR_t for t >= 2, where they are
+    known better than the difference of two neighbours that were rounded to float32.
     """
     xp = array_module(log_snr)
     alpha_bar, one_minus_alpha_bar = 1 / (1 + xp.exp(-log_snr)), 1 / (1 + xp.exp(log_snr))
     # alpha_t = alpha_bar_t / alpha_bar_{t-1}, where the row before the first has alpha_bar = 1
-    drop = log_snr[1:] - log_snr[:-1]
-    beta = xp.concatenate([one_minus_alpha_bar[:1], -one_minus_alpha_bar[1:] * xp.expm1(drop)])
-    alpha = xp.concatenate([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    drops = log_snr[:-1] - log_snr[1:] if drops is None else drops
+    beta = xp.concatenate([one_minus_alpha_bar[:1], -one_minus_alpha_bar[1:] * xp.expm1(-drops)])
+    # of two numbers that add up to 1 the smaller one determines the larger
+    alpha = xp.where(beta[1:] < 0.5, 1 - beta[1:], alpha_bar[1:] / alpha_bar[:-1])
+    alpha = xp.concatenate([alpha_bar[:1], alpha])
     return from_columns(
         beta=beta,
         alpha=alpha,
@@ -44,14 +47,20 @@ def at_log_snr(schedule: Schedule, log_snr: Column) -> Schedule:
         ConfigError: a log SNR outside the range, or not below the one before it.
     """
     old = _columns(schedule)
-    xp = array_module(old.beta, log_snr)
-    known = xp.log(old.alpha_bar) - xp.log(old.one_minus_alpha_bar)
+    known = _log_snr(old)
     if is_known(known, log_snr):
         slack = 1e-6 * np.abs(known)  # columns are rounded to float32
         first, last = known[0] + slack[0], known[-1] - slack[-1]
         inside = np.all((log_snr <= first) & (log_snr >= last)) and np.all(np.diff(log_snr) < 0)
-        require(inside, "log_snr", log_snr, f"decreasing, in [{known[-1]:.6g}, {known[0]:.6g}]")
+        require(inside, "log_snr", log_snr, f"decreasing, in {interval(known[-1], known[0])}")
     return from_log_snr(log_snr, _interpolate(-log_snr, -known, old.timestep))
+
+
+def _log_snr(old: Schedule) -> Column:
+    """Log SNR of float64 columns in float64; -inf at zero SNR."""
+    xp = array_module(old.beta)
+    with np.errstate(divide="ignore"):
+        return xp.log(old.alpha_bar) - xp.log(old.one_minus_alpha_bar)
 
 
 def _interpolate(
@@ -86,10 +95,13 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
     follow from a prediction of eps or of the score.
 
     Raises:
-        ConfigError: a schedule of one row.
+        ConfigError: a schedule of one row, or one whose SNR is 0 before its last row.
     """
     require(len(schedule) > 1, "num_timesteps", len(schedule), ">= 2 for zero terminal SNR")
     old = _columns(schedule)
+    if is_known(old.alpha_bar):
+        allowed = "False: the SNR is zero before the last timestep already"
+        require(old.alpha_bar[-2] > 0, "zero_terminal_snr", True, allowed)
     xp = array_module(old.beta)
     zero, root = xp.zeros(1), xp.sqrt(old.alpha_bar)
     # sqrt(alpha_bar) loses `lost` over the transition t >= 2 and has `left` to lose after t.
@@ -150,8 +162,8 @@ def respace(
     to ``sigma_max`` (None: those of the schedule); "karras" depends on ``rho`` > 0.
 
     Raises:
-        ConfigError: num_steps outside 1..T, an unknown spacing, a grid that is not within the
-            schedule or where its SNR is 0.
+        ConfigError: num_steps outside 1..T, an unknown spacing, a spacing whose single step is at
+            t = 1, a grid that is not within the schedule or where its SNR is 0.
     """
     if spacing in GRIDS:
         ends = {"sigma_min": sigma_min, "sigma_max": sigma_max}
@@ -159,10 +171,13 @@ def respace(
     require_length("num_steps", num_steps, longest=len(schedule))
     choose("spacing", spacing, [*SPACINGS, *GRIDS], "spacing")
     rows = SPACINGS[spacing](len(schedule), num_steps) - 1
+    has_noise = num_steps > 1 or rows[-1] > 0 or len(schedule) == 1
+    allowed = "trailing for a single step: this one is at t = 1, where hardly anything is noise"
+    require(has_noise, "spacing", spacing, allowed)
     old = _columns(schedule)
     xp = array_module(old.beta)
     # one sum per jump, which starts after the selected row before it
-    log_alpha = log_alphas(old.beta, old.alpha)[: rows[-1] + 1]
+    log_alpha = log_of_rest(old.beta, old.alpha)[: rows[-1] + 1]
     log_jump = xp.add.reduceat(log_alpha, np.append(0, rows[:-1] + 1))
     selected = jax.tree.map(lambda column: column[rows], old)
     return from_columns(
@@ -183,28 +198,32 @@ def _respace_off_grid(
     sigmas: dict[str, Scalar | None],
 ) -> Schedule:
     """A spacing of ``spacings.GRIDS``; ``sigmas`` are its two ends, by the name of their field."""
-    require_length("num_steps", num_steps)
+    require_length("num_steps", num_steps, longest=1 if len(schedule) == 1 else None)
     old = _columns(schedule)
-    xp = array_module(old.beta)
-    with np.errstate(divide="ignore"):  # log(0) is checked below
-        known = xp.log(old.alpha_bar[xp.array([0, -1])]) - xp.log(
-            old.one_minus_alpha_bar[xp.array([0, -1])]
-        )
+    xp, known = array_module(old.beta), _log_snr(old)
     if is_known(known):
         allowed = f"one of {', '.join(SPACINGS)}: the schedule ends at zero SNR"
-        require(np.isfinite(known[1]), "spacing", spacing, allowed)
-    ends = list(known)
+        require(np.isfinite(known[-1]), "spacing", spacing, allowed)
+    ends = [known[0], known[-1]]
     for place, (field, sigma) in enumerate(sigmas.items()):
         if sigma is None:
             continue
         if is_known(sigma, known):
-            least, most = np.exp(-known / 2)
-            allowed = f"a noise level of the schedule, in [{least:.6g}, {most:.6g}]"
+            least, most = np.exp(-known[0] / 2), np.exp(-known[-1] / 2)
+            allowed = f"a noise level of the schedule, in {interval(least, most)}"
             require(least <= sigma <= most, field, sigma, allowed)
         ends[place] = -2 * xp.log(sigma)
-    if is_known(rho):
-        require(0 < rho < math.inf, "rho", rho, "a finite number > 0")
     if is_known(*ends) and num_steps > 1:
-        allowed = "above sigma_min (as many steps need noise levels between them)"
-        require(ends[1] < ends[0], "sigma_max", float(f"{np.exp(-ends[1] / 2):.6g}"), allowed)
-    return at_log_snr(schedule, GRIDS[spacing](num_steps, *ends, rho))
+        sigma_min, sigma_max = np.exp(-ends[0] / 2), np.exp(-ends[1] / 2)
+        if sigmas["sigma_max"] is None:
+            field, allowed = "sigma_min", f"below sigma_max = {at_most(sigma_max)}"
+        else:
+            field, allowed = "sigma_max", f"above sigma_min = {at_least(sigma_min)}"
+        why = "as many steps need noise levels between them"
+        require(ends[1] < ends[0], field, sigmas[field], f"{allowed} ({why})")
+    if is_known(rho, *ends):
+        # sigma^(1/rho) must be a float64, and its logarithm times rho have digits
+        least = max(abs(ends[0]), abs(ends[1])) / 1400
+        require(least <= rho <= 1e8, "rho", rho, f"in {interval(least, 1e8)}")
+    log_snr, drops = GRIDS[spacing](num_steps, *ends, rho)
+    return from_log_snr(log_snr, _interpolate(-log_snr, -known, old.timestep), drops)

@@ -14,7 +14,7 @@ from rounding import UNIT
 from diffusion_jax.diffusion import schedules
 from diffusion_jax.diffusion.schedules.families import SCHEDULES
 from diffusion_jax.diffusion.schedules.schedule import Schedule
-from diffusion_jax.diffusion.schedules.spacings import SPACINGS
+from diffusion_jax.diffusion.schedules.spacings import GRIDS, SPACINGS
 from diffusion_jax.diffusion.schedules.transforms import respace
 from diffusion_jax.errors import ConfigError
 
@@ -369,8 +369,10 @@ def test_respaced_rows_are_those_of_the_native_chain(spacing):
             bars = [mpf(1), *itertools.accumulate((1 - b for b in betas), mp.fmul)]
             schedule = schedules.cosine(num_timesteps)
             for num_steps in range(1, num_timesteps + 1):
-                short = respace(schedule, num_steps, spacing)
                 rows = SPACINGS[spacing](num_timesteps, num_steps)
+                if num_timesteps > 1 and rows[-1] == 1:
+                    continue  # a single step where there is no noise: refused
+                short = respace(schedule, num_steps, spacing)
                 visited = [mpf(1), *(bars[t] for t in rows)]
                 expected = columns_of([1 - b / a for a, b in itertools.pairwise(visited)])
                 assert_close(short, expected, 4e-7)
@@ -400,6 +402,18 @@ def test_traced_schedules_can_be_transformed():
         assert_close(stack[i], dict_of(transformed(float(s))), 1e-5)
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("num_steps", [1, 5, 2000])
+def test_lost_to_rounding_drops_between_neighbours_of_a_traced_grid(name, grid, num_steps):
+    """2,000 log SNRs are a ten thousandth apart, of which float32 knows three digits."""
+    full = SCHEDULES[name](1000)
+    # the host's float64, rounded once
+    expected = dict_of(respace(full, num_steps, grid))
+    traced = jax.jit(respace, static_argnums=(1, 2))(full, num_steps, grid)
+    assert_close(traced, expected, 1e-5)
+
+
 # --- the pytree -----------------------------------------------------------------------------
 
 
@@ -416,6 +430,15 @@ def test_rows_and_slices():
     for index in (10, -11):
         with pytest.raises(IndexError, match="of a schedule of 10 rows"):
             schedule[index]
+
+
+@pytest.mark.parametrize("index", [-1, 10, [3, -1], [[0], [10]]])
+def test_wrong_row_of_an_array_of_indices_is_an_error(index):
+    """-1 in an array is an index that was computed, such as that of the row before the first."""
+    with pytest.raises(IndexError, match="of a schedule of 10 rows"):
+        schedules.cosine(10)[np.array(index)]
+    assert schedules.cosine(10)[np.array([[0], [9]])].beta.shape == (2, 1)
+    assert len(schedules.cosine(10)[np.arange(10) > 3]) == 6
 
 
 def test_the_row_before_each_row():
@@ -486,9 +509,10 @@ REFUSED = {
     "num_timesteps = 0: must be": lambda: schedules.linear(0),
     "num_timesteps = -3: must be": lambda: schedules.cosine(-3),
     "num_timesteps = True: must be": lambda: schedules.jsd(True),
-    "s = -0.001: must be a finite number >= 0": lambda: schedules.cosine(10, s=-0.001),
+    "s = -0.001: must be in [0, 1e100]": lambda: schedules.cosine(10, s=-0.001),
     "s = nan: must be": lambda: schedules.cosine(10, s=float("nan")),
     "s = inf: must be": lambda: schedules.cosine(10, s=float("inf")),
+    "s = 1e+163: must be in [0, 1e100]": lambda: schedules.cosine(10, s=1e163),
     "s = -1.0: must be": lambda: schedules.cosine(10, s=jnp.array(-1.0)),
     "max_beta = 0.0: must be in (0, 1]": lambda: schedules.cosine(10, max_beta=0.0),
     "max_beta = 1.1: must be in (0, 1]": lambda: schedules.sigmoid(10, max_beta=1.1),
@@ -516,6 +540,18 @@ REFUSED = {
     "num_steps = 11: must be a whole number in 1..10": lambda: respace(schedules.cosine(10), 11),
     "spacing = 'even': unknown spacing": lambda: respace(schedules.cosine(10), 5, "even"),
     "num_timesteps = 1: must be >= 2": lambda: schedules.zero_terminal_snr(schedules.cosine(1)),
+    "zero_terminal_snr = True: must be False": lambda: schedules.zero_terminal_snr(
+        schedules.from_betas([0.1, 1.0, 0.1])
+    ),
+    "spacing = 'leading': must be trailing for a single step": lambda: respace(
+        schedules.cosine(10), 1, "leading"
+    ),
+    "spacing = 'quadratic': must be trailing for a single step": lambda: respace(
+        schedules.cosine(2), 1, "quadratic"
+    ),
+    "num_steps = 5: must be a whole number in 1..1": lambda: respace(
+        schedules.cosine(1), 5, "karras"
+    ),
     "resolution = 0: must be": lambda: schedules.shift_log_snr(schedules.cosine(10), 0, 64),
     "base_resolution = -1: must be": lambda: schedules.shift_log_snr(schedules.cosine(10), 8, -1),
 }
@@ -547,6 +583,34 @@ def test_limits_that_are_allowed():
     np.testing.assert_allclose(zero_snr.beta[-1], 1, rtol=1e-7)
     assert (zero_snr.alpha_bar[-1], zero_snr.one_minus_alpha_bar[-1]) == (0, 1)
     assert schedules.jsd(10).log_snr[-1] == -np.inf
+
+
+# --- numbers that are not finite -------------------------------------------------------------
+
+EXTREME = {
+    "beta[0] = nan": lambda: schedules.sigmoid(4, start=0.0, end=5e-324),
+    "beta[0] = 0.0": lambda: schedules.shift_log_snr(schedules.cosine(10), 1e-30, 1.0),
+    "beta[1] = nan": lambda: schedules.from_log_snr(np.array([1.0, np.nan]), np.array([1.0, 2.0])),
+}
+
+
+@pytest.mark.parametrize("message", EXTREME)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_not_finite_column_never_leaves_the_maker_of_a_schedule(message):
+    with pytest.raises(ConfigError, match=r": the arguments are too extreme$") as error:
+        EXTREME[message]()
+    assert str(error.value).startswith(f"{message}: must be finite and above 0: ")
+
+
+@pytest.mark.parametrize("s", [0.0, 1.0, 1e20, 1e100])
+def test_not_finite_column_is_none_of_a_large_offset(s):
+    """Its limit is alpha_bar = (1 - t/T)^2."""
+    schedule = schedules.cosine(10, s=s, max_beta=1.0)
+    for column in jax.tree.leaves(schedule):
+        assert np.isfinite(column).all()
+    if s >= 1e20:
+        limit = (1 - np.arange(1, 11) / 10) ** 2
+        np.testing.assert_allclose(schedule.alpha_bar, limit, rtol=1e-6, atol=1e-12)
 
 
 # --- rows by their log SNR ------------------------------------------------------------------
