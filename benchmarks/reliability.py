@@ -103,16 +103,17 @@ class Scene(NamedTuple):
 
 
 def _end_of(workdir: pathlib.Path) -> tuple:
-    """The digests of the checkpoints, the records without their speed, and the samples."""
+    """The digest of the newest checkpoint, the records without their speed, and the samples."""
     directory = workdir / "checkpoints"
-    steps = checkpoint.saved_steps(directory)
-    digests = [checkpoint.digest(checkpoint.load(directory, step)) for step in steps]
+    newest = max(checkpoint.saved_steps(directory))
+    digest = checkpoint.digest(checkpoint.load(directory, newest))
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     records = [
         {name: value for name, value in json.loads(line).items() if name != "images_per_second"}
         for line in lines
     ]
-    return steps, digests, records, np.load(workdir / "samples/samples.npz")["images"].tobytes()
+    samples = np.load(workdir / "samples/samples.npz")["images"].tobytes()
+    return newest, digest, records, samples
 
 
 def _wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int) -> None:
