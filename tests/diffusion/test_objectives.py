@@ -78,6 +78,7 @@ def plan():
         checkpoint_every_steps=1,
         keep_last=1,
         keep_best=0,
+        keep_step=None,
         optimizer=optax.sgd(RATE),
         ema_decay=0.9,
         ema_warmup=False,

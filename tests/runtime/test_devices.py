@@ -221,6 +221,7 @@ def test_knowable_at_the_start_processes_fail_together(tmp_path):
     assert second.stderr.splitlines()[-1].startswith("RunError: another process of this run failed")
 
 
+@pytest.mark.slow
 def test_processes_fail_together_after_the_training_too(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "samples").touch()  # where the first one wants a folder
