@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from diffusion_jax.config.paths import expand
 from diffusion_jax.errors import ConfigError, choose, nearest
 
 FLAGS = ("--config", "--workdir", "--mode")
@@ -59,8 +60,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     mode = choose("--mode", values.get("--mode", "train"), MODES, "mode")
     fields = [(flag.removeprefix("--config."), values[flag]) for flag in values if "." in flag]
     return Arguments(
-        config_path=values["--config"],
-        workdir=values["--workdir"],
+        config_path=expand("--config", values["--config"]),
+        workdir=expand("--workdir", values["--workdir"]),
         mode=mode,
         overrides=tuple(fields),
     )

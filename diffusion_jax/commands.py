@@ -7,6 +7,7 @@ import contextlib
 import logging
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -51,9 +52,12 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path, command: str) -> int:
         return MODES[mode](config, path, command)
     except WorkdirError as error:
         raise ConfigError(f"--{error}") from error
-    except (RunError, OSError) as error:
+    except RunError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    except (OSError, ImportError) as error:
+        kept = Workdir(path).keep_traceback(traceback.format_exc())
+        print(f"{type(error).__name__}: {error}{kept}", file=sys.stderr)
+    return 1
 
 
 class _Context(NamedTuple):

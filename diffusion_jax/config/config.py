@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict, FieldReference
 
 from diffusion_jax.config import default
+from diffusion_jax.config.paths import expand
 from diffusion_jax.errors import ConfigError, nearest, require
 
 # What a checkpoint depends on. The rest of a config may differ when a run goes on.
@@ -36,6 +37,17 @@ OF_THE_TRAINING = (
 # jax counts in int32; these alone are more than counts.
 LARGEST_COUNT = 2**31 - 1
 SEEDS = ("config.seed", "config.ablate.seeds")
+
+# The fields that are paths, in which ~ is a home directory.
+PATHS = (
+    "compilation_cache",
+    "dataset.archives",
+    "dataset.data_dir",
+    "schedule.betas",
+    "guidance.weak_workdir",
+    "editing.images",
+    "editing.mask",
+)
 
 # The types that a field may have, in the words of an error message.
 KINDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
@@ -99,7 +111,15 @@ def differences(config: ConfigDict, recorded: Mapping[str, Any]) -> dict[str, tu
 
     A field that the record does not have, being older, counts as what default.py has; one
     that is nowhere as unset.
+
+    Raises:
+        ConfigError: the record is damaged.
     """
+    for name, field in to_record(default.get_config()).items():
+        is_section = isinstance(field, dict)
+        fits = isinstance(recorded.get(name, {}), dict) == is_section or name not in recorded
+        if not fits or (name in ("model", "loss", "train") and name not in recorded):
+            raise ConfigError(f"config.{name}: damaged in the config.json of the run")
     defaults, before, now = (
         {name: field.value for name, field in _fields(ConfigDict(record)).items()}
         for record in (to_record(default.get_config()), recorded, to_record(config))
@@ -177,6 +197,8 @@ def _parse(text: str, like: _Field) -> Any:
 def _check(field: str, value: Any, like: _Field) -> Any:
     if value is None and like.optional:
         return None
+    if field.removeprefix("config.") in PATHS and isinstance(value, str):
+        value = expand(field, value)
     kind = like.kind
     if kind is tuple:
         kind = type(like.value[0]) if like.value else int

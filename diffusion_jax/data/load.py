@@ -23,15 +23,17 @@ def describe_dataset(choice: DatasetChoice) -> DatasetInfo:
     Raises:
         ConfigError: there is no such set, or a field does not fit it.
     """
-    exists = choice.archives is None or Path(choice.archives).expanduser().is_dir()
+    exists = choice.archives is None or Path(choice.archives).is_dir()
     require(exists, "config.dataset.archives", choice.archives, "a folder that exists")
-    folder = find_prepared(choice)
-    if choice.name in DATASETS or folder is None:
-        noun = (
-            "data set, and no TFDS image set of that name is prepared as array_record in "
-            f"{data_dir_of(choice)} (config.dataset.data_dir)"
-        )
-        source = choose("config.dataset.name", choice.name, DATASETS, noun)
+    source = DATASETS.get(choice.name)
+    folder = None if source else find_prepared(choice)
+    if folder is None:
+        if source is None:
+            noun = (
+                "data set, and no TFDS image set of that name is prepared as array_record in "
+                f"{data_dir_of(choice)} (config.dataset.data_dir)"
+            )
+            source = choose("config.dataset.name", choice.name, DATASETS, noun)
         info = DatasetInfo(
             name=choice.name,
             shape=source.shape,

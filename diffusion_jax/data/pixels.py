@@ -1,7 +1,6 @@
-"""Pixels as x_0 in [-1, 1] and back: grey levels, uint8, files of given images."""
+"""Pixels as x_0 in [-1, 1] and back: grey levels, uint8."""
 
 import numpy as np
-import PIL.Image
 from jaxtyping import Array, Float, UInt8
 
 Image = UInt8[np.ndarray, "..."] | UInt8[Array, "..."]
@@ -35,26 +34,3 @@ def to_uint8(x_0: X_0, levels: int | None) -> Image:
     top = np.float32(levels - 1)
     level = ((x_0.astype(np.float32) + np.float32(1)) * (top / 2)).round().clip(0, top)
     return (level * np.float32(255) / top).round().astype(np.uint8)
-
-
-def read_images(path: str, shape: tuple[int, ...]) -> UInt8[np.ndarray, "n height width channel"]:
-    """The images of a PNG (one) or of an .npz as samples.npz is (``images``), 0 .. 255.
-
-    Raises:
-        ValueError: they cannot be read or are of another shape.
-    """
-    try:
-        if path.endswith(".npz"):
-            with np.load(path, allow_pickle=False) as arrays:
-                images = arrays["images"]
-        else:
-            with PIL.Image.open(path) as picture:
-                images = np.asarray(picture.convert("L" if shape[-1] == 1 else "RGB"))[None]
-        if images.ndim == 3:
-            images = images[..., None]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"must be a PNG, or an .npz with `images`: {error}") from error
-    if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
-        actual = f"{images.dtype} {list(images.shape)}"
-        raise ValueError(f"must hold uint8 images of shape {list(shape)}, not {actual}")
-    return images

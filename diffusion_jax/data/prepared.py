@@ -14,22 +14,30 @@ from pathlib import Path
 
 import numpy as np
 
+from diffusion_jax.data.arrays import read_array
 from diffusion_jax.data.dataset import DatasetChoice, DatasetInfo, Records, Split
 from diffusion_jax.data.sources import DATASETS, archives
 from diffusion_jax.data.sources.source import VERSION, Arrays, Source
+from diffusion_jax.data.tfds import import_tfds
 from diffusion_jax.errors import ConfigError, require
-
-# TFDS takes 1.4 s to import and Grain 1.8 s. A second start needs no TFDS and naming a set needs
-# neither, so they are imported where they are used.
 
 CHANNELS = (1, 3)  # of images that can be drawn: grey, RGB
 MAX_BYTES_IN_MEMORY = 2 * 2**30  # of a set when decoded; a larger one stays on the disk
 
 
 def data_dir_of(choice: DatasetChoice) -> Path:
-    """The folder of prepared sets."""
-    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")  # as TFDS has it
-    return Path(choice.data_dir or default).expanduser()
+    """The folder of prepared sets.
+
+    Raises:
+        ConfigError: it is the default, which is in the home directory, and there is none.
+    """
+    if choice.data_dir is not None:
+        return Path(choice.data_dir)
+    try:
+        default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")  # as TFDS has it
+        return Path(default).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"config.dataset.data_dir = None: must be a folder: {error}") from error
 
 
 def find_prepared(choice: DatasetChoice) -> Path | None:
@@ -54,7 +62,7 @@ def describe_prepared(name: str, folder: Path) -> DatasetInfo:
     Raises:
         ConfigError: the set has no images of one shape, no split "train", or needs tensorflow.
     """
-    import tensorflow_datasets as tfds
+    tfds = import_tfds()
 
     info = tfds.builder_from_directory(folder).info
     prefix = f"config.dataset.name = {name!r}: the set in {folder}"
@@ -101,7 +109,7 @@ def prepare(name: str, source: Source, archives_given: str | None, folder: Path)
 def _read_archives(name: str, source: Source, folder: str | None, data_dir: Path) -> Arrays:
     if folder is not None or not source.urls:
         try:
-            return source.read(Path(folder or ".").expanduser())
+            return source.read(Path(folder or "."))
         except ConfigError as error:
             raise ConfigError(f"config.dataset.archives = {folder!r}: {error}") from error
     with tempfile.TemporaryDirectory() as downloads:
@@ -124,7 +132,10 @@ def read_prepared(info: DatasetInfo, folder: Path) -> tuple[Split, Split | None]
     """
     decoded = folder / f"decoded-{_fingerprint(folder)}"
     if decoded.is_dir():
-        return _load(decoded)
+        try:
+            return _load(decoded, info)
+        except ValueError as error:
+            print(f"{decoded}: {error}; decoding anew", file=sys.stderr, flush=True)
     with _quiet_tfds():
         splits = _open(info, folder)
         if sum(split.images.nbytes for split in splits if split is not None) > MAX_BYTES_IN_MEMORY:
@@ -133,14 +144,14 @@ def read_prepared(info: DatasetInfo, folder: Path) -> tuple[Split, Split | None]
             print(f"{folder} cannot be written: decoded at every start", file=sys.stderr)
             return _decode(splits)
         with _lock(folder / ".lock"):
-            if not decoded.is_dir():  # else another process was first
+            if not _is_intact(decoded, info):  # else another process was first
                 print(f"decoding {info.name} ...", file=sys.stderr, flush=True)
                 _save(_decode(splits), decoded)
-    return _load(decoded)
+    return _load(decoded, info)
 
 
 def _open(info: DatasetInfo, folder: Path) -> tuple[Split, Split | None]:
-    import tensorflow_datasets as tfds
+    tfds = import_tfds()
 
     builder = tfds.builder_from_directory(folder)
     pictures = [
@@ -187,14 +198,37 @@ def _save(splits: tuple[Split, Split | None], decoded: Path) -> None:
     unfinished.rename(decoded)
 
 
-def _load(decoded: Path) -> tuple[Split, Split | None]:
+def _load(decoded: Path, info: DatasetInfo) -> tuple[Split, Split | None]:
+    """The arrays of a folder that ``_save`` wrote.
+
+    Raises:
+        ValueError: a file is damaged or missing.
+    """
+
     def array(name: str) -> np.ndarray | None:
         path = decoded / f"{name}.npy"
-        return np.load(path) if path.exists() else None
+        return read_array(path, name) if path.exists() else None
 
-    test_images = array("test_images")
-    test = None if test_images is None else Split(test_images, array("test_labels"))
-    return Split(array("train_images"), array("train_labels")), test
+    def split(name: str) -> Split | None:
+        images, labels = array(f"{name}_images"), array(f"{name}_labels")
+        if images is None and labels is None and name == "test":
+            return None
+        wrong = images is None or images.shape[1:] != info.shape or images.dtype != np.uint8
+        if wrong or (labels is None) != (info.num_classes is None):
+            raise ValueError(f"{name} is not whole")
+        if labels is not None and labels.shape != (len(images),):
+            raise ValueError(f"{name} has not a label for each image")
+        return Split(images, labels)
+
+    return split("train"), split("test")
+
+
+def _is_intact(decoded: Path, info: DatasetInfo) -> bool:
+    try:
+        _load(decoded, info)
+    except ValueError:
+        return False
+    return True
 
 
 def _fingerprint(folder: Path) -> str:
@@ -214,7 +248,7 @@ def _lock(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet_tfds() -> Iterator[None]:
     """Keeps back TFDS's announcements, its progress bars and its advice to install OpenCV."""
-    import tensorflow_datasets as tfds
+    tfds = import_tfds()
     from absl import logging
 
     verbosity = logging.get_verbosity()
@@ -223,5 +257,7 @@ def _quiet_tfds() -> Iterator[None]:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
+    except ImportError as error:  # of what TFDS imports where it uses it
+        raise ConfigError(f"tensorflow_datasets cannot be used: {error}") from error
     finally:
         logging.set_verbosity(verbosity)

@@ -7,7 +7,8 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from diffusion_jax.data.dataset import DatasetInfo
-from diffusion_jax.data.pixels import from_uint8, read_images
+from diffusion_jax.data.pictures import read_images
+from diffusion_jax.data.pixels import from_uint8
 from diffusion_jax.diffusion import editing
 from diffusion_jax.diffusion.samplers.base import Sampler
 from diffusion_jax.diffusion.schedules.schedule import Schedule

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from diffusion_jax.data.arrays import read_array
 from diffusion_jax.diffusion import schedules
 from diffusion_jax.diffusion.learned_schedule import LearnedSchedule
 from diffusion_jax.diffusion.schedules.schedule import Schedule
@@ -104,8 +105,12 @@ def create_schedule(config: ConfigDict, height: int | None) -> NamedSchedule:
 
 
 def _read_betas(path: str | None) -> np.ndarray:
-    require(path is not None, "config.schedule.betas", path, "the path of a .npy file")
+    field = "config.schedule.betas"
+    require(path is not None, field, path, "the path of a .npy file")
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"config.schedule.betas = {path!r}: {error}") from error
+        betas = read_array(path, "betas")
+    except ValueError as error:
+        raise ConfigError(f"{field} = {path!r}: {error}") from error
+    allowed = f"a file of real numbers, not of {betas.dtype}"
+    require(np.issubdtype(betas.dtype, np.floating), field, path, allowed)
+    return betas

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import optax
 from ml_collections import ConfigDict
 
+from diffusion_jax.config.config import differences
 from diffusion_jax.errors import choose, require
 
 MAX_STEPS_PER_CALL = 10  # on accelerators; more brings nothing and delays the logs
@@ -84,11 +85,10 @@ def create_training_plan(config: ConfigDict) -> TrainingPlan:
 
 def describe_changes(config: ConfigDict, recorded: Mapping[str, Any] | None) -> list[str]:
     """What a run that goes on with another number of steps should know, as lines of text."""
-    if recorded is None or config.optimizer.decay != "cosine":
+    changed = {} if recorded is None else differences(config, recorded)
+    if config.optimizer.decay != "cosine" or "config.train.num_steps" not in changed:
         return []
-    before, now = recorded["train"]["num_steps"], config.train.num_steps
-    if before == now:
-        return []
+    before, now = changed["config.train.num_steps"]
     return [
         f"config.train.num_steps = {now}, it was {before}: the cosine decay of the learning rate "
         f"now ends at step {now}, so the steps that were taken had other rates than those of a run "

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import logging
 import os
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -85,7 +86,11 @@ def start(
     _manage_memory(is_training=divide or num_jobs is not None)
     if distributed:
         _join()
-    local = jax.local_device_count()
+    try:
+        local = jax.local_device_count()
+    except (AssertionError, RuntimeError) as error:  # jax asserts that JAX_PLATFORMS has a device
+        reason = str(error) or "there is no such device, or jax is not installed for it"
+        raise ConfigError(f"JAX_PLATFORMS = {jax.config.jax_platforms!r}: {reason}") from error
     if num_devices is not None and num_devices > local:
         raise ConfigError(f"config.num_devices = {num_devices}: there are {local}")
 
@@ -104,7 +109,11 @@ def start_compilation_cache(folder: str | None) -> None:
     """Keep compiled programs on disk, so that a second start takes seconds; "off" does not."""
     if folder == "off":
         return
-    folder = folder or os.path.expanduser("~/.cache/diffusion_jax")
+    try:
+        folder = folder or str(pathlib.Path("~/.cache/diffusion_jax").expanduser())
+    except RuntimeError as error:
+        LOG.warning("config.compilation_cache = None: no compiled program is kept: %s", error)
+        return
     jax.config.update("jax_compilation_cache_dir", folder)
     # the small programs too: a start compiles dozens of them, which takes two seconds
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

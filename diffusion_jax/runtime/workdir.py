@@ -48,8 +48,10 @@ class Workdir:
             return None
         try:
             record = json.loads(self._record.read_text())
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise WorkdirError(self.path, f"config.json is damaged: {error}") from error
+        if not isinstance(record, dict):
+            raise WorkdirError(self.path, "config.json is damaged: it holds no sections")
         return {name: value for name, value in record.items() if name != OPTIONS}
 
     @contextlib.contextmanager
@@ -79,6 +81,15 @@ class Workdir:
             except OSError as error:
                 raise WorkdirError(self.path, str(error.strerror)) from error
             yield
+
+    def keep_traceback(self, text: str) -> str:
+        """Write error.log, if the folder is there; returns the end of a message that says so."""
+        path = self.path / "error.log"
+        try:
+            files.replace_text(path, text)
+        except OSError:  # no folder yet, or the disk itself is what failed
+            return ""
+        return f" (see {path})"
 
     def record(self, config: Mapping[str, Any]) -> None:
         """Write config.json: the config, and the options of jax that results depend on."""

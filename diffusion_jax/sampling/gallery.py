@@ -15,6 +15,7 @@ from tqdm import tqdm
 from diffusion_jax.data.dataset import Dataset
 from diffusion_jax.data.pixels import to_uint8, to_x_0
 from diffusion_jax.diffusion import schedules
+from diffusion_jax.diffusion.samplers.chain import Trajectory
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.diffusion.streams import seed_key
 from diffusion_jax.drawing.images import (
@@ -120,27 +121,40 @@ def _sample(samples: Samples, shards: Shards, folder: pathlib.Path) -> None:
     """Fill the shards, and animate the first batch."""
     generator, params, plan = samples.generator, samples.params, samples.plan
     levels = samples.dataset.levels
+    animation = folder / "denoising.gif"
     if len(shards):
         LOG.info("going on after %d of %d samples", len(shards), plan.num_images)
+    else:
+        animation.unlink(missing_ok=True)  # of other samples
     rows, evaluations = generator.rows(params), generator.num_evaluations(params)
     also = "" if plan.guidance is None else ", and of the weak network in its interval"
     LOG.info("%d steps, %d network evaluations per image%s", len(rows), evaluations, also)
+    if len(shards) and plan.num_frames and not animation.exists():  # begun without frames
+        batch = next(generator.batches(params, 0, samples.edited))
+        _animate_denoising(batch, rows, samples, animation)
     with tqdm(total=plan.num_images, initial=len(shards), desc="samples", disable=None) as bar:
         for batch in generator.batches(params, len(shards), samples.edited):
             if len(shards) == 0 and plan.num_frames:
-                states = np.append(rows.timestep[::-1], 0)
-                _animate(
-                    {"x_t": batch.x_t, "predicted\nx_0": batch.predicted_x_0},
-                    states[np.linspace(0, len(rows), plan.num_frames).round().astype(int)],
-                    levels,
-                    folder / "denoising.gif",
-                )
+                _animate_denoising(batch, rows, samples, animation)
             if not np.isfinite(batch.x_0).all():
                 raise NonFiniteSampleError(f"samples from {len(shards)} on: not all are finite")
             shards.add(batch.x_0 if levels is None else pictures(batch.x_0, levels))
             bar.update(len(batch.x_0))
             if bar.disable:
                 LOG.info("%d/%d images", len(shards), plan.num_images)
+
+
+def _animate_denoising(
+    batch: Trajectory, rows: Schedule, samples: Samples, path: pathlib.Path
+) -> None:
+    """The way of x_t and of the predicted x_0, of the first images."""
+    states = np.append(rows.timestep[::-1], 0)
+    _animate(
+        {"x_t": batch.x_t, "predicted\nx_0": batch.predicted_x_0},
+        states[np.linspace(0, len(rows), samples.plan.num_frames).round().astype(int)],
+        samples.dataset.levels,
+        path,
+    )
 
 
 def _animate_noising(samples: Samples, path: pathlib.Path) -> None:
