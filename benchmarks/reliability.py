@@ -4,8 +4,9 @@
 
 Every case is real: processes of main.py, signals, files on a disk, a full tmpfs. A trial holds if
 the run ends with the very arrays, records and samples of one that nothing happened to, or is
-refused in one line. Without CASE all of them run, and the table of the page is written. The exit
-status is 1 if a trial did not hold.
+refused in one line; that of a damaged file if what is restored are the arrays of a step. Without
+CASE all of them run, and the table of the page is written. The exit status is 1 if a trial did not
+hold.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import logging
 import os
 import pathlib
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -183,7 +185,7 @@ def full(scene: Scene) -> Iterator[Outcome]:
     size = sum(path.stat().st_size for path in (scene.untouched / "checkpoints").rglob("*"))
     everything = sum(path.stat().st_size for path in scene.untouched.rglob("*"))
     room = everything - size + 4 * size // 3  # of three checkpoints one more does not fit
-    command = " ".join(f"'{word}'" for word in scene.words(disk / "run"))
+    command = shlex.join(scene.words(disk / "run"))
     script = f"""
         mount -t tmpfs -o size={room} tmpfs {disk} || exit 9
         dd if=/dev/zero of={disk}/other bs=1k count={size // 3000} 2>/dev/null

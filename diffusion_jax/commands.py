@@ -20,12 +20,12 @@ from diffusion_jax.data.dataset import Dataset
 from diffusion_jax.data.load import load_dataset
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.drawing import plots
-from diffusion_jax.errors import ConfigError, RunError, WorkdirError
+from diffusion_jax.errors import ConfigError, RunError, WorkdirError, after_writing
 from diffusion_jax.evaluation.evaluate import Evaluator, Trained
 from diffusion_jax.evaluation.sums import describe_evaluation
 from diffusion_jax.experiment.dataset import create_dataset_choice
 from diffusion_jax.experiment.editing import EditedImages, create_edited_images
-from diffusion_jax.experiment.evaluation import fit
+from diffusion_jax.experiment.evaluation import EvaluationPlan, fit
 from diffusion_jax.experiment.experiment import Experiment, create_experiment, require_batches
 from diffusion_jax.experiment.sampling import identity_of_samples, require_unset_ends
 from diffusion_jax.experiment.training import describe_changes
@@ -36,7 +36,6 @@ from diffusion_jax.runtime.processes import together
 from diffusion_jax.runtime.workdir import Workdir
 from diffusion_jax.sampling.gallery import Samples, grids_in_training, write_samples
 from diffusion_jax.sampling.generator import Generator
-from diffusion_jax.training.step import TrainState
 from diffusion_jax.training.train import train as train_experiment
 
 LOG = logging.getLogger("diffusion_jax")
@@ -53,6 +52,8 @@ def run(mode: str, config: ConfigDict, path: pathlib.Path, command: str) -> int:
     except WorkdirError as error:
         raise ConfigError(f"--{error}") from error
     except RunError as error:
+        if isinstance(error.__context__, RunError):  # it was ending the run when this one came
+            print(f"{type(error.__context__).__name__}: {error.__context__}", file=sys.stderr)
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
     except (OSError, ImportError) as error:
         kept = Workdir(path).keep_traceback(traceback.format_exc())
@@ -70,7 +71,6 @@ class _Context(NamedTuple):
     dataset: Dataset
     devices: list[jax.Device]
     weak: Weak | None
-    weak_params: PyTree  # None without a weaker network, or if this run has yet to save it
     edited: EditedImages | None
 
     @property
@@ -113,15 +113,12 @@ def _open(config: ConfigDict, path: pathlib.Path, batch_size: int, is_training: 
         if is_training:
             runtime_devices.require_shared_batches(batch_size, devices)
             require_unset_ends(config)
-        weak = create_weak(config, experiment, path)
-        is_later = is_training and is_ahead(weak, workdir, experiment.training)
         return _Context(
             config=config,
             experiment=experiment,
             workdir=workdir,
             recorded=recorded,
-            weak=weak,
-            weak_params=None if is_later else restore_weak(weak),
+            weak=create_weak(config, experiment, path),
             edited=create_edited_images(config, experiment.dataset),
             dataset=load_dataset(create_dataset_choice(config)),
             devices=devices,
@@ -137,6 +134,7 @@ def _begin(context: _Context) -> Iterator[bool]:
         with together():
             if is_writer:
                 held.enter_context(context.workdir.lock())
+                context.workdir.require_record(context.recorded)
                 runtime_devices.log(context.devices)
         yield is_writer
 
@@ -145,6 +143,8 @@ def train(config: ConfigDict, path: pathlib.Path, command: str) -> int:
     """Train, or go on with, the run in a folder, then sample from it."""
     context = _open(config, path, config.train.batch_size, is_training=True)
     experiment, workdir = context.experiment, context.workdir
+    is_saved_later = is_ahead(context.weak, workdir, experiment.training)
+    weak_params = None if is_saved_later else restore_weak(context.weak)
     with _begin(context) as is_writer:
         with together():
             if is_writer:
@@ -157,9 +157,13 @@ def train(config: ConfigDict, path: pathlib.Path, command: str) -> int:
         )
         if stopped_by is not None:
             LOG.info("stopped by signal %d after saving step %d", stopped_by, state.step)
-            return 128 + stopped_by
-        with together():
-            _sample_trained(context, generator, state, is_writer)
+            with together():  # the first process may still be removing an older checkpoint
+                return 128 + stopped_by
+        if is_saved_later:
+            weak_params = restore_weak(context.weak)
+        with together(), after_writing(f"trained to step {state.step}, but not sampled"):
+            if is_writer:
+                _sample(context, generator, (runtime_devices.local_copy(state.ema), weak_params))
     return 0
 
 
@@ -175,30 +179,16 @@ def _record(context: _Context) -> None:
         context.draw_card(schedule)
 
 
-def _sample_trained(
-    context: _Context, generator: Generator, state: TrainState, is_writer: bool
-) -> None:
-    """Sample at the end of a training; what is wrong now does not mean that nothing was written."""
-    try:
-        weak_params = context.weak_params
-        if weak_params is None:
-            weak_params = restore_weak(context.weak)  # orbax wants all processes to read
-        if is_writer:
-            _sample(context, generator, (runtime_devices.local_copy(state.ema), weak_params))
-    except ConfigError as error:  # the checks before the training could not see it
-        raise RunError(f"trained to step {state.step}, but not sampled: {error}") from error
-
-
 def sample(config: ConfigDict, path: pathlib.Path, command: str) -> int:
     """Sample from the run in a folder."""
     context = _open(config, path, config.sampling.batch_size, is_training=False)
-    with _begin(context) as is_writer, together():
-        generator = context.generator()
+    weak_params = restore_weak(context.weak)
+    with _begin(context) as is_writer:
         ema, step = restore_average(context.experiment.model.template, path, None)
-        params = ema, context.weak_params
         LOG.info("sampling from step %d", step)
-        if is_writer:
-            _sample(context, generator, params)
+        with together():
+            if is_writer:
+                _sample(context, context.generator(), (ema, weak_params))
     return 0
 
 
@@ -233,20 +223,27 @@ def evaluate(config: ConfigDict, path: pathlib.Path, command: str) -> int:
     context = _open(config, path, config.evaluate.batch_size, is_training=False)
     experiment = context.experiment
     plan = fit(experiment.evaluation, context.dataset.test)
-    with _begin(context) as is_writer, together():
+    with _begin(context) as is_writer:
         ema, step = restore_average(experiment.model.template, path, None)
         LOG.info("evaluating step %d", step)
-        if is_writer:
-            schedule = _trained_schedule(context, ema)
-            evaluator = Evaluator(experiment.network, plan, context.devices)
-            report = evaluator.evaluate(
-                Trained(params=ema, step=step, schedule=schedule, seed=experiment.seed),
-                context.dataset.test,
-                about=experiment.about,
-                folder=context.workdir.path,
-            )
-            print(describe_evaluation(report))
+        with together():
+            if is_writer:
+                _evaluate(context, plan, ema, step)
     return 0
+
+
+def _evaluate(context: _Context, plan: EvaluationPlan, ema: PyTree, step: int) -> None:
+    """Write the evaluation of a trained network, and print it."""
+    experiment = context.experiment
+    schedule = _trained_schedule(context, ema)
+    evaluator = Evaluator(experiment.network, plan, context.devices)
+    report = evaluator.evaluate(
+        Trained(params=ema, step=step, schedule=schedule, seed=experiment.seed),
+        context.dataset.test,
+        about=experiment.about,
+        folder=context.workdir.path,
+    )
+    print(describe_evaluation(report))
 
 
 def ablate(config: ConfigDict, path: pathlib.Path, command: str) -> int:

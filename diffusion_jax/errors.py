@@ -40,6 +40,19 @@ class NonFiniteLossError(RunError):
     """A loss, the gradient of a step or a term of the bound is not a number."""
 
 
+@contextlib.contextmanager
+def after_writing(state: str) -> Iterator[None]:
+    """A mistake of the user's that nobody could see before something was written.
+
+    Raises:
+        RunError: the ``state`` that was reached, and the mistake.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise RunError(f"{state}: {error}") from error
+
+
 def require(condition: Any, field: str, value: Any, allowed: str) -> None:
     """Refuse a value: ``config.train.batch_size = 0: must be at least 1``.
 
@@ -57,7 +70,7 @@ def _show(value: Any) -> str:
     return repr(value.item() if hasattr(value, "item") else value)
 
 
-def interval(low: SupportsFloat, high: SupportsFloat) -> str:
+def bounds(low: SupportsFloat, high: SupportsFloat) -> str:
     """Computed bounds, [low, high] in six digits: rounded inwards, so that both are allowed."""
     texts = at_least(low), at_most(high)
     if float(texts[0]) > float(texts[1]):  # nothing of six digits is between them

@@ -210,7 +210,8 @@ def check_room(jobs: Sequence[Job], path: pathlib.Path, per_device: int) -> None
     free = shutil.disk_usage(existing).free
     plan = jobs[0].experiment.training
     saves = plan.keep_last + plan.keep_best
-    needed = len(missing) * saves * largest
+    at_once = min(len(missing), per_device * jax.local_device_count())  # each saves one more
+    needed = (len(missing) * saves + at_once) * largest
     allowed = f"fewer: {saves} checkpoints of each need {needed:,} bytes, {existing} has {free:,}"
     require(needed <= free, "config.ablate.grid", f"{len(missing)} jobs", allowed)
 

@@ -13,7 +13,7 @@ from diffusion_jax.ablation.turns import Turn, take_turns
 from diffusion_jax.config.config import to_record
 from diffusion_jax.diffusion import schedules
 from diffusion_jax.diffusion.streams import Stream, stream_key
-from diffusion_jax.errors import ConfigError, NonFiniteLossError, RunError
+from diffusion_jax.errors import ConfigError, RunError
 from diffusion_jax.runtime.checkpoint import saved_steps
 from diffusion_jax.runtime.stop import Stop
 from diffusion_jax.training.journal import Journal
@@ -77,7 +77,7 @@ class _Training:
             while slot not in self._runs and (turn := self._next_turn()) is not None:
                 job = self._jobs[turn.index]
                 if turn.index in self._ended:
-                    self._ended.pop(turn.index).close()
+                    self._end(turn.index)
                 try:
                     run = self._open(job, slot)
                 except (RunError, ConfigError) as error:  # no intact checkpoint, or a locked folder
@@ -163,7 +163,7 @@ class _Training:
                 if stopping or run.is_checkpoint_due:
                     run.save(self._slots.get(slot, state))
                 ended = run.step >= turn.until  # and saved: turns end with a checkpoint
-            except NonFiniteLossError as error:
+            except RunError as error:  # not finite, or not to be saved
                 fail(self._jobs[turn.index], error, self._failed)
                 ended = True
             if ended:
@@ -171,11 +171,19 @@ class _Training:
         return stopping
 
     def _close_ended(self) -> None:
-        while self._ended:
-            self._ended.popitem()[1].close()
+        for index in list(self._ended):
+            self._end(index)
+
+    def _end(self, index: int) -> None:
+        """Close a run that has ended; its job fails if its last checkpoint cannot be saved."""
+        try:
+            self._ended.pop(index).close()
+        except RunError as error:
+            fail(self._jobs[index], error, self._failed)
 
     def close(self) -> None:
         """Close all runs that are under way or have ended, even if closing one fails."""
+        self._ended |= {turn.index: run for turn, run in self._runs.values()}
         with contextlib.ExitStack() as stack:
-            for run in [*self._ended.values(), *(run for _, run in self._runs.values())]:
-                stack.callback(run.close)
+            for index in self._ended:
+                stack.callback(self._end, index)

@@ -125,6 +125,8 @@ def differences(config: ConfigDict, recorded: Mapping[str, Any]) -> dict[str, tu
         for record in (to_record(default.get_config()), recorded, to_record(config))
     )
     before = {name: defaults[name] for name in defaults if not _is_of_model(name)} | before
+    if before["config.schedule.name"] == "from_betas":  # an older record has a T without effect
+        before["config.schedule.num_timesteps"] = now["config.schedule.num_timesteps"]
     pairs = {name: (before.get(name), now.get(name)) for name in sorted(before | now)}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 

@@ -17,7 +17,7 @@ from diffusion_jax.diffusion.process import Prediction
 from diffusion_jax.diffusion.samplers.base import Batch, Keys, Number, Sampler, Step
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.diffusion.tracing import is_known
-from diffusion_jax.errors import interval, require
+from diffusion_jax.errors import bounds, require
 
 STRAIGHT_SINE = 1e-6  # two latents whose angle has a smaller sine are joined by a straight line
 
@@ -155,7 +155,7 @@ def until(schedule: Schedule, timestep: int | float) -> Schedule:
         ConfigError: a timestep below that of the first row or above that of the last.
     """
     timesteps = np.asarray(schedule.timestep)
-    allowed = f"in {interval(timesteps[0], timesteps[-1])}, the timesteps of the chain"
+    allowed = f"in {bounds(timesteps[0], timesteps[-1])}, the timesteps of the chain"
     require(
         not is_known(timestep) or timesteps[0] <= timestep <= timesteps[-1],
         "timestep",

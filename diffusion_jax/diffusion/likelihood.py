@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from diffusion_jax.diffusion import schedules, weightings
 from diffusion_jax.diffusion.process import Example, Predict
-from diffusion_jax.diffusion.schedules.columns import log_of_rest
+from diffusion_jax.diffusion.schedules.columns import log_one_minus
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.errors import choose, require
 
@@ -62,7 +62,7 @@ def prior_term(row: Schedule, x_0: Example) -> Example:
 
     (alpha_bar x_0^2 - alpha_bar - log(1 - alpha_bar)) / 2
     """
-    log_variance = log_of_rest(row.alpha_bar, row.one_minus_alpha_bar)
+    log_variance = log_one_minus(row.alpha_bar, row.one_minus_alpha_bar)
     return (row.alpha_bar * x_0**2 - row.alpha_bar - log_variance) / 2
 
 

@@ -61,9 +61,10 @@ class Sums:
         Raises:
             NonFiniteLossError: a number is not finite.
         """
-        for index in np.flatnonzero(~np.isfinite(bits))[:1]:
-            image = images.start + index
-            raise NonFiniteLossError(f"image {image}: {NAMES[name]} is {bits[index]} bits")
+        wrong = np.flatnonzero(~np.isfinite(bits))
+        if wrong.size:
+            image, value = images.start + wrong[0], bits[wrong[0]]
+            raise NonFiniteLossError(f"image {image}: {NAMES[name]} is {value} bits")
         self.arrays[name][images] = bits
 
     def add(self, images: slice, positions: np.ndarray, terms: Terms, size: np.ndarray) -> None:
@@ -76,7 +77,9 @@ class Sums:
         positions, size = positions[real], size[real]
         terms = Terms(*(np.asarray(leaf, np.float64)[real] for leaf in terms))
         for name, values in terms._asdict().items():
-            for stratum, index in np.argwhere(~np.isfinite(values))[:1]:
+            wrong = np.argwhere(~np.isfinite(values))
+            if wrong.size:
+                stratum, index = wrong[0]
                 where = f"image {images.start + index} at t = {positions[stratum, index] + 1}"
                 raise NonFiniteLossError(f"{where}: {NAMES[name]} is {values[stratum, index]}")
         weighted = terms.bits * size[:, None]

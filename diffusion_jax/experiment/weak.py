@@ -80,11 +80,11 @@ def is_ahead(weak: Weak | None, workdir: Workdir, plan: TrainingPlan) -> bool:
         return False
     steps, every = saved_steps(workdir.checkpoints), plan.checkpoint_every_steps
     is_saved = weak.step % every == 0 or weak.step == plan.num_steps
-    is_ahead = is_saved and max(steps, default=0) < weak.step <= plan.num_steps
+    is_coming = is_saved and max(steps, default=0) < weak.step <= plan.num_steps
     allowed = f"one of the checkpoints {steps}, or a later step that is saved: every {every} steps"
     allowed += f", and {plan.num_steps}"
-    require(is_ahead or weak.step in steps, "config.guidance.weak_step", weak.step, allowed)
-    return is_ahead
+    require(is_coming or weak.step in steps, "config.guidance.weak_step", weak.step, allowed)
+    return is_coming
 
 
 def restore_weak(weak: Weak | None) -> PyTree:

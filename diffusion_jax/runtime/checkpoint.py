@@ -1,9 +1,12 @@
 """Checkpoints that are asynchronous, confirmed, verified and never trusted blindly.
 
-Orbax writes them. A save is read back before it takes the place of older ones. Orbax restores
-flipped bits without a word, so a digest of the state is saved beside it and compared at restore; a
-damaged step falls back to the newest intact one. Whoever reads changes nothing: the run that the
-folder belongs to may be writing there.
+Orbax writes them. The record and the list of arrays of a save are read back before older steps are
+removed. Orbax restores flipped bits without a word, so a digest of the state is saved beside it and
+compared at restore; a damaged step falls back to the newest intact one. Whoever reads changes
+nothing: the run that the folder belongs to may be writing there.
+
+Orbax counts its saves and loads, and those of several processes wait for each other. So all
+processes save and load the same steps, from their main threads.
 """
 
 import contextlib
@@ -24,6 +27,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from diffusion_jax.errors import ConfigError, RunError, WorkdirError
+from diffusion_jax.runtime.processes import any_is, value_of_first
 
 LOG = logging.getLogger("diffusion_jax")
 
@@ -31,6 +35,7 @@ Arrays = dict[str, np.ndarray]
 
 UNFINISHED = "*.orbax-checkpoint-tmp*"  # the folder of a step while orbax writes it
 REMOVED = ".removed"  # the end of its name while a step is removed
+DAMAGED = ".damaged"  # the end of its name when a run has gone on from an older step
 
 
 class SaveError(RunError):
@@ -42,7 +47,7 @@ class NoIntactCheckpointError(RunError):
 
 
 class OtherModelError(RunError):
-    """An intact checkpoint has not the arrays that the model has."""
+    """An intact checkpoint does not have the arrays of the model."""
 
 
 class Restored(NamedTuple):
@@ -91,7 +96,7 @@ class Checkpoints:
         *,
         keep_step: int | None = None,
     ) -> None:
-        _report_ourselves()
+        _silence_orbax()
         self._directory = directory.absolute()
         self._keep_last, self._keep_best, self._keep_step = keep_last, keep_best, keep_step
         self._damaged: list[int] = []
@@ -101,7 +106,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             for pattern in (UNFINISHED, f"*{REMOVED}"):  # of a run that was killed
                 for path in self._directory.glob(pattern):
-                    shutil.rmtree(path)
+                    _remove(path)
         self._losses: dict[int, float] = {}
         for step in self.steps:
             with contextlib.suppress(Exception):  # damage is for restore to tell of
@@ -116,7 +121,7 @@ class Checkpoints:
         return self._directory / str(step)
 
     def restore(self, template: Any, step: int | None = None) -> Restored | None:
-        """As the function ``restore``; steps that are damaged are removed after the next save."""
+        """As the function ``restore``; the next save takes damaged steps out of the way."""
         restored, self._damaged = _restore(self._directory, template, step)
         return restored
 
@@ -127,6 +132,7 @@ class Checkpoints:
             SaveError: the save before this one failed.
         """
         self.wait()
+        self._set_damaged_aside()
         arrays = flatten(state)
         sum_ = digest(arrays)
         options = ocp.Context()
@@ -138,7 +144,7 @@ class Checkpoints:
                 self._path(step),
                 arrays,
                 custom_metadata={"digest": sum_, "loss": loss},
-                overwrite=True,  # of a damaged one; nothing else is there
+                overwrite=True,  # nothing is there
             )
         self._losses[step] = loss
         self._saving = self._thread.submit(self._finish, response.result, step, arrays, sum_)
@@ -153,17 +159,22 @@ class Checkpoints:
             if saved.custom_metadata["digest"] != sum_:
                 raise ValueError("its record is not the one that was written")
             _require_same_arrays(saved.metadata or {}, arrays)
-            self._damaged = [damaged for damaged in self._damaged if damaged != step]
-            for other in self._superfluous():
-                removed = self._path(other).with_name(f"{other}{REMOVED}")
-                self._path(other).rename(removed)  # at once: half a step would look damaged
-                shutil.rmtree(removed)
+        for other in self._superfluous():
+            _remove(self._path(other))
 
     def _superfluous(self) -> list[int]:
-        intact = [step for step in self.steps if step not in self._damaged]
-        lowest = sorted(intact, key=lambda step: self._losses.get(step, math.inf))
-        kept = {*intact[-self._keep_last :], *lowest[: self._keep_best], self._keep_step}
-        return [step for step in self.steps if step not in kept]
+        steps = self.steps
+        lowest = sorted(steps, key=lambda step: self._losses.get(step, math.inf))
+        kept = {*steps[-self._keep_last :], *lowest[: self._keep_best], self._keep_step}
+        return [step for step in steps if step not in kept]
+
+    def _set_damaged_aside(self) -> None:
+        """Rename what could not be read: it counts no more, and is there for whoever wants it."""
+        damaged, self._damaged = self._damaged, []
+        for step in damaged if jax.process_index() == 0 else ():
+            aside = self._path(step).with_name(f"{step}{DAMAGED}")
+            _remove(aside)
+            self._path(step).rename(aside)
 
     def wait(self) -> None:
         """Wait for what is being saved.
@@ -187,6 +198,20 @@ class Checkpoints:
             self._thread.shutdown()
 
 
+def _remove(path: pathlib.Path) -> None:
+    """Remove the folder of a step, if it is there; one that cannot be removed is in nobody's way.
+
+    It has another name at once, for half a step would look damaged.
+    """
+    removed = path.with_name(f"{path.name.removesuffix(REMOVED)}{REMOVED}")
+    try:
+        if path.exists():
+            path.rename(removed)
+            shutil.rmtree(removed)
+    except OSError as error:
+        LOG.warning("%s could not be removed: %s", path, error)
+
+
 @contextlib.contextmanager
 def _as_save_error(step: int) -> Iterator[None]:
     """Orbax and tensorstore fail in many ways: as one line of ours, whatever it was."""
@@ -205,10 +230,10 @@ def _reason(error: Exception) -> str:
 
 
 @functools.cache  # once
-def _report_ourselves() -> None:
-    """Leave out what orbax and tensorstore print of a failure beside raising it: many tracebacks.
+def _silence_orbax() -> None:
+    """Drop what orbax and tensorstore print: of a failure many tracebacks, beside raising it.
 
-    When the first array fails orbax ends its event loop, and the other arrays' tasks in it.
+    When the first array fails orbax ends its event loop, and the tasks of the other arrays in it.
     """
     absl, asyncio = logging.getLogger("absl"), logging.getLogger("asyncio")
     absl.addFilter(lambda record: "/orbax/checkpoint/" not in record.pathname)
@@ -239,24 +264,25 @@ def _restore(
     directory: pathlib.Path, template: Any, step: int | None
 ) -> tuple[Restored | None, list[int]]:
     """The state, and the newer steps that are damaged."""
-    _report_ourselves()
+    _silence_orbax()
     damaged: list[int] = []
     while True:
         steps = [s for s in saved_steps(directory) if step in (None, s)]
-        intact = [s for s in steps if s not in damaged]
-        if not intact:
+        newest = value_of_first(max((s for s in steps if s not in damaged), default=-1))
+        if newest < 0:
             break
+        reason = ""
         try:
-            arrays = load(directory, intact[-1])
+            arrays = load(directory, newest)
         except Exception as error:  # damage shows as any exception of orbax or tensorstore
-            if intact[-1] not in saved_steps(directory):
-                continue  # its run has just removed it, for a newer one
-            LOG.warning(
-                "checkpoint %d is damaged (%s), trying an older one", intact[-1], _reason(error)
-            )
-            damaged.append(intact[-1])
-            continue
-        return Restored(intact[-1], _unflatten(arrays, template)), damaged
+            reason = _reason(error)
+        if not any_is(bool(reason)):
+            return Restored(newest, _unflatten(arrays, template)), damaged
+        # a live run removes a step when it has a newer one
+        if any_is(newest in saved_steps(directory)):
+            reason = reason or "in another process"
+            LOG.warning("checkpoint %d is damaged (%s), trying an older one", newest, reason)
+            damaged.append(newest)
     if steps:
         raise NoIntactCheckpointError(f"none of the checkpoints {steps} is intact")
     return None, damaged

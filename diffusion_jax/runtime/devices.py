@@ -29,7 +29,8 @@ COORDINATOR, NUM_PROCESSES, PROCESS_ID = (
     "JAX_PROCESS_ID",
 )
 
-LEAVING_SECONDS = 30  # a process that fails waits so long for the others, which may hang without it
+# How long a process that ends waits for the others to end: they may be blocked because it is gone.
+LEAVING_SECONDS = 30
 
 # a core's convolutions on that core; the widest vectors that it has
 XLA_FLAGS = "--xla_cpu_multi_thread_eigen=false", "--xla_cpu_prefer_vector_width=512"

@@ -52,6 +52,10 @@ class Workdir:
             raise WorkdirError(self.path, f"config.json is damaged: {error}") from error
         if not isinstance(record, dict):
             raise WorkdirError(self.path, "config.json is damaged: it holds no sections")
+        options = record.get(OPTIONS, numerics.FIXED)  # an older record has none
+        if options != numerics.FIXED:
+            reason = f"is of a run under other options of jax, {options}, not {numerics.FIXED}"
+            raise WorkdirError(self.path, reason)
         return {name: value for name, value in record.items() if name != OPTIONS}
 
     @contextlib.contextmanager
@@ -81,6 +85,15 @@ class Workdir:
             except OSError as error:
                 raise WorkdirError(self.path, str(error.strerror)) from error
             yield
+
+    def require_record(self, record: Mapping[str, Any] | None) -> None:
+        """Refuse a folder whose record is no longer the one that a run was checked against.
+
+        Raises:
+            WorkdirError: another run has written it between the check and the lock.
+        """
+        if self.read_record() != record:
+            raise WorkdirError(self.path, "another run has just been here; start again")
 
     def keep_traceback(self, text: str) -> str:
         """Write error.log, if the folder is there; returns the end of a message that says so."""

@@ -61,6 +61,15 @@ class Run:
             start = {"start": self.step, "since_log": saved["since_log"]}
             self._journal = journal(workdir.path, plan, **start)
             resources.callback(self._journal.close)
+            self._batches = read_batches(
+                dataset.train,
+                plan.batch_size,
+                seed,
+                start_step=self.step,
+                flip=plan.flip,
+                process_index=processes.index,
+                process_count=processes.count,
+            )
             self._resources = resources.pop_all()
         if self.step:
             LOG.info("resuming at step %d", self.step)
@@ -68,17 +77,10 @@ class Run:
             LOG.warning(
                 "the checkpoint is of step %d, past config.train.num_steps = %d: there is nothing "
                 "to train, and what follows is of step %d",
-                *(self.step, plan.num_steps, self.step),
+                self.step,
+                plan.num_steps,
+                self.step,
             )
-        self._batches = read_batches(
-            dataset.train,
-            plan.batch_size,
-            seed,
-            start_step=self.step,
-            flip=plan.flip,
-            process_index=processes.index,
-            process_count=processes.count,
-        )
 
     @property
     def is_done(self) -> bool:

@@ -15,7 +15,7 @@ from diffusion_jax.__main__ import parse_arguments
 from diffusion_jax.config.config import differences, load, to_record, value_of
 from diffusion_jax.diffusion import samplers, schedules, weightings
 from diffusion_jax.diffusion.losses import Examples, LossInputs
-from diffusion_jax.errors import ConfigError, at_least, at_most, choose, interval, require
+from diffusion_jax.errors import ConfigError, at_least, at_most, bounds, choose, require
 from diffusion_jax.experiment.experiment import create_experiment
 
 PATHS = ["--config=configs/default.py", "--workdir=runs/x"]
@@ -543,7 +543,7 @@ def test_contradiction_is_none_where_a_network_can_be_trained(repository, tmp_pa
 @example(low=0.0, high=0.0)
 def test_printed_bound_is_allowed(low, high):
     low, high = sorted((low, high))
-    printed = [float(end) for end in interval(low, high).strip("[]").split(", ")]
+    printed = [float(end) for end in bounds(low, high).strip("[]").split(", ")]
     assert low <= printed[0] <= printed[1] <= high
     for end, text in zip(printed, (at_least(low), at_most(high))):
         assert low <= float(text) <= high or printed == [low, high]
@@ -577,9 +577,9 @@ def test_printed_bound_of_sigma_is_a_sigma_of_the_chain(spacing, name):
 
 @pytest.mark.parametrize("tau", [0.007, 0.0123456789, 1 / 30, 0.05])
 def test_printed_bound_of_a_sigmoid_is_one(tau):
-    for field, bounds in (("start", (-50.0, 3.0)), ("end", (-0.1, 50.0))):
+    for field, ends in (("start", (-50.0, 3.0)), ("end", (-0.1, 50.0))):
         with pytest.raises(ConfigError) as error:
-            schedules.sigmoid(4, **dict(zip(("start", "end"), bounds)), tau=tau)
+            schedules.sigmoid(4, **dict(zip(("start", "end"), ends)), tau=tau)
         assert message_of(error).startswith(f"{field} = ")
         most = float(re.findall(r"[\d.]+", message_of(error))[-1])
         assert most == pytest.approx(50 * tau, rel=1e-5)

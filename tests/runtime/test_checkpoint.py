@@ -161,6 +161,7 @@ def test_a_run_that_fell_back_keeps_what_it_saves_then(directory):
         restored = restore(directory)
         assert restored.step == step
         assert_same(flatten(restored.state), flatten(state_at(step)))
+    assert (directory / "20.damaged").is_dir()  # for whoever wants to look at it
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from diffusion_jax.diffusion import process
 from diffusion_jax.diffusion.process import Predict, Prediction
-from diffusion_jax.diffusion.schedules.columns import log_of_rest
+from diffusion_jax.diffusion.schedules.columns import log_one_minus
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.diffusion.schedules.transforms import at_log_snr
 
@@ -136,7 +136,7 @@ def width(row: Schedule) -> Scalar:
     is_first = row.one_minus_alpha_bar_prev == 0
     loss = jnp.where(is_first, 1.0, row.beta / row.one_minus_alpha_bar)
     kept = row.alpha * (row.one_minus_alpha_bar_prev / row.one_minus_alpha_bar)
-    return -log_of_rest(loss, kept, LARGE) / 2
+    return -log_one_minus(loss, kept, LARGE) / 2
 
 
 def ratio(a: Scalar, b: Scalar) -> Scalar:

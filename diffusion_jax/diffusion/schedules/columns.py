@@ -27,7 +27,7 @@ def require_betas(**betas: Scalar) -> None:
             require(np.float32(beta) > 0 and beta <= 1, field, beta, "in (0, 1]")
 
 
-def log_of_rest(x: Column, rest: Column, large: float = 0.5) -> Column:
+def log_one_minus(x: Column, rest: Column, large: float = 0.5) -> Column:
     """log(1 - x) of x in [0, 1], and from ``large`` on of its ``rest`` 1 - x, which is known.
 
     A rounding of x is x / (1 - x) times as much in 1 - x: four times at 0.8, a thousand at 0.999.
@@ -85,10 +85,10 @@ def _require_sound(columns: dict[str, Column]) -> None:
     for name, column in columns.items():
         column = np.asarray(column, np.float32)
         divides = name in ("beta", "one_minus_alpha_bar")
-        wrong = np.flatnonzero(~np.isfinite(column) | (divides & (column <= 0)))
-        for row in wrong[:1]:
-            allowed = f"finite{' and above 0' if divides else ''}: the arguments are too extreme"
-            require(False, f"{name}[{row}]", column[row], allowed)
+        wrong = ~np.isfinite(column) | (divides & (column <= 0))
+        row = np.argmax(wrong)
+        allowed = f"finite{' and above 0' if divides else ''}: the arguments are too extreme"
+        require(not wrong[row], f"{name}[{row}]", column[row], allowed)
 
 
 def from_alpha_bars(
@@ -123,7 +123,7 @@ def from_alpha_bars(
     last_exact = xp.minimum(np.arange(1, len(beta) + 1), xp.sum(exact))  # 0: the row t = 0
     base = xp.concatenate([xp.ones(1), alpha_bar])[last_exact]
     one_minus_base = xp.concatenate([xp.zeros(1), one_minus_alpha_bar])[last_exact]
-    tail, one_minus_tail = running_product(xp.where(exact, 0.0, log_of_rest(beta, alpha)))
+    tail, one_minus_tail = running_product(xp.where(exact, 0.0, log_one_minus(beta, alpha)))
     return from_columns(
         beta=beta,
         alpha=alpha,

@@ -16,7 +16,7 @@ from diffusion_jax.diffusion.schedules.columns import (
     array_module,
     from_alpha_bars,
     from_columns,
-    log_of_rest,
+    log_one_minus,
     require_betas,
     running_product,
 )
@@ -225,7 +225,7 @@ def from_betas(betas: Float[Array, "..."] | np.ndarray | Sequence[float]) -> Sch
         worst = np.argmin((np.asarray(beta, np.float32) > 0) & (beta <= 1))  # a False, if any
         require_betas(**{f"betas[{worst}]": beta[worst]})
     alpha = 1 - beta
-    alpha_bar, one_minus_alpha_bar = running_product(log_of_rest(beta, alpha))
+    alpha_bar, one_minus_alpha_bar = running_product(log_one_minus(beta, alpha))
     return from_columns(
         beta=beta, alpha=alpha, alpha_bar=alpha_bar, one_minus_alpha_bar=one_minus_alpha_bar
     )

@@ -39,8 +39,9 @@ class Schedule:
         if isinstance(index, int) and not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of a schedule of {len(self)} rows")
         if isinstance(index, np.ndarray) and index.dtype != bool:  # computed: -1 is not row T
-            for row in index[(index < 0) | (index >= len(self))][:1]:
-                raise IndexError(f"row {row} of a schedule of {len(self)} rows")
+            outside = index[(index < 0) | (index >= len(self))]
+            if outside.size:
+                raise IndexError(f"row {outside[0]} of a schedule of {len(self)} rows")
         return jax.tree.map(lambda column: column[index], self)
 
     def __len__(self) -> int:

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diffusion_jax.diffusion.schedules.columns import array_module, from_columns, log_of_rest
+from diffusion_jax.diffusion.schedules.columns import array_module, from_columns, log_one_minus
 from diffusion_jax.diffusion.schedules.schedule import Column, Scalar, Schedule, require_length
 from diffusion_jax.diffusion.schedules.spacings import GRIDS, SPACINGS, LogSnrs
 from diffusion_jax.diffusion.tracing import is_known
-from diffusion_jax.errors import at_least, at_most, choose, interval, require
+from diffusion_jax.errors import at_least, at_most, bounds, choose, require
 
 
 def from_log_snr(log_snr: Column, timestep: Column, drops: LogSnrs | None = None) -> Schedule:
@@ -52,7 +52,7 @@ def at_log_snr(schedule: Schedule, log_snr: Column) -> Schedule:
         slack = 1e-6 * np.abs(known)  # columns are rounded to float32
         first, last = known[0] + slack[0], known[-1] - slack[-1]
         inside = np.all((log_snr <= first) & (log_snr >= last)) and np.all(np.diff(log_snr) < 0)
-        require(inside, "log_snr", log_snr, f"decreasing, in {interval(known[-1], known[0])}")
+        require(inside, "log_snr", log_snr, f"decreasing, in {bounds(known[-1], known[0])}")
     return from_log_snr(log_snr, _interpolate(-log_snr, -known, old.timestep))
 
 
@@ -177,7 +177,7 @@ def respace(
     old = _columns(schedule)
     xp = array_module(old.beta)
     # one sum per jump, which starts after the selected row before it
-    log_alpha = log_of_rest(old.beta, old.alpha)[: rows[-1] + 1]
+    log_alpha = log_one_minus(old.beta, old.alpha)[: rows[-1] + 1]
     log_jump = xp.add.reduceat(log_alpha, np.append(0, rows[:-1] + 1))
     selected = jax.tree.map(lambda column: column[rows], old)
     return from_columns(
@@ -210,7 +210,7 @@ def _respace_off_grid(
             continue
         if is_known(sigma, known):
             least, most = np.exp(-known[0] / 2), np.exp(-known[-1] / 2)
-            allowed = f"a noise level of the schedule, in {interval(least, most)}"
+            allowed = f"a noise level of the schedule, in {bounds(least, most)}"
             require(least <= sigma <= most, field, sigma, allowed)
         ends[place] = -2 * xp.log(sigma)
     if is_known(*ends) and num_steps > 1:
@@ -221,9 +221,11 @@ def _respace_off_grid(
             field, allowed = "sigma_max", f"above sigma_min = {at_least(sigma_min)}"
         why = "as many steps need noise levels between them"
         require(ends[1] < ends[0], field, sigmas[field], f"{allowed} ({why})")
+    if is_known(rho):
+        require(0 < rho < math.inf, "rho", rho, "a finite number > 0")
     if is_known(rho, *ends):
         # sigma^(1/rho) must be a float64, and its logarithm times rho have digits
         least = max(abs(ends[0]), abs(ends[1])) / 1400
-        require(least <= rho <= 1e8, "rho", rho, f"in {interval(least, 1e8)}")
+        require(least <= rho <= 1e8, "rho", rho, f"in {bounds(least, 1e8)}")
     log_snr, drops = GRIDS[spacing](num_steps, *ends, rho)
     return from_log_snr(log_snr, _interpolate(-log_snr, -known, old.timestep), drops)
