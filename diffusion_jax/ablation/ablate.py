@@ -34,6 +34,7 @@ from diffusion_jax.ablation.results import SCORES, Results
 from diffusion_jax.ablation.scoring import score_jobs
 from diffusion_jax.ablation.training import train_jobs
 from diffusion_jax.config.config import OF_THE_TRAINING, require_same
+from diffusion_jax.config.default import Effect
 from diffusion_jax.data.dataset import Dataset
 from diffusion_jax.errors import ConfigError, WorkdirError, require
 from diffusion_jax.evaluation.classifier import (
@@ -65,7 +66,7 @@ def check(
         of_job = folder_of(job, folder.path)
         recorded = of_job.read_record()
         if recorded is not None:
-            fixed = (*OF_THE_TRAINING, "train.num_steps")
+            fixed = OF_THE_TRAINING | {Effect.LENGTH}
             require_same(job.config, recorded, fixed, of_job.path)
     if parallel.way == "sequence":
         require_shared_batches(ablation.jobs[0].experiment.training.batch_size, devices)

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.ablation.jobs import Ablation, Arm, Job
 from diffusion_jax.config.config import override, value_of
+from diffusion_jax.config.default import FIELDS, Effect, effect_of
 from diffusion_jax.errors import ConfigError, choose, require
 from diffusion_jax.evaluation.distances import DISTANCES
 from diffusion_jax.experiment.experiment import create_experiment
@@ -17,8 +18,8 @@ from diffusion_jax.runtime.checkpoint import digest, flatten
 FIELD = "config.ablate.grid"
 PARALLEL = ("auto", "device", "sequence", "vmap")
 
-# Arms may differ in these sections. Data, batches and the number of steps are the same for all.
-SECTIONS = ("schedule", "loss", "model", "optimizer", "ema")
+# What arms may differ in. Data, batches and the number of steps are the same for all.
+ABLATED = {Effect.MODEL, Effect.TRAINING}
 LONGEST_NAME = 200  # bytes, of a folder
 
 
@@ -168,8 +169,9 @@ def _choices(product: str) -> list[tuple[tuple[str, str], ...]]:
         if not (name and all(listed)):
             form = "FIELD=VALUE,VALUE or several of that with ; between them"
             raise ConfigError(f"{FIELD}: {axis.strip()!r} lacks a value: must be {form}")
-        known = [f"{section}." for section in SECTIONS]
-        if not name.startswith(tuple(known)):
+        if "." not in name or effect_of(name) not in ABLATED:
+            fitting = (other for other, field in FIELDS.items() if field.effect in ABLATED)
+            known = dict.fromkeys(f"{other.partition('.')[0]}." for other in fitting)
             raise ConfigError(f"{FIELD}: {name!r} cannot be ablated: must be in {', '.join(known)}")
         if name in axes:
             raise ConfigError(f"{FIELD}: {name} is twice in {product.strip()!r}")

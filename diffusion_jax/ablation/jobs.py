@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from diffusion_jax.config.default import FIELDS, Effect
 from diffusion_jax.data.dataset import Dataset
 from diffusion_jax.errors import RunError
 from diffusion_jax.experiment.experiment import Experiment
@@ -18,27 +19,6 @@ from diffusion_jax.runtime.checkpoint import digest, flatten
 from diffusion_jax.runtime.workdir import Workdir
 
 LOG = logging.getLogger("diffusion_jax")
-
-
-# Fields that do not change the scores of a run: the machine, how often something is written, and
-# the batch sizes of sampling and evaluation, where every image has its own PRNG key.
-WITHOUT_EFFECT = (
-    "ablate",
-    "checkpoint",
-    "compilation_cache",
-    "dataset.archives",
-    "dataset.data_dir",
-    "distributed",
-    "evaluate.batch_size",
-    "evaluate.timesteps_per_call",
-    "num_devices",
-    "sampling.batch_size",
-    "sampling.compared_steps",
-    "sampling.num_frames",
-    "train.log_every_steps",
-    "train.sample_every_steps",
-    "train.steps_per_call",
-)
 
 
 class Arm(NamedTuple):
@@ -79,10 +59,11 @@ class Job(NamedTuple):
     def relevant_fields(self) -> dict[str, Any]:
         """The fields that the scores depend on."""
         fields = self.config.to_dict()
-        for name in WITHOUT_EFFECT:
+        for name, field in FIELDS.items():
             section, _, leaf = name.rpartition(".")
-            del (fields[section] if section else fields)[leaf]
-        return fields
+            if field.effect is Effect.NOTHING:
+                del (fields[section] if section else fields)[leaf]
+        return {name: value for name, value in fields.items() if value != {}}
 
 
 class Ablation(NamedTuple):

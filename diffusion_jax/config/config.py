@@ -12,42 +12,24 @@ import math
 import operator
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
 from diffusion_jax.config import default
+from diffusion_jax.config.default import Effect, effect_of
 from diffusion_jax.config.paths import expand
 from diffusion_jax.errors import ConfigError, nearest, require
 
-# What a checkpoint depends on. The rest of a config may differ when a run goes on.
-OF_THE_MODEL = ("dataset.name", "schedule", "model", "loss.prediction", "loss.variance")
-OF_THE_TRAINING = (
-    *OF_THE_MODEL,
-    "seed",
-    "dataset.flip",
-    "loss",
-    "optimizer",
-    "ema",
-    "train.batch_size",
-)
+# The fields that must not differ where a checkpoint is read, and where a training goes on.
+OF_THE_MODEL = {Effect.DATA, Effect.MODEL}
+OF_THE_TRAINING = OF_THE_MODEL | {Effect.BATCHES, Effect.TRAINING}
 
 # jax counts in int32; these alone are more than counts.
 LARGEST_COUNT = 2**31 - 1
 SEEDS = ("config.seed", "config.ablate.seeds")
-
-# The fields that are paths, in which ~ is a home directory.
-PATHS = (
-    "compilation_cache",
-    "dataset.archives",
-    "dataset.data_dir",
-    "schedule.betas",
-    "guidance.weak_workdir",
-    "editing.images",
-    "editing.mask",
-)
 
 # The types that a field may have, in the words of an error message.
 KINDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
@@ -132,15 +114,17 @@ def differences(config: ConfigDict, recorded: Mapping[str, Any]) -> dict[str, tu
 
 
 def require_same(
-    config: ConfigDict, recorded: Mapping[str, Any], fixed: Sequence[str], where: object
+    config: ConfigDict, recorded: Mapping[str, Any], fixed: Collection[Effect], where: object
 ) -> None:
-    """Refuse a config that differs in a fixed field from the one recorded in the folder ``where``.
+    """Refuse a config that differs from the one recorded in the folder ``where``.
+
+    It may differ in fields that have another effect than the ``fixed`` ones.
 
     Raises:
         ConfigError: naming the first such field and both values.
     """
     for name, (before, now) in differences(config, recorded).items():
-        if name.startswith(tuple(f"config.{field}" for field in fixed)):
+        if effect_of(name.removeprefix("config.")) in fixed:
             raise ConfigError(
                 f"{name} = {now!r}: the run in {where} has {before!r}; "
                 "use that value or another --workdir"
@@ -199,7 +183,8 @@ def _parse(text: str, like: _Field) -> Any:
 def _check(field: str, value: Any, like: _Field) -> Any:
     if value is None and like.optional:
         return None
-    if field.removeprefix("config.") in PATHS and isinstance(value, str):
+    declared = default.FIELDS.get(field.removeprefix("config."))
+    if declared is not None and declared.default is Path and isinstance(value, str):
         value = expand(field, value)
     kind = like.kind
     if kind is tuple:

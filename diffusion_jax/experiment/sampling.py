@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from diffusion_jax.config.default import Effect, effect_of
 from diffusion_jax.data.dataset import DatasetInfo
 from diffusion_jax.diffusion import samplers, schedules
 from diffusion_jax.diffusion.samplers.base import Sampler
@@ -222,7 +223,12 @@ def identity_of_samples(
 
     ``params`` are those of the network and of the weaker one.
     """
-    sections = {name: config[name].to_dict() for name in ("sampling", "guidance", "editing")}
-    for name in ("batch_size", "num_frames", "compared_steps"):
-        del sections["sampling"][name]
+    sections = {
+        section: {
+            name: value
+            for name, value in config[section].to_dict().items()
+            if effect_of(f"{section}.{name}") is not Effect.NOTHING
+        }
+        for section in ("sampling", "guidance", "editing")
+    }
     return {"seed": config.seed, "digest": digest(flatten((params, edited))), **sections}

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from runs import TOY2D
 
 from diffusion_jax.__main__ import parse_arguments
-from diffusion_jax.config.config import differences, load, to_record, value_of
+from diffusion_jax.ablation.jobs import Job
+from diffusion_jax.config.config import (
+    OF_THE_MODEL,
+    OF_THE_TRAINING,
+    differences,
+    load,
+    require_same,
+    to_record,
+    value_of,
+)
+from diffusion_jax.config.default import FIELDS, Effect, effect_of
 from diffusion_jax.diffusion import samplers, schedules, weightings
 from diffusion_jax.diffusion.losses import Examples, LossInputs
 from diffusion_jax.errors import ConfigError, at_least, at_most, bounds, choose, require
@@ -317,20 +327,48 @@ def test_a_value_survives_the_command_line_and_the_record(default_path, integer,
     assert differences(config, to_record(config)) == {}
 
 
-def test_every_default_has_a_comment(repository, default):
+def test_every_field_has_a_comment(repository):
     lines = (repository / "diffusion_jax/config/default.py").read_text().splitlines()
-    bare = [
-        line.strip()
-        for above, line in itertools.pairwise(lines)
-        if re.match(r"\s+config\.[\w.]+ = (?!ConfigDict)", line)
-        and "#" not in line
-        and not above.strip().startswith("#")
-    ]
-    assert bare == []
+    bare = []
+    for above, line in itertools.pairwise(lines):
+        declared = re.match(r'    "([\w.]+)": Field\(', line)
+        if declared and "#" not in line and not above.strip().startswith("#"):
+            bare.append(declared[1].rpartition(".")[2])
     comments = " ".join(line.partition("#")[2] for line in lines)
-    named = " ".join(re.findall(r"config\.([\w.]+) = ", "\n".join(lines)))
-    for name, _ in leaves(default):
-        assert name in named.split() or re.search(rf"\b{name.split('.')[-1]}\b", comments), name
+    # one comment may be of several fields, which it names
+    assert [name for name in bare if not re.search(rf"\b{name}\b", comments)] == []
+
+
+def other_than(default):
+    """The text of another value."""
+    kind = default if isinstance(default, type) else type(default)
+    if kind is bool:
+        return str(default is not True)
+    return str((*default, 3)) if kind is tuple else "3"
+
+
+def test_the_effect_of_a_field_decides_what_depends_on_it(default_path, default):
+    """Whether a run goes on, is read, and is scored anew, with another value of one field."""
+    same = Job(arm=None, seed=0, config=default, experiment=None).relevant_fields()
+    for name, field in FIELDS.items():
+        config = load(default_path, [(name, other_than(field.default))])
+        other = Job(arm=None, seed=0, config=config, experiment=None).relevant_fields()
+        assert (other == same) == (field.effect is Effect.NOTHING), name
+        for fixed in (OF_THE_MODEL, OF_THE_TRAINING):
+            if field.effect in fixed:
+                with pytest.raises(ConfigError, match=rf"^config\.{re.escape(name)} = "):
+                    require_same(default, to_record(config), fixed, "there")
+            else:
+                require_same(default, to_record(config), fixed, "there")
+
+
+def test_fields_match_whole_names():
+    """A field does not have the effect of one whose name it begins with."""
+    assert effect_of("loss.variance") is Effect.MODEL
+    assert effect_of("train.batch_size") is Effect.BATCHES
+    assert effect_of("train.batch_size_of_another_version") is Effect.NOTHING
+    assert effect_of("model.num_layers") is Effect.MODEL  # of another network than the default's
+    assert effect_of("evaluate.anything") is Effect.NOTHING
 
 
 REGISTRIES = {

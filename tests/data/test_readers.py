@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from diffusion_jax.config.config import load, require_same
+from diffusion_jax.config.config import OF_THE_MODEL, load, require_same
 from diffusion_jax.config.paths import expand
 from diffusion_jax.data.arrays import read_array
 from diffusion_jax.data.pictures import read_images, read_picture
@@ -242,7 +242,7 @@ def test_a_record_without_its_sections_is_one_line(change):
     config = config_of()
     record = json.loads(config.to_json_best_effort()) | change
     with pytest.raises(ConfigError, match=r"^config\.\w+: damaged in the config.json[^\n]*$"):
-        require_same(config, record, ("schedule",), "there")
+        require_same(config, record, OF_THE_MODEL, "there")
 
 
 def test_the_home_directory_is_known_everywhere(tmp_path, monkeypatch):
