@@ -132,6 +132,8 @@ FIELDS: dict[str, Field] = {
     "sampling.num_images": Field(64, SCORES),  # image i depends on the seed and i alone
     "sampling.batch_size": Field(64, NOTHING),  # of all devices together
     "sampling.num_frames": Field(int, NOTHING),  # of animations; unset: 40 if so many; 0: none
+    # evaluator.npz too, in the layout of guided-diffusion's evaluator: arr_0, and labels in arr_1
+    "sampling.evaluator_npz": Field(False, NOTHING),
     # steps.png: the same noise by chains so long, (10, 50)
     "sampling.compared_steps": Field((), NOTHING),
     # guidance: of sampling

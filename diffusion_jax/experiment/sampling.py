@@ -64,6 +64,7 @@ class SamplingPlan(NamedTuple):
     dynamic_threshold: float | None
     num_frames: int
     compared_steps: tuple[int, ...]
+    evaluator_npz: bool
     is_conditional: bool
     label: int | None  # of all images; None: image i has class i mod num_classes
     guidance: Guidance | None
@@ -105,6 +106,8 @@ def create_sampling_plan(
         field = "config.sampling.dynamic_threshold"
         require(dataset.levels is not None, field, threshold, "unset: points have no range")
         require(0 < threshold <= 1, field, threshold, "in (0, 1]")
+    field = "config.sampling.evaluator_npz", fields.evaluator_npz
+    require(dataset.levels is not None or not fields.evaluator_npz, *field, "False: points")
     is_mu = config.loss.prediction == "mu"
     return SamplingPlan(
         sampler=sampler,
@@ -117,6 +120,7 @@ def create_sampling_plan(
         dynamic_threshold=threshold,
         num_frames=num_frames,
         compared_steps=fields.compared_steps,
+        evaluator_npz=fields.evaluator_npz,
         is_conditional=is_conditional,
         label=fields.label,
         guidance=create_guidance(config, schedule),

@@ -27,6 +27,7 @@ from diffusion_jax.drawing.images import (
 from diffusion_jax.errors import NonFiniteSampleError
 from diffusion_jax.experiment.editing import EditedImages
 from diffusion_jax.experiment.sampling import GRID_IMAGES, SamplingPlan
+from diffusion_jax.runtime import files
 from diffusion_jax.runtime.shards import Shards
 from diffusion_jax.sampling.generator import (
     ANIMATED_IMAGES,
@@ -114,7 +115,20 @@ def write_samples(samples: Samples, identity: dict[str, Any], folder: pathlib.Pa
     if plan.num_frames:
         _animate_noising(samples, folder / "noising.gif")
     shards.join(folder / "samples.npz")
+    if plan.evaluator_npz:
+        _write_for_evaluator(samples, folder)
     LOG.info("%d samples in %s", plan.num_images, folder)
+
+
+def _write_for_evaluator(samples: Samples, folder: pathlib.Path) -> None:
+    """The samples as guided-diffusion's evaluator opens them: arr_0 in RGB, the labels in arr_1."""
+    with np.load(folder / "samples.npz") as arrays:
+        images = arrays["images"]
+    rgb = np.broadcast_to(images, (*images.shape[:-1], 3))
+    label = samples.generator.label(np.arange(len(images)))
+    arrays = {"arr_0": rgb} | ({} if label is None else {"arr_1": np.asarray(label)})
+    with files.replace(folder / "evaluator.npz") as file:
+        np.savez(file, **arrays)
 
 
 def _sample(samples: Samples, shards: Shards, folder: pathlib.Path) -> None:

@@ -186,8 +186,14 @@ def test_a_killed_job_goes_on_and_neither_repeats_nor_loses_an_image(trained, tm
     begun.wait()
     kept = len(list(shards.glob("*.npz")))
     assert 2 <= kept < 20
-    images, done = sampled(trained, tmp_path, sampling__batch_size=7, **job)
+    other = {"sampling__batch_size": 7, "sampling__num_frames": 3, "sampling__evaluator_npz": True}
+    images, done = sampled(trained, tmp_path, **job, **other)
     assert f"going on after {2 * kept} of 40 samples" in done.stderr
+    with Image.open(tmp_path / "run/samples/denoising.gif") as animation:  # begun without frames
+        assert animation.is_animated
+    with np.load(tmp_path / "run/samples/evaluator.npz") as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"], np.repeat(images, 3, axis=-1))
+        np.testing.assert_array_equal(arrays["arr_1"], np.arange(40) % 10)
     assert images.shape == whole.shape
     # another batch size rounds the last float otherwise, which may be the next grey level
     assert (images != whole).mean() < 0.01
