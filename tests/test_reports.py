@@ -10,7 +10,8 @@ from gaussian import rows as exact_rows
 from jax.experimental.compilation_cache import compilation_cache
 
 from diffusion_jax.config.config import load
-from diffusion_jax.data.dataset import DatasetInfo
+from diffusion_jax.data.batches import read_batches
+from diffusion_jax.data.dataset import DatasetInfo, Split
 from diffusion_jax.diffusion import (
     learned_schedule,
     likelihood,
@@ -612,3 +613,19 @@ def test_jax_12582(cache):
     with pytest.warns(UserWarning, match="persistent compilation cache"):
         found = compile_anew()
     np.testing.assert_array_equal(found, expected)
+
+
+# --- data -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_k_diffusion_3_and_datasets_7113(size):
+    """A set smaller than a batch gave no batch: it was dropped as the last, incomplete one.
+
+    Here an epoch that ends in a batch goes on into the next, however short the epochs are.
+    """
+    images = np.arange(size, dtype=np.uint8)[:, None, None, None]
+    batches = read_batches(Split(images, None), 8, seed=0)
+    drawn = np.concatenate([next(batches)["image"].ravel() for _ in range(7)])
+    whole = drawn[: 56 // size * size].reshape(-1, size)
+    np.testing.assert_array_equal(np.sort(whole, axis=1), np.tile(np.arange(size), (len(whole), 1)))
