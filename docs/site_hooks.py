@@ -1,8 +1,9 @@
 """What mkdocs does not do by itself for this site.
 
 README.md, CONTRIBUTING.md and CHANGELOG.md are pages, though they lie above docs/. A link to a file
-of the repository leads to a page with its text. Formulas become MathML, so that no script and no
-network is needed to read them. A link to what does not exist stays as it is, and mkdocs reports it.
+of the repository leads to a page with its text. Formulas become MathML, and their font is a file of
+the site, so that no script and no network is needed to read them. A link to what does not exist
+stays as it is, and mkdocs reports it.
 """
 
 import html
@@ -12,6 +13,7 @@ import re
 from pathlib import Path
 
 import latex2mathml.converter
+import ziamath
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -21,6 +23,8 @@ DOCS = REPOSITORY / "docs"
 ABOVE_DOCS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 LINK = re.compile(r"\]\(([^()\s#:]+)(#[^()\s]*)?\)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+FORMULA_OF_TITLE = re.compile(r"()\\\((.*?)\\\)")
+FONT = Path(ziamath.__file__).parent / "fonts" / "STIXTwoMath-Regular.ttf"
 LANGUAGES = {".py": "python", ".json": "json", ".ipynb": "json", ".cfg": "ini"}
 
 
@@ -28,6 +32,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages above docs/, and a page for each file of the repository that is linked."""
     for name in ABOVE_DOCS:
         files.append(File.generated(config, name, content=(REPOSITORY / name).read_text()))
+    files.append(File.generated(config, "STIXTwoMath.ttf", abs_src_path=str(FONT)))
     waiting = [path for file in files.documentation_pages() for path in _linked(file)]
     while waiting:
         path = waiting.pop()
@@ -53,12 +58,17 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_page_content(html_text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turns the TeX of the formulas into MathML, which browsers draw."""
+    titles = list(page.toc)
+    for title in titles:  # grows as it is read
+        title.title = FORMULA_OF_TITLE.sub(_mathml, title.title)
+        titles += title.children
+    return FORMULA.sub(_mathml, html_text)
 
-    def replace(match: re.Match[str]) -> str:
-        display = "block" if match[1] == "div" else "inline"
-        return latex2mathml.converter.convert(html.unescape(match[2]).strip(), display=display)
 
-    return FORMULA.sub(replace, html_text)
+def _mathml(formula: re.Match[str]) -> str:
+    """The MathML of a formula, a line of its own where its element is one."""
+    display = "block" if formula[1] == "div" else "inline"
+    return latex2mathml.converter.convert(html.unescape(formula[2]).strip(), display=display)
 
 
 def _linked(file: File) -> list[Path]:
