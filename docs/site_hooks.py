@@ -7,13 +7,13 @@ stays as it is, and mkdocs reports it.
 """
 
 import html
+import importlib.util
 import os
 import posixpath
 import re
 from pathlib import Path
 
 import latex2mathml.converter
-import ziamath
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -24,7 +24,8 @@ ABOVE_DOCS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 LINK = re.compile(r"\]\(([^()\s#:]+)(#[^()\s]*)?\)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 FORMULA_OF_TITLE = re.compile(r"()\\\((.*?)\\\)")
-FONT = Path(ziamath.__file__).parent / "fonts" / "STIXTwoMath-Regular.ttf"
+FUNCTION = re.compile(r"\\(?:(?:sin|cos|tan)h?|log|ln)(?![a-z])(?:\^\w)?(?:\s*(\())?")
+FONT = Path(importlib.util.find_spec("ziamath").origin).parent / "fonts/STIXTwoMath-Regular.ttf"
 LANGUAGES = {".py": "python", ".json": "json", ".ipynb": "json", ".cfg": "ini"}
 
 
@@ -68,7 +69,11 @@ def on_page_content(html_text: str, page: Page, config: MkDocsConfig, files: Fil
 def _mathml(formula: re.Match[str]) -> str:
     """The MathML of a formula, a line of its own where its element is one."""
     display = "block" if formula[1] == "div" else "inline"
-    return latex2mathml.converter.convert(html.unescape(formula[2]).strip(), display=display)
+    tex = html.unescape(formula[2]).strip()
+    # as TeX does, with a thin space on both sides of a function's name, and none before a bracket
+    tex = FUNCTION.sub(lambda name: f"\\,{name[0]}" + ("" if name[1] else "\\,"), tex)
+    mathml = latex2mathml.converter.convert(tex, display=display)
+    return mathml.replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')
 
 
 def _linked(file: File) -> list[Path]:
