@@ -23,7 +23,7 @@ class Examples:
 
     @classmethod
     def tree_unflatten(cls, batch_size: int, leaves: tuple) -> "Examples":
-        """Without __init__, whose shapes are checked: jax also has placeholders for leaves."""
+        """Without ``__init__``, whose shapes are checked: jax also has placeholders for leaves."""
         examples = object.__new__(cls)
         names = ("x_0", "label", "indices", "batch_size")
         vars(examples).update(zip(names, (*leaves, batch_size)))
