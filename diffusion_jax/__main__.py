@@ -18,6 +18,7 @@ import logging
 import pathlib
 import shlex
 import sys
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -92,7 +93,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _start_log() -> None:
-    """Send what the project logs to standard error, with the time of each line."""
+    """Send what the project logs to standard error, with the time of each line.
+
+    What fails in a thread that nobody waits for, TensorBoard's for example, is a line of it too.
+    """
     from absl import flags
     from absl import logging as absl_logging
 
@@ -101,6 +105,12 @@ def _start_log() -> None:
     log.addHandler(absl_logging.get_absl_handler())
     log.setLevel(logging.INFO)
     log.propagate = False
+
+    def fail(failed: threading.ExceptHookArgs) -> None:
+        name = "a thread" if failed.thread is None else failed.thread.name
+        log.error("%s: %s: %s", name, failed.exc_type.__name__, failed.exc_value)
+
+    threading.excepthook = fail
 
 
 if __name__ == "__main__":

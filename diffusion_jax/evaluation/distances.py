@@ -22,8 +22,8 @@ def frechet_distance(features: Features, reference: Reference) -> float:
     al. 2017, arXiv 1706.08500, eq. 6), which is 0 only for equal moments. Its expectation over
     samples lies above the distance of what they are drawn from, by about c/n, and c depends on
     that distribution: 2,000 draws of 64 independent features of unit variance are 0.55 from what
-    they are drawn from, and 1.1 from 2,000 other draws. So it compares sets of equal size only; ``with_interval`` corrects for it, and
-    ``kernel_distance`` has no bias.
+    they are drawn from, and 1.1 from 2,000 other draws. So it compares sets of equal size only;
+    ``with_interval`` corrects for it, and ``kernel_distance`` has no bias.
 
     Raises:
         ValueError: fewer than two samples in a set.

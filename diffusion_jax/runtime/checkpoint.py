@@ -103,10 +103,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._saving: Future | None = None
         self._directory.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            for pattern in (UNFINISHED, f"*{REMOVED}"):  # of a run that was killed
-                for path in self._directory.glob(pattern):
-                    _remove(path)
+        self._remove_remains()  # of a run that was killed
         self._losses: dict[int, float] = {}
         for step in self.steps:
             with contextlib.suppress(Exception):  # damage is for restore to tell of
@@ -152,7 +149,11 @@ class Checkpoints:
     def _finish(self, wait: Callable[[], None], step: int, arrays: Arrays, sum_: str) -> None:
         """Wait for the save, confirm it, and only then remove what it makes superfluous."""
         with _as_save_error(step):
-            wait()
+            try:
+                wait()
+            except Exception:
+                self._remove_remains()  # at once: they may be what fills the disk
+                raise
             if jax.process_index() != 0:
                 return
             saved = ocp.metadata(self._path(step))
@@ -161,6 +162,12 @@ class Checkpoints:
             _require_same_arrays(saved.metadata or {}, arrays)
         for other in self._superfluous():
             _remove(self._path(other))
+
+    def _remove_remains(self) -> None:
+        """Remove what is no checkpoint: steps half written, or half removed."""
+        for pattern in (UNFINISHED, f"*{REMOVED}") if jax.process_index() == 0 else ():
+            for path in self._directory.glob(pattern):
+                _remove(path)
 
     def _superfluous(self) -> list[int]:
         steps = self.steps
