@@ -15,13 +15,15 @@ from diffusion_jax.diffusion.network import Network
 from diffusion_jax.diffusion.process import Example
 from diffusion_jax.diffusion.schedules.schedule import Schedule, clip_posterior_variance
 
+Values = Float[Array, "..."] | Float[np.ndarray, "..."]  # on a device, or read from it
+
 
 class Terms(NamedTuple):
     """Means over the dimensions of one example at one timestep."""
 
-    bits: Float[Array, "..."]  # L_{t-1}, or L_0 at t = 1
-    mse_x_0: Float[Array, "..."]
-    mse_eps: Float[Array, "..."]
+    bits: Values  # L_{t-1}, or L_0 at t = 1
+    mse_x_0: Values
+    mse_eps: Values
 
 
 class Strata(NamedTuple):
