@@ -12,9 +12,9 @@ X_0 = Float[np.ndarray, "..."] | Float[Array, "..."]
 
 
 @overload
-def to_x_0(image: OnHost, levels: int | None) -> Float[np.ndarray, "..."]: ...
-@overload
 def to_x_0(image: OnDevice, levels: int | None) -> Float[Array, "..."]: ...
+@overload
+def to_x_0(image: OnHost, levels: int | None) -> Float[np.ndarray, "..."]: ...
 def to_x_0(image: Image | X_0, levels: int | None) -> X_0:
     """Images as the network sees them: 2 image / (levels - 1) - 1, in [-1, 1] (DDPM section 3.3).
 

@@ -89,9 +89,8 @@ def example_loss(
     assert log_variance is not None  # decode_output gives it
 
     def vlb(predicted_x_0: Example) -> Float[Array, ""]:
-        term = likelihood.variational_term(
-            row, noised.x_0, predicted_x_0, log_variance, objective.levels
-        )
+        x_0, levels = noised.x_0, objective.levels
+        term = likelihood.variational_term(row, x_0, predicted_x_0, log_variance, levels)
         return num_timesteps * likelihood.bits(jnp.mean(term))
 
     if objective.is_vlb:

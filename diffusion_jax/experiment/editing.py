@@ -142,5 +142,6 @@ def check_editing(config: ConfigDict, plan: EditingPlan, sampler: Sampler, rows:
         with in_section(section):
             editing.check_jumps(plan.num_resamples, plan.jump_length)
             jumps = plan.num_resamples, plan.jump_length
-            inpaint = editing.Inpaint(sampler, None, None, *jumps)  # type: ignore[arg-type]  # see below
-            inpaint.path(len(rows))  # it depends on neither the images nor the mask
+            # the path depends on neither the images nor the mask
+            inpaint = editing.Inpaint(sampler, None, None, *jumps)  # type: ignore[arg-type]  # unused
+            inpaint.path(len(rows))
