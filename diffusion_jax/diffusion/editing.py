@@ -32,7 +32,7 @@ class Inpaint(Sampler):
     jump_length: int = dataclasses.field(metadata=samplers.STATIC)
 
     @property
-    def needs_signal(self) -> bool:  # type: ignore[override]  # as the inner sampler, never assigned
+    def needs_signal(self) -> bool:  # type: ignore[override]  # nobody assigns the flag
         """Whether the inner sampler needs it."""
         return self.sampler.needs_signal
 

@@ -10,18 +10,18 @@ import logging
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diffusion_jax.diffusion.trees import Tree, map_leaves
 from diffusion_jax.errors import ConfigError, require
 from diffusion_jax.runtime import numerics
 
 LOG = logging.getLogger("diffusion_jax")
-Tree = TypeVar("Tree")  # a pytree
 
 
 # The environment of a run of several processes, one per host; on a pod jax finds it by itself.
@@ -241,5 +241,4 @@ def _compile_place(devices: tuple[jax.Device, ...], spec: PartitionSpec) -> Call
 
 def local_copy(tree: Tree) -> Tree:
     """A host copy of a replicated pytree (one replica of it), safe from buffer donation."""
-    copy: Tree = jax.tree.map(lambda leaf: np.array(leaf.addressable_data(0)), tree)
-    return copy
+    return map_leaves(lambda leaf: np.array(leaf.addressable_data(0)), tree)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from diffusion_jax.diffusion.trees import map_leaves
 from diffusion_jax.errors import require
 
 Scalar = float | int | Float[Array, ""]
@@ -42,8 +43,7 @@ class Schedule:
             outside = index[(index < 0) | (index >= len(self))]
             if outside.size:
                 raise IndexError(f"row {outside[0]} of a schedule of {len(self)} rows")
-        rows: Schedule = jax.tree.map(lambda column: column[index], self)
-        return rows
+        return map_leaves(lambda column: column[index], self)
 
     def __len__(self) -> int:
         return self.beta.shape[0]
@@ -95,12 +95,11 @@ def clip_posterior_variance(schedule: Schedule) -> Schedule:
 
 def with_terminal_row(schedule: Schedule) -> Schedule:
     """The rows of t = 0, 1 .. T: row t is that of timestep t, and row t - 1 the one before it."""
-    rows: Schedule = jax.tree.map(
+    return map_leaves(
         lambda first, column: jnp.concatenate([first[None].astype(column.dtype), column]),
         terminal_row(),
         schedule,
     )
-    return rows
 
 
 def pad(schedule: Schedule, length: int) -> Schedule:
@@ -116,8 +115,7 @@ def pad(schedule: Schedule, length: int) -> Schedule:
     allowed = f"at least the {len(schedule)} rows there are"
     require(length >= len(schedule), "length", length, allowed)
     more = ((0, length - len(schedule)),)
-    rows: Schedule = jax.tree.map(lambda column: np.pad(column, more, mode="edge"), schedule)
-    return rows
+    return map_leaves(lambda column: np.pad(column, more, mode="edge"), schedule)
 
 
 def num_timesteps(schedule: Schedule) -> Int[Array, ""]:

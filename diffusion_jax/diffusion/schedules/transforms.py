@@ -11,6 +11,7 @@ from diffusion_jax.diffusion.schedules.columns import array_module, from_columns
 from diffusion_jax.diffusion.schedules.schedule import Column, Scalar, Schedule, require_length
 from diffusion_jax.diffusion.schedules.spacings import GRIDS, SPACINGS, LogSnrs
 from diffusion_jax.diffusion.tracing import is_known
+from diffusion_jax.diffusion.trees import map_leaves
 from diffusion_jax.errors import at_least, at_most, bounds, choose, require
 
 
@@ -86,8 +87,7 @@ def _columns(schedule: Schedule) -> Schedule:
     """The same schedule in float64 on the host, or unchanged if it is traced."""
     if not is_known(*jax.tree.leaves(schedule)):
         return schedule
-    columns: Schedule = jax.tree.map(lambda column: np.asarray(column, np.float64), schedule)
-    return columns
+    return map_leaves(lambda column: np.asarray(column, np.float64), schedule)
 
 
 def zero_terminal_snr(schedule: Schedule) -> Schedule:

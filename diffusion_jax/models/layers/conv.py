@@ -181,7 +181,7 @@ def bias_of(conv: nnx.Conv, dtype: DTypeLike | None) -> Float[Array, "1 1 1 D"]:
 class Conv3x3(nnx.Conv):
     """A 3x3 convolution of stride 1, with its bias."""
 
-    def __call__(  # type: ignore[override]  # nobody calls it as a Conv
+    def __call__(  # type: ignore[override]  # no code takes it for any Conv
         self, x: Images, is_training: bool
     ) -> Outputs:
         """An output of the same height and width, in the layer's dtype."""
