@@ -236,8 +236,8 @@ def _evaluate(context: _Context, plan: EvaluationPlan, ema: PyTree, step: int) -
     """Write the evaluation of a trained network, and print it."""
     experiment = context.experiment
     schedule = _trained_schedule(context, ema)
-    evaluator = Evaluator(experiment.network, plan, context.devices)
-    report = evaluator.evaluate(
+    assert context.dataset.test is not None  # fit has seen to it
+    report = Evaluator(experiment.network, plan, context.devices).evaluate(
         Trained(params=ema, step=step, schedule=schedule, seed=experiment.seed),
         context.dataset.test,
         about=experiment.about,

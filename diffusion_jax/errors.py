@@ -8,7 +8,7 @@ import contextlib
 import decimal
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, SupportsFloat
+from typing import Any, Literal, NoReturn, SupportsFloat, overload
 
 
 class ConfigError(ValueError):
@@ -53,6 +53,10 @@ def after_writing(state: str) -> Iterator[None]:
         raise RunError(f"{state}: {error}") from error
 
 
+@overload
+def require(condition: Literal[False], field: str, value: Any, allowed: str) -> NoReturn: ...
+@overload
+def require(condition: Any, field: str, value: Any, allowed: str) -> None: ...
 def require(condition: Any, field: str, value: Any, allowed: str) -> None:
     """Refuse a value: ``config.train.batch_size = 0: must be at least 1``.
 

@@ -33,8 +33,13 @@ def undocumented(module, name=""):
         inner = f"{name}.{node.name}".lstrip(".")
         if isinstance(node, ast.ClassDef):
             yield from undocumented(node, inner)
-        elif ast.get_docstring(node) is None:
+        elif ast.get_docstring(node) is None and not is_overload(node):
             yield inner
+
+
+def is_overload(function):
+    """Whether a function only declares one of several signatures."""
+    return any(ast.unparse(decorator) == "overload" for decorator in function.decorator_list)
 
 
 def broken(page, text):

@@ -53,6 +53,8 @@ def collect(
         RunError: no log SNR is common to all arms.
     """
     all_schedules = [job.experiment.schedule for job in ablation.jobs]
+    assert dataset.test is not None  # the classifier has been trained on this set
+    assert dataset.levels is not None
     real = to_x_0(dataset.test.images[:], dataset.levels)
     reading = _Reading(
         path=path,
@@ -276,6 +278,7 @@ def _swept(arms: Sequence[ArmScores]) -> str | None:
 
 def _notes(num_seeds: int, dataset: Dataset, common: tuple[float, float]) -> tuple[str, ...]:
     """Sentences that a reader of the scores needs."""
+    assert dataset.levels is not None
     notes = [
         f"Pixels have {dataset.levels} levels: a pixel bin is 2/{dataset.levels - 1} wide, in x_0 "
         "from -1 to 1, and is what sqrt(beta_1) is to be seen beside.",

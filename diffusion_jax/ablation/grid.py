@@ -129,7 +129,7 @@ def create_jobs(config: ConfigDict) -> list[Job]:
     fits = all(0 <= seed < 2**63 for seed in seeds)
     require(fits, "config.ablate.seeds", seeds, "in [0, 2^63)")
     arms: list[Job] = []
-    names = {}
+    names: dict[Any, str] = {}
     for choice in (c for product in config.ablate.grid.split("|") for c in _choices(product)):
         where = f"{FIELD}, {', '.join('='.join(pair) for pair in choice)}"
         try:

@@ -54,6 +54,7 @@ def _score(job: Job, site: Site, evaluator: Evaluator, generator: Generator, com
     if step != experiment.training.num_steps:
         raise RunError(f"its newest checkpoint is of step {step}")
     schedule = experiment.schedule_of(ema)
+    assert site.dataset.test is not None  # the classifier has been trained on this set
     evaluator.evaluate(
         Trained(params=ema, step=step, schedule=schedule, seed=job.seed),
         site.dataset.test,

@@ -150,10 +150,10 @@ class _Training:
         num_steps = min(run.steps_to(self._steps_per_call) for _, run in self._runs.values())
         batches = {slot: run.batches(num_steps) for slot, (_, run) in self._runs.items()}
         donor = next(iter(batches))
-        batches = [batches.get(slot, batches[donor]) for slot in range(self._slots.num)]
-        batches = self._slots.put_batches(batches)
+        of_slots = [batches.get(slot, batches[donor]) for slot in range(self._slots.num)]
+        on_devices = self._slots.put_batches(of_slots)
         state, constants = self._inputs
-        state, metrics = self._slots.steps(state, constants, self._slots.indices, batches)
+        state, metrics = self._slots.steps(state, constants, self._slots.indices, on_devices)
         self._inputs = state, constants
         self._close_ended()  # while the devices work
         stopping = stop.asked(0)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 class Turn(NamedTuple):
     """The run of number ``index``, on a slot until it has taken the step ``until``."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks a turn for
     until: int
 
 

@@ -138,7 +138,7 @@ class _Field(NamedTuple):
 
 
 def _fields(config: ConfigDict, prefix: str = "config") -> dict[str, _Field]:
-    fields = {}
+    fields: dict[str, _Field] = {}
     for name, value in config.items(preserve_field_references=True):
         field = f"{prefix}.{name}"
         if isinstance(value, ConfigDict):

@@ -5,6 +5,7 @@ Batch k is a pure function of (seed, k), so that the step number restores the pl
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from jaxtyping import Integer
@@ -21,7 +22,7 @@ def read_batches(
     flip: bool = False,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[dict[str, np.ndarray | None]]:
+) -> Iterator[dict[str, Any]]:
     """The batches of steps start_step, start_step + 1, ... without end.
 
     Every epoch is another permutation of the split; the last batch of one goes on into the next.
@@ -44,7 +45,7 @@ def read_batches(
     # next what the other has seen before. A hash keeps them apart.
     shuffle_seed = int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])
 
-    def gather(step: int, indices: Integer[np.ndarray, " n"]) -> dict[str, np.ndarray | None]:
+    def gather(step: int, indices: Integer[np.ndarray, " n"]) -> dict[str, Any]:
         images = split.images[indices]
         if flip:
             coins = np.random.default_rng((seed % 2**64, step)).random(batch_size) < 0.5

@@ -55,14 +55,13 @@ def load_dataset(choice: DatasetChoice) -> Dataset:
             is no network; nothing can be written to the folder of prepared sets.
     """
     info = describe_dataset(choice)
-    source = DATASETS.get(info.name)
     if info.levels is None:
-        arrays = source.read(Path())
+        arrays = DATASETS[info.name].read(Path())
         return Dataset(*info, *(_split(*arrays[name]) for name in ("train", "test")))
     folder = find_prepared(choice)
     if folder is None:
         folder = data_dir_of(choice) / info.name / VERSION
-        prepare(info.name, source, choice.archives, folder)
+        prepare(info.name, DATASETS[info.name], choice.archives, folder)
     return Dataset(*info, *read_prepared(info, folder))
 
 

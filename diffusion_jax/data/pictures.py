@@ -20,13 +20,14 @@ def read_picture(path: str | pathlib.Path, channels: int) -> UInt8[np.ndarray, "
             pixels that are no grey levels or colours.
     """
     try:
-        with PIL.Image.open(path) as picture:
-            picture.load()
+        with PIL.Image.open(path) as file:
+            file.load()
     except FileNotFoundError as error:
         raise ValueError("no such file") from error
     except Exception as error:  # damage shows as any exception of Pillow
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"no intact picture: {reason[:200]}") from error
+    picture: PIL.Image.Image = file
     if picture.has_transparency_data:
         if np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
             raise ValueError("has transparent pixels: must be opaque")

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,7 +75,7 @@ def describe_prepared(name: str, folder: Path) -> DatasetInfo:
     features = dict(info.features.items())
     image, label = features.get("image"), features.get("label")
     is_image = isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8
-    if not is_image or None in image.shape:
+    if image is None or not is_image or None in image.shape:
         raise ConfigError(f"{prefix} has no feature 'image' of uint8 and a fixed shape: {image}")
     if image.shape[-1] not in CHANNELS:
         raise ConfigError(
@@ -178,7 +179,8 @@ def _decode(splits: tuple[Split, Split | None]) -> tuple[Split, Split | None]:
     def decode(split: Split) -> Split:
         return Split(split.images[:], None if split.labels is None else split.labels[:])
 
-    return tuple(None if split is None else decode(split) for split in splits)
+    train, test = splits
+    return decode(train), None if test is None else decode(test)
 
 
 def _save(splits: tuple[Split, Split | None], decoded: Path) -> None:
@@ -188,7 +190,9 @@ def _save(splits: tuple[Split, Split | None], decoded: Path) -> None:
     unfinished = decoded.with_name(f"decoding-{os.getpid()}")
     unfinished.mkdir()
     for name, split in zip(("train", "test"), splits):
-        arrays = {} if split is None else {"images": split.images, "labels": split.labels}
+        arrays: dict[str, Any] = {}
+        if split is not None:
+            arrays = {"images": split.images, "labels": split.labels}
         for kind, array in arrays.items():
             if array is not None:
                 with open(unfinished / f"{name}_{kind}.npy", "wb") as file:
@@ -209,18 +213,18 @@ def _load(decoded: Path, info: DatasetInfo) -> tuple[Split, Split | None]:
         path = decoded / f"{name}.npy"
         return read_array(path, name) if path.exists() else None
 
-    def split(name: str) -> Split | None:
+    def split(name: str) -> Split:
         images, labels = array(f"{name}_images"), array(f"{name}_labels")
-        if images is None and labels is None and name == "test":
-            return None
-        wrong = images is None or images.shape[1:] != info.shape or images.dtype != np.uint8
-        if wrong or (labels is None) != (info.num_classes is None):
+        if images is None or images.shape[1:] != info.shape or images.dtype != np.uint8:
+            raise ValueError(f"{name} is not whole")
+        if (labels is None) != (info.num_classes is None):
             raise ValueError(f"{name} is not whole")
         if labels is not None and labels.shape != (len(images),):
             raise ValueError(f"{name} has not a label for each image")
         return Split(images, labels)
 
-    return split("train"), split("test")
+    has_test = any((decoded / f"test_{kind}.npy").exists() for kind in ("images", "labels"))
+    return split("train"), split("test") if has_test else None
 
 
 def _is_intact(decoded: Path, info: DatasetInfo) -> bool:

@@ -15,13 +15,15 @@ from diffusion_jax.diffusion.network import Network
 from diffusion_jax.diffusion.process import Example
 from diffusion_jax.diffusion.schedules.schedule import Schedule, clip_posterior_variance
 
+Values = Float[Array, "..."] | Float[np.ndarray, "..."]  # on a device, or read from it
+
 
 class Terms(NamedTuple):
     """Means over the dimensions of one example at one timestep."""
 
-    bits: Float[Array, "..."]  # L_{t-1}, or L_0 at t = 1
-    mse_x_0: Float[Array, "..."]
-    mse_eps: Float[Array, "..."]
+    bits: Values  # L_{t-1}, or L_0 at t = 1
+    mse_x_0: Values
+    mse_eps: Values
 
 
 class Strata(NamedTuple):
@@ -53,9 +55,9 @@ def example_terms(
     prediction = losses.decode_output(objective, row, x_t, output)
     if clip_x_0:
         prediction = process.clip_x_0(row, x_t, prediction)
-    term = likelihood.variational_term(
-        row, x_0, prediction.x_0, prediction.log_variance, objective.levels
-    )
+    log_variance = prediction.log_variance
+    assert log_variance is not None  # decode_output gives it
+    term = likelihood.variational_term(row, x_0, prediction.x_0, log_variance, objective.levels)
     return Terms(
         likelihood.bits(jnp.mean(term)),
         jnp.mean(jnp.square(x_0 - prediction.x_0)),
@@ -97,4 +99,4 @@ def bound_terms(
         of_example = functools.partial(example_terms, network.objective, clip_x_0=clip_x_0)
         return positions, jax.vmap(of_example)(rows, x_0, eps, output)
 
-    return jax.vmap(of_stratum)(*strata)
+    return jax.vmap(of_stratum)(*jax.tree.map(jnp.asarray, strata))

@@ -32,11 +32,11 @@ class Inpaint(Sampler):
     jump_length: int = dataclasses.field(metadata=samplers.STATIC)
 
     @property
-    def needs_signal(self) -> bool:
+    def needs_signal(self) -> bool:  # type: ignore[override]  # nobody assigns the flag
         """Whether the inner sampler needs it."""
         return self.sampler.needs_signal
 
-    def step(self, now: Step) -> tuple[Batch, tuple]:
+    def step(self, now: Step) -> tuple[Batch, Any]:
         """Down: x_prev = mask (sampler's step) + (1 - mask) q_sample(x_0); up: q(x_t | x_{t-1}).
 
         Up, ``row_prev`` is the noisier row, and no network is called.

@@ -1,7 +1,7 @@
 """The examples of one device, and the keys of their random numbers."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float, Int, Key
@@ -17,12 +17,12 @@ class Examples:
     indices: Int[Array, " batch"]
     batch_size: int  # static
 
-    def tree_flatten(self) -> tuple[tuple, int]:
+    def tree_flatten(self) -> tuple[tuple[Any, ...], int]:
         """The leaves, and the static batch size."""
         return (self.x_0, self.label, self.indices), self.batch_size
 
     @classmethod
-    def tree_unflatten(cls, batch_size: int, leaves: tuple) -> "Examples":
+    def tree_unflatten(cls, batch_size: int, leaves: tuple[Any, ...]) -> "Examples":
         """Without ``__init__``, whose shapes are checked: jax also has placeholders for leaves."""
         examples = object.__new__(cls)
         names = ("x_0", "label", "indices", "batch_size")

@@ -92,7 +92,9 @@ def _guided(
             eps=guided.eps + jnp.sqrt(row.alpha_bar) * change,
         )
 
-    return lax.cond((row.timestep >= lo) & (row.timestep <= hi), apply, lambda: prediction)
+    is_inside = (row.timestep >= lo) & (row.timestep <= hi)
+    guided: Prediction = lax.cond(is_inside, apply, lambda: prediction)
+    return guided
 
 
 def _velocity(row: Schedule, prediction: Prediction, x_t: Batch) -> Batch:

@@ -91,7 +91,9 @@ def moment_at(recipe: LearnedSchedule, params: PyTree, u: Float[Array, ""]) -> M
 
 def _weights(params: PyTree) -> tuple[Array, Array, Array]:
     """a, w and c of m(u), which are positive."""
-    return tuple(jax.nn.softplus(params[name]) for name in ("linear", "weight_in", "weight_out"))
+    names = ("linear", "weight_in", "weight_out")
+    linear, weight_in, weight_out = (jax.nn.softplus(params[name]) for name in names)
+    return linear, weight_in, weight_out
 
 
 def _monotone(params: PyTree, u: Float[Array, ""]) -> Float[Array, ""]:
@@ -232,11 +234,13 @@ def _with_gradient_of_square(
     def function(params: PyTree, a: Moment, b: Moment) -> Float[Array, " batch"]:
         return losses_of(params, a)
 
-    def forward(params: PyTree, a: Moment, b: Moment) -> tuple[Array, tuple]:
+    def forward(params: PyTree, a: Moment, b: Moment) -> tuple[Array, tuple[Any, ...]]:
         values, pull_back = jax.vjp(losses_of, params, a)
         return values, (values, pull_back)
 
-    def backward(residuals: tuple, cotangent: Float[Array, " batch"]) -> tuple:
+    def backward(
+        residuals: tuple[Any, ...], cotangent: Float[Array, " batch"]
+    ) -> tuple[PyTree, Moment, Moment]:
         values, pull_back = residuals
         of_params, of_a = pull_back(cotangent)
         return of_params, of_a, jax.tree.map(lambda g: 2 * values * g, of_a)

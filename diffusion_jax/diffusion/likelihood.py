@@ -19,6 +19,9 @@ from diffusion_jax.diffusion.schedules.columns import log_one_minus
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.errors import choose, require
 
+Flow = tuple[Example, Float[Array, " batch"]]  # y and the change of log p along it, or their slopes
+Divergence = Callable[[Callable[[Example], Example], Example, Example], Flow]
+
 
 def decoder_log_likelihood(
     x_0: Example, mean: Example, log_variance: Example, levels: int | None
@@ -106,8 +109,8 @@ def flow_log_likelihood(
     Raises:
         ConfigError: an unknown solver or divergence, or num_steps < 1.
     """
-    tableau = choose("solver", solver, SOLVERS, "solver")
-    trace = choose("divergence", divergence, DIVERGENCES, "divergence")
+    tableau: Tableau = choose("solver", solver, SOLVERS, "solver")
+    trace: Divergence = choose("divergence", divergence, DIVERGENCES, "divergence")
     require(num_steps >= 1, "num_steps", num_steps, "at least 1")
     probes = jax.vmap(lambda key: jax.random.rademacher(key, x_0.shape[1:], x_0.dtype))(keys)
 
@@ -126,9 +129,9 @@ def flow_log_likelihood(
         for fraction in tableau.nodes
     ]
 
-    def step(carry: tuple, rows: list[Schedule]) -> tuple[tuple, None]:
+    def step(carry: Flow, rows: list[Schedule]) -> tuple[Flow, None]:
         y, total = carry
-        slopes: list[tuple] = []
+        slopes: list[Flow] = []
         for row, coefficients in zip(rows, tableau.matrix):
             mixed = sum((c * s for c, (s, _) in zip(coefficients, slopes)), jnp.zeros_like(y))
             slopes.append(slope(row, y + width * mixed))
@@ -182,7 +185,7 @@ def _exact(
     return value, jax.lax.scan(add, jnp.zeros(len(y)), units)[0]
 
 
-DIVERGENCES: dict[str, Callable[..., tuple[Example, Float[Array, " batch"]]]] = {
+DIVERGENCES: dict[str, Divergence] = {
     "hutchinson": _hutchinson,
     "exact": _exact,
 }

@@ -85,17 +85,18 @@ def example_loss(
     (iDDPM eq. 16). L_vlb is T times a term of the bound, in bits.
     """
     prediction = decode_output(objective, row, noised.x_t, output)
+    log_variance = prediction.log_variance
+    assert log_variance is not None  # decode_output gives it
 
     def vlb(predicted_x_0: Example) -> Float[Array, ""]:
-        term = likelihood.variational_term(
-            row, noised.x_0, predicted_x_0, prediction.log_variance, objective.levels
-        )
+        x_0, levels = noised.x_0, objective.levels
+        term = likelihood.variational_term(row, x_0, predicted_x_0, log_variance, levels)
         return num_timesteps * likelihood.bits(jnp.mean(term))
 
     if objective.is_vlb:
         return vlb(prediction.x_0)
     gain = objective.parametrisation.gain(row)
-    fixed = lax.stop_gradient(prediction.log_variance)  # nothing is learned through a weight
+    fixed = lax.stop_gradient(log_variance)  # nothing is learned through a weight
     weight = objective.weighting(row, gain, fixed) / gain**2
     of_mean, _ = split_output(objective.variance, output)
     loss = jnp.mean(weight * jnp.square(noised.target - of_mean))
@@ -121,6 +122,7 @@ class LossInputs(NamedTuple):
     examples: Examples
 
 
+Apply = Callable[..., Float[Array, "batch ..."]]  # of a Model
 # An objective as a training step calls it: the step minimises mean(weights losses).
 LossesOf = Callable[[PyTree, LossInputs], BatchLosses]
 
@@ -134,22 +136,19 @@ def drop_labels(
     """
     if objective.label_dropout == 0:
         return label
+    assert label is not None
+    assert objective.num_classes is not None  # where labels are dropped
     dropped = jax.vmap(lambda key: jax.random.bernoulli(key, objective.label_dropout))(keys)
     return jnp.where(dropped, objective.num_classes, label)
 
 
-def discrete_time(
-    objective: Objective, apply: Callable[..., Float[Array, "batch ..."]]
-) -> LossesOf:
+def discrete_time(objective: Objective, apply: Apply) -> LossesOf:
     """The objective of DDPM and iDDPM: losses at random timesteps of the schedule."""
     return functools.partial(_discrete_losses, objective, apply)
 
 
 def _discrete_losses(
-    objective: Objective,
-    apply: Callable[..., Float[Array, "batch ..."]],
-    params: PyTree,
-    inputs: LossInputs,
+    objective: Objective, apply: Apply, params: PyTree, inputs: LossInputs
 ) -> BatchLosses:
     """Losses whose weighted mean estimates the mean loss over all timesteps.
 

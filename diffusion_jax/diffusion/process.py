@@ -53,9 +53,7 @@ def posterior(row: Schedule, x_0: Example, x_t: Example) -> tuple[Example, Float
     return posterior_mean(row, x_0, x_t), row.posterior_variance
 
 
-def posterior_coefficients(
-    row: Schedule,
-) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+def posterior_coefficients(row: Schedule) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
     """The factors of x_0 and of x_t in the posterior mean."""
     of_x_0 = jnp.sqrt(row.alpha_bar_prev) * row.beta / row.one_minus_alpha_bar
     of_x_t = jnp.sqrt(row.alpha) * row.one_minus_alpha_bar_prev / row.one_minus_alpha_bar

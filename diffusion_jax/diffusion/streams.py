@@ -35,7 +35,8 @@ def seed_key(seed: int) -> Key[Array, ""]:
     """
     require(0 <= seed < 2**64, "seed", seed, "in [0, 2^64)")
     words = np.array([seed >> 32, seed % 2**32], np.uint32)
-    return jax.random.wrap_key_data(jnp.asarray(words), impl=GENERATOR)
+    key: Key[Array, ""] = jax.random.wrap_key_data(jnp.asarray(words), impl=GENERATOR)
+    return key
 
 
 def stream_key(seed: int, stream: Stream) -> Key[Array, ""]:

@@ -46,7 +46,9 @@ class TimestepSampler(NamedTuple):
     update: Callable[[Any, Rows, Losses], Any]
 
 
-def uniform(state: tuple, draw: TimestepDraw, num_timesteps: NumTimesteps) -> tuple[Rows, Weights]:
+def uniform(
+    state: tuple[()], draw: TimestepDraw, num_timesteps: NumTimesteps
+) -> tuple[Rows, Weights]:
     """Independent uniform timesteps (DDPM algorithm 1, line 3)."""
     rows = jax.vmap(lambda k: jax.random.randint(k, (), 0, num_timesteps))(draw.keys)
     return rows, jnp.ones(len(draw.keys))
@@ -64,7 +66,7 @@ def spread(
 
 
 def low_discrepancy(
-    state: tuple, draw: TimestepDraw, num_timesteps: NumTimesteps
+    state: tuple[()], draw: TimestepDraw, num_timesteps: NumTimesteps
 ) -> tuple[Rows, Weights]:
     """Evenly spread timesteps: floor(T u_i) of the times u_i of ``spread``."""
     u = spread(draw.key, draw.indices, draw.batch_size)
@@ -120,11 +122,11 @@ def update_history(state: LossHistory, rows: Rows, losses: Losses) -> LossHistor
     )
 
 
-def _no_state(num_timesteps: int) -> tuple:
+def _no_state(num_timesteps: int) -> tuple[()]:
     return ()
 
 
-def _keep(state: tuple, rows: Rows, losses: Losses) -> tuple:
+def _keep(state: tuple[()], rows: Rows, losses: Losses) -> tuple[()]:
     return state
 
 

@@ -1,7 +1,7 @@
 """The variance sigma^2 of p(x_{t-1} | x_t): fixed by the schedule, or a second network output."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -14,7 +14,7 @@ class Variance(NamedTuple):
     """log sigma^2 as a function of a row and, if it is learned, of an output of the network."""
 
     is_learned: bool
-    log_variance: Callable[[Schedule, Example | None], Example]
+    log_variance: Callable[[Schedule, Any], Example]  # of Example; of None where it is not learned
 
 
 def log_posterior_variance(row: Schedule) -> Float[Array, "..."]:

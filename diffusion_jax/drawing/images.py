@@ -1,5 +1,6 @@
 """Pictures of images: grids, labelled rows, animations, points in the plane."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -166,13 +167,13 @@ def save_labelled_animation(
     # frames of one animation are of one size, and nothing in them moves but the images
     width = max((picture.width for picture in grids + headings), default=0)
     top = max((heading.height for heading in headings), default=0)
-    frames = []
+    pictures = []
     for heading, grid in zip(headings, grids):
         frame = Image.new(grid.mode, (width, top + grid.height), "white")
         frame.paste(heading, (0, 0))
         frame.paste(grid, (0, top))
-        frames.append(frame)
-    _save_frames(frames, path, milliseconds)
+        pictures.append(frame)
+    _save_frames(pictures, path, milliseconds)
 
 
 def _save_frames(frames: list[Image.Image], path: str | Path, milliseconds: int) -> None:
@@ -215,7 +216,9 @@ def draw_points(
         )
         # A point is a dot of 3 x 3 pixels; dots that lie on each other grow darker.
         padded = np.pad(counts, 1)
-        dots = sum(padded[i : i + size, j : j + size] for i in range(3) for j in range(3))
+        dots = np.zeros_like(counts)
+        for i, j in itertools.product(range(3), range(3)):
+            dots += padded[i : i + size, j : j + size]
         opacity = 1 - 0.4 ** dots[..., None]
         picture = (1 - opacity) * picture + opacity * np.array(colour)
     return picture.round().astype(np.uint8)

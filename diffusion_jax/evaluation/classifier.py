@@ -7,7 +7,7 @@ import pathlib
 import re
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Float32, Int, PyTree, UInt8
 
 from diffusion_jax.data.batches import read_batches
-from diffusion_jax.data.dataset import Dataset
+from diffusion_jax.data.dataset import Dataset, Split
 from diffusion_jax.data.pixels import to_uint8, to_x_0
 from diffusion_jax.diffusion.streams import seed_key
 from diffusion_jax.models.classifier import create_classifier
@@ -55,8 +55,8 @@ def train_classifier(dataset: Dataset, seed: int) -> Classifier:
     Raises:
         ValueError: points, no test split, or examples without labels.
     """
-    require_labelled_images(dataset)
-    network = create_classifier(dataset.shape, dataset.num_classes)
+    data = _require_labelled_images(dataset)
+    network = create_classifier(dataset.shape, data.num_classes)
     num_steps = max(MIN_STEPS, NUM_EPOCHS * len(dataset.train) // BATCH_SIZE)
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, num_steps))
 
@@ -86,15 +86,15 @@ def train_classifier(dataset: Dataset, seed: int) -> Classifier:
     classifier = Classifier(
         apply=jax.jit(network.apply),
         params=params,
-        levels=dataset.levels,
+        levels=data.levels,
         scale=1.0,
         test_accuracy=0.0,
     )
-    held_out = to_x_0(dataset.test.images[:], dataset.levels)
+    held_out = to_x_0(data.test.images[:], data.levels)
     unscaled, logits = _apply(classifier, held_out)
     classifier = classifier._replace(
         scale=float(np.sqrt(unscaled.var(axis=0, dtype=np.float64).mean())),
-        test_accuracy=float(np.mean(logits.argmax(axis=1) == dataset.test.labels[:])),
+        test_accuracy=float(np.mean(logits.argmax(axis=1) == data.test_labels)),
     )
     seconds = time.monotonic() - begun
     accuracy = 100 * classifier.test_accuracy
@@ -111,14 +111,14 @@ def load_classifier(dataset: Dataset, seed: int, folder: pathlib.Path) -> Classi
         ValueError: as train_classifier.
         OSError: the folder cannot be written.
     """
-    require_labelled_images(dataset)
+    data = _require_labelled_images(dataset)
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^\w.-]", "_", dataset.name)  # TFDS names may have "/" and ":"
     path = folder / f"classifier-{name}-{seed}.npz"
-    fingerprint = _fingerprint(dataset, seed)
+    fingerprint = _fingerprint(dataset, data, seed)
     if path.exists():
         try:
-            return _restore(path, dataset, fingerprint)
+            return _restore(path, dataset.shape, data, fingerprint)
         except Exception as error:  # damage shows as any exception of numpy or zipfile
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             LOG.warning("%s cannot be used (%s): training a classifier anew", path, reason)
@@ -127,14 +127,27 @@ def load_classifier(dataset: Dataset, seed: int, folder: pathlib.Path) -> Classi
     return classifier
 
 
+class _LabelledImages(NamedTuple):
+    """A set that a classifier can be trained on: what others may lack."""
+
+    levels: int
+    num_classes: int
+    test: Split
+    train_labels: np.ndarray
+    test_labels: np.ndarray
+
+
 def require_labelled_images(dataset: Dataset) -> None:
     """Refuse a set that no classifier can be trained on.
 
     Raises:
         ValueError: points, no test split, or examples without labels.
     """
+    _require_labelled_images(dataset)
 
-    def refuse(reason: str) -> None:
+
+def _require_labelled_images(dataset: Dataset) -> _LabelledImages:
+    def refuse(reason: str) -> NoReturn:
         raise ValueError(f"a classifier of {dataset.name!r} cannot be trained: {reason}")
 
     if dataset.levels is None:
@@ -143,19 +156,26 @@ def require_labelled_images(dataset: Dataset) -> None:
         refuse("it has no test split")
     if dataset.num_classes is None or dataset.train.labels is None or dataset.test.labels is None:
         refuse("it has no labels")
-    for split in (dataset.train, dataset.test):  # some sets keep a split's labels to themselves
-        labels = split.labels[:]
+    read = dataset.train.labels[:], dataset.test.labels[:]
+    for labels in read:  # some sets keep a split's labels to themselves
         if labels.min() < 0 or labels.max() >= dataset.num_classes:
             refuse(f"it has labels outside 0..{dataset.num_classes - 1}")
+    return _LabelledImages(
+        levels=dataset.levels,
+        num_classes=dataset.num_classes,
+        test=dataset.test,
+        train_labels=read[0],
+        test_labels=read[1],
+    )
 
 
-def _fingerprint(dataset: Dataset, seed: int) -> str:
+def _fingerprint(dataset: Dataset, data: _LabelledImages, seed: int) -> str:
     """What the classifier depends on; of the pixels a thousand images of each split."""
     digest = hashlib.sha256()
-    for split in (dataset.train, dataset.test):
+    for split, labels in ((dataset.train, data.train_labels), (data.test, data.test_labels)):
         some = np.unique(np.linspace(0, len(split) - 1, 1000).astype(int))
         digest.update(np.ascontiguousarray(split.images[some]).tobytes())
-        digest.update(split.labels[:].astype(np.int32).tobytes())
+        digest.update(labels.astype(np.int32).tobytes())
     sizes = dataset.shape, dataset.levels, dataset.num_classes, len(dataset.train)
     settings = NUM_EPOCHS, MIN_STEPS, BATCH_SIZE, LEARNING_RATE
     return json.dumps([VERSION, dataset.name, sizes, seed, settings, digest.hexdigest()])
@@ -173,18 +193,20 @@ def _save(path: pathlib.Path, classifier: Classifier, fingerprint: str) -> None:
         )
 
 
-def _restore(path: pathlib.Path, dataset: Dataset, fingerprint: str) -> Classifier:
+def _restore(
+    path: pathlib.Path, shape: tuple[int, ...], data: _LabelledImages, fingerprint: str
+) -> Classifier:
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)  # each is checked against its CRC-32
     if str(arrays["fingerprint"]) != fingerprint:
         raise ValueError("it is of other images or settings")
-    network = create_classifier(dataset.shape, dataset.num_classes)
+    network = create_classifier(shape, data.num_classes)
     shapes = jax.eval_shape(network.init, seed_key(0))
     _, unravel = ravel_pytree(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
     return Classifier(
         apply=jax.jit(network.apply),
         params=unravel(arrays["params"]),
-        levels=dataset.levels,
+        levels=data.levels,
         scale=float(arrays["scale"]),
         test_accuracy=float(arrays["test_accuracy"]),
     )

@@ -20,7 +20,7 @@ from diffusion_jax.data.dataset import Split
 from diffusion_jax.data.pixels import to_x_0
 from diffusion_jax.diffusion import likelihood
 from diffusion_jax.diffusion.bound import Strata, Terms, bound_terms, stratify
-from diffusion_jax.diffusion.losses import Examples
+from diffusion_jax.diffusion.examples import Examples
 from diffusion_jax.diffusion.network import Network, create_predict
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.diffusion.streams import Stream, stream_key
@@ -113,7 +113,7 @@ class Evaluator:
             clip_x_0=self._plan.clip_x_0,
         )
 
-    def _add_bound(self, sums: Sums, shared: tuple, split: Split) -> Iterator[None]:
+    def _add_bound(self, sums: Sums, shared: tuple[Any, ...], split: Split) -> Iterator[None]:
         """Generator: adds the bound of one batch, then yields so that the caller can save."""
         plan, levels, schedule = self._plan, self._levels, shared[1]
         # on a CPU the layers of one batch fill a core's caches already
@@ -121,9 +121,9 @@ class Evaluator:
         at_once = min(plan.timesteps_per_call or fastest, plan.num_timesteps)
         calls = list(_calls(stratify(len(schedule), plan.num_timesteps), at_once))
         last_row = jax.tree.map(lambda leaf: np.asarray(leaf[-1]), schedule)
-        chosen = spread_evenly(plan.num_examples, len(split.images))
+        chosen = spread_evenly(plan.num_images, len(split.images))
         start = int(sums.arrays["done"])
-        with _bar("bound", plan.num_examples, start) as bar:
+        with _bar("bound", plan.num_images, start) as bar:
             for images, batch in _batches(
                 split, chosen, plan.batch_size, start, len(self._devices)
             ):
@@ -149,6 +149,7 @@ class Evaluator:
         self, params: PyTree, schedule: Schedule, key: Key[Array, ""], batch: dict
     ) -> Float[Array, " batch"]:
         flow, levels = self._plan.flow, self._levels
+        assert flow is not None  # or nobody calls this
         predict = create_predict(self._network, params, batch["label"])
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
         bin_keys, probe_keys = jax.vmap(jax.random.split)(keys).T
@@ -166,12 +167,13 @@ class Evaluator:
         )
         return likelihood.bits_per_dim(log_likelihood, x_0[0].size, levels)
 
-    def _add_flow(self, sums: Sums, shared: tuple, split: Split) -> Iterator[None]:
+    def _add_flow(self, sums: Sums, shared: tuple[Any, ...], split: Split) -> Iterator[None]:
         """Add the flow's likelihood of a batch of images, as ``_add_bound`` does."""
         plan, flow = self._plan, self._plan.flow
-        chosen = spread_evenly(plan.num_examples, len(split.images))
+        assert flow is not None  # or there is nothing to add
+        chosen = spread_evenly(plan.num_images, len(split.images))
         chosen = chosen[
-            spread_evenly(flow.num_examples, plan.num_examples)
+            spread_evenly(flow.num_examples, plan.num_images)
         ]  # the bound is known of them
         start = int(sums.arrays["flow_done"])
         with _bar("flow", flow.num_examples, start) as bar:
@@ -190,10 +192,11 @@ def _read(sums: Sums, images: slice, strata: Strata, output: tuple[Array, Terms]
     """Wait for the output of a call and add it to the sums."""
     positions, terms = output
     count = images.stop - images.start  # the rest fills the batch up
-    positions, *terms = (
-        np.asarray(leaf).reshape(len(leaf), -1)[:, :count] for leaf in (positions, *terms)
-    )
-    sums.add(images, positions, Terms(*terms), strata.size)
+
+    def of_images(leaf: Array | np.ndarray) -> np.ndarray:
+        return np.asarray(leaf).reshape(len(leaf), -1)[:, :count]
+
+    sums.add(images, of_images(positions), Terms(*map(of_images, terms)), strata.size)
 
 
 def _bar(name: str, total: int, start: int) -> tqdm:

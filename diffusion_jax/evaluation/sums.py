@@ -41,11 +41,11 @@ class Sums:
         self.arrays = {
             "done": np.zeros((), int),  # images of the bound
             "flow_done": np.zeros((), int),
-            "prior": np.zeros(plan.num_examples),
-            "middle": np.zeros(plan.num_examples),
-            "decoder": np.zeros(plan.num_examples),
-            "x_0_error": np.zeros(plan.num_examples),
-            "eps_error": np.zeros(plan.num_examples),
+            "prior": np.zeros(plan.num_images),
+            "middle": np.zeros(plan.num_images),
+            "decoder": np.zeros(plan.num_images),
+            "x_0_error": np.zeros(plan.num_images),
+            "eps_error": np.zeros(plan.num_images),
             "flow": np.zeros(num_flow),
             # per timestep, over all images that were evaluated there
             "count": np.zeros(num_timesteps, int),
@@ -96,8 +96,9 @@ class Sums:
 
     def save(self, path: pathlib.Path, signature: str) -> None:
         """Write the file."""
+        arrays: dict[str, Any] = {"signature": signature, **self.arrays}
         with files.replace(path) as file:
-            np.savez(file, signature=signature, **self.arrays)
+            np.savez(file, **arrays)
 
     def restore(self, path: pathlib.Path, signature: str) -> None:
         """Go on from a file that belongs to the same evaluation; say so if it does not."""
@@ -123,8 +124,9 @@ def summarise(sums: Sums, plan: EvaluationPlan, levels: int | None) -> dict[str,
     """The numbers of an evaluation, each with its standard error over the images."""
     arrays = sums.arrays
     terms = {name: arrays[name] for name in ("prior", "middle", "decoder")}
-    total, error = _mean(sum(terms.values()))
-    report = {
+    bound = terms["prior"] + terms["middle"] + terms["decoder"]
+    total, error = _mean(bound)
+    report: dict[str, Any] = {
         "bits_per_dim": total,
         "standard_error": error,
         "terms": {
@@ -145,9 +147,8 @@ def summarise(sums: Sums, plan: EvaluationPlan, levels: int | None) -> dict[str,
     }
     if plan.flow is not None:
         flow = dict(zip(("bits_per_dim", "standard_error"), _mean(arrays["flow"])))
-        same = spread_evenly(plan.flow.num_examples, plan.num_examples)
-        bound, _ = _mean(sum(terms.values())[same])
-        flow["bound_of_the_same_images"] = bound
+        same = spread_evenly(plan.flow.num_examples, plan.num_images)
+        flow["bound_of_the_same_images"], _ = _mean(bound[same])
         report["probability_flow"] = flow | plan.flow._asdict()
     return report
 
@@ -198,5 +199,5 @@ def write_terms(sums: Sums, schedule: Schedule, path: pathlib.Path) -> None:
         writer.writerow(
             ["t", "log_snr", "images", "bits_per_dim", "standard_error", "mse_x_0", "mse_eps"]
         )
-        error = ["" if np.isnan(value) else value for value in error]
-        writer.writerows(zip(timestep, log_snr, count, bits, error, *errors))
+        known = ["" if np.isnan(value) else value for value in error]
+        writer.writerows(zip(timestep, log_snr, count, bits, known, *errors))

@@ -68,8 +68,9 @@ def create_edited_images(config: ConfigDict, dataset: DatasetInfo) -> EditedImag
     least = 2 if fields.task == "interpolate" else 1
     allowed = f"at least {least} images, in an .npz"
     require(len(read["images"]) >= least, "config.editing.images", fields.images, allowed)
+    assert dataset.levels is not None  # create_editing_plan refuses points
     x_0 = from_uint8(read["images"], dataset.levels)
-    return EditedImages(x_0=x_0, mask=np.float32(mask[0] / 255))
+    return EditedImages(x_0=x_0, mask=(mask[0] / 255).astype(np.float32))
 
 
 def create_editing_plan(
@@ -141,4 +142,6 @@ def check_editing(config: ConfigDict, plan: EditingPlan, sampler: Sampler, rows:
         with in_section(section):
             editing.check_jumps(plan.num_resamples, plan.jump_length)
             jumps = plan.num_resamples, plan.jump_length
-            editing.Inpaint(sampler, None, None, *jumps).path(len(rows))
+            # the path depends on neither the images nor the mask
+            inpaint = editing.Inpaint(sampler, None, None, *jumps)  # type: ignore[arg-type]  # unused
+            inpaint.path(len(rows))

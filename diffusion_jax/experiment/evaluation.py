@@ -29,6 +29,12 @@ class EvaluationPlan(NamedTuple):
     clip_x_0: bool
     flow: FlowPlan | None
 
+    @property
+    def num_images(self) -> int:
+        """The number of images, which ``fit`` has settled."""
+        assert self.num_examples is not None
+        return self.num_examples
+
 
 def create_evaluation_plan(
     config: ConfigDict, schedule: Schedule, dataset: DatasetInfo

@@ -39,15 +39,15 @@ def create_guidance(config: ConfigDict, schedule: Schedule) -> Guidance | None:
             *field,
             "unset: the network was never trained without a label (config.loss.label_dropout = 0)",
         )
-    interval = []
+    ends: list[float] = []
     for name, end in (("interval_start", 1.0), ("interval_end", float(len(schedule)))):
         value = end if fields[name] is None else fields[name]
         allowed = f"a timestep of the schedule, in [1, {len(schedule)}]"
         require(1 <= value <= len(schedule), f"config.guidance.{name}", value, allowed)
-        interval.append(value)
+        ends.append(value)
     rescale = 0.0 if fields.rescale is None else fields.rescale
     require(fields.weight >= 0, "config.guidance.weight", fields.weight, "at least 0")
     require(0 <= rescale <= 1, "config.guidance.rescale", rescale, "in [0, 1]")
-    allowed = f"at least the start, {interval[0]}"
-    require(interval[0] <= interval[1], "config.guidance.interval_end", interval[1], allowed)
-    return Guidance(weight=fields.weight, interval=tuple(interval), rescale=rescale)
+    allowed = f"at least the start, {ends[0]}"
+    require(ends[0] <= ends[1], "config.guidance.interval_end", ends[1], allowed)
+    return Guidance(weight=fields.weight, interval=(ends[0], ends[1]), rescale=rescale)

@@ -98,7 +98,7 @@ def create_sampling_plan(
         f"0 or in 2..{len(rows) + 1} (one more than the steps)",
     )
     if fields.label is not None:
-        classes = dataset.num_classes if is_conditional else 0
+        classes = (dataset.num_classes or 0) if is_conditional else 0
         allowed = f"a class, in 0..{classes - 1}" if is_conditional else UNCONDITIONAL
         require(0 <= fields.label < classes, "config.sampling.label", fields.label, allowed)
     threshold = fields.dynamic_threshold
@@ -106,8 +106,9 @@ def create_sampling_plan(
         field = "config.sampling.dynamic_threshold"
         require(dataset.levels is not None, field, threshold, "unset: points have no range")
         require(0 < threshold <= 1, field, threshold, "in (0, 1]")
-    field = "config.sampling.evaluator_npz", fields.evaluator_npz
-    require(dataset.levels is not None or not fields.evaluator_npz, *field, "False: points")
+    fits = dataset.levels is not None or not fields.evaluator_npz
+    field = "config.sampling.evaluator_npz"
+    require(fits, field, fields.evaluator_npz, "False: points")
     is_mu = config.loss.prediction == "mu"
     return SamplingPlan(
         sampler=sampler,

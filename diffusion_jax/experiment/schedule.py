@@ -94,7 +94,8 @@ def create_schedule(config: ConfigDict, height: int | None) -> NamedSchedule:
     base = fields.base_resolution
     if base is not None:
         allowed = "unset: the data have no resolution"
-        require(height is not None, "config.schedule.base_resolution", base, allowed)
+        if height is None:
+            require(False, "config.schedule.base_resolution", base, allowed)
         with in_section("config.schedule"):
             schedule = schedules.shift_log_snr(schedule, height, base)
     if fields.zero_terminal_snr:
@@ -106,7 +107,8 @@ def create_schedule(config: ConfigDict, height: int | None) -> NamedSchedule:
 
 def _read_betas(path: str | None) -> np.ndarray:
     field = "config.schedule.betas"
-    require(path is not None, field, path, "the path of a .npy file")
+    if path is None:
+        require(False, field, path, "the path of a .npy file")
     try:
         betas = read_array(path, "betas")
     except ValueError as error:

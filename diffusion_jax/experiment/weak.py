@@ -45,7 +45,8 @@ def create_weak(config: ConfigDict, experiment: Experiment, path: pathlib.Path) 
         recorded = Workdir(path).read_record()
     except WorkdirError as error:
         raise ConfigError(f"config.guidance.weak_{error}") from error
-    require(recorded is not None, field, where, "the folder of a run")
+    if recorded is None:
+        require(False, field, where, "the folder of a run")
     require(config.schedule.name != "learned", field, where, "unset: the schedule was learned")
     for name, (before, now) in differences(config, recorded).items():
         is_data = name.startswith(("config.schedule.", "config.dataset.name"))
@@ -76,7 +77,7 @@ def is_ahead(weak: Weak | None, workdir: Workdir, plan: TrainingPlan) -> bool:
     Raises:
         ConfigError: it is one of this run, and neither is there nor will be.
     """
-    if weak is None or plan.keep_step is None:
+    if weak is None or weak.step is None or plan.keep_step is None:
         return False
     steps, every = saved_steps(workdir.checkpoints), plan.checkpoint_every_steps
     is_saved = weak.step % every == 0 or weak.step == plan.num_steps

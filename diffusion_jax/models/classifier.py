@@ -46,7 +46,7 @@ class ConvNet(nnx.Module):
 
     def __init__(self, shape: tuple[int, ...], num_classes: int, *, rngs: nnx.Rngs) -> None:
         height, width, c = shape
-        self.convs = nnx.Dict()
+        self.convs: nnx.Dict[nnx.Conv] = nnx.Dict()
         for number, c_out in enumerate(CHANNELS, 1):
             self.convs[f"conv_{number}"] = conv(c, c_out, strides=2, rngs=rngs)
             height, width, c = -(-height // 2), -(-width // 2), c_out

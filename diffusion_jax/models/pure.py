@@ -12,14 +12,15 @@ from jaxtyping import Array, Key
 DRAWN_AT_ONCE = "drawn_at_once"  # metadata of a parameter that was built by ``uniform``
 
 
-def uniform(half_width: Initializer) -> Initializer:
+def uniform(half_width: Callable[..., Array]) -> Initializer:
     """An initialiser of U(-w, w), where ``half_width`` (key, shape, dtype) returns w.
 
     The parameter is built with the value w, and ``pure`` multiplies all such parameters by one
     draw, because a draw for each layer takes the compiler ten times as long. Other initialisers
     work as in Flax, and cost that time.
     """
-    return nnx.with_metadata(half_width, **{DRAWN_AT_ONCE: True})
+    metadata: dict[str, Any] = {DRAWN_AT_ONCE: True}
+    return nnx.with_metadata(half_width, **metadata)
 
 
 def pure(

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from diffusion_jax.errors import choose, require
 from diffusion_jax.models.layers.attention import Attention
+from diffusion_jax.models.layers.conv import bias_of
 from diffusion_jax.models.layers.embedding import Embedding
 from diffusion_jax.models.layers.linear import ZERO, conv, conv3x3, linear
 from diffusion_jax.models.layers.norm import GroupNorm
@@ -81,7 +82,8 @@ class UNet(nnx.Module):
         self.embedding = Embedding(width, num_classes if class_conditional else None, rngs=rngs)
         self.stem = conv(shape[2], width, **options)
 
-        self.down, self.downsample = nnx.List(), nnx.List()
+        self.down: nnx.List[nnx.List[Block]] = nnx.List()
+        self.downsample: nnx.List[nnx.Conv] = nnx.List()
         c, skips = width, [width]
         for level, c_out in enumerate(channels):
             if level > 0:
@@ -95,7 +97,8 @@ class UNet(nnx.Module):
 
         self.middle = nnx.List([block(c, c, True), block(c, c, False)])
 
-        self.up, self.upsample = nnx.List(), nnx.List()
+        self.up: nnx.List[nnx.List[Block]] = nnx.List()
+        self.upsample: nnx.List[Upsample] = nnx.List()
         for level, c_out in reversed(list(enumerate(channels))):
             self.up.append(nnx.List())
             for _ in range(num_blocks + 1):
@@ -207,7 +210,7 @@ class Upsample(nnx.Module):
     ) -> Float[Array, "B 2*H 2*W C"]:
         """Twice the height and the width, the same channels."""
         h = upsample(x, self.conv.kernel[...], is_training)
-        return h + self.conv.bias[...][None, None, None].astype(x.dtype)
+        return h + bias_of(self.conv, x.dtype)
 
 
 def dropout(

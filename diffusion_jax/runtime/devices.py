@@ -10,12 +10,14 @@ import logging
 import os
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diffusion_jax.diffusion.trees import Tree, map_leaves
 from diffusion_jax.errors import ConfigError, require
 from diffusion_jax.runtime import numerics
 
@@ -91,7 +93,8 @@ def start(
         local = jax.local_device_count()
     except (AssertionError, RuntimeError) as error:  # jax asserts that JAX_PLATFORMS has a device
         reason = str(error) or "there is no such device, or jax is not installed for it"
-        raise ConfigError(f"JAX_PLATFORMS = {jax.config.jax_platforms!r}: {reason}") from error
+        asked = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax adds it at run time
+        raise ConfigError(f"JAX_PLATFORMS = {asked!r}: {reason}") from error
     if num_devices is not None and num_devices > local:
         raise ConfigError(f"config.num_devices = {num_devices}: there are {local}")
 
@@ -130,7 +133,7 @@ def log(devices: list[jax.Device]) -> None:
 
 def count_cores() -> int:
     """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _devices_for(batch_size: int, cores: int) -> int:
@@ -160,8 +163,8 @@ def _manage_memory(is_training: bool) -> None:
         if not libc.mallopt(option, value):
             LOG.warning("mallopt(%d, %d) was refused: steps may be slower", option, value)
 
-    def after(event: str, seconds: float, **_: object) -> None:
-        if event == COMPILED and seconds > LONG_COMPILATION:
+    def after(event: str, duration_secs: float, **_: object) -> None:
+        if event == COMPILED and duration_secs > LONG_COMPILATION:
             libc.malloc_trim(0)
             if is_training:
                 _fill_holes(libc)
@@ -212,7 +215,7 @@ def select_devices(num_devices: int | None) -> list[jax.Device]:
     return [device for local in by_process.values() for device in local[:num_devices]]
 
 
-def replicate(tree: object, devices: list[jax.Device]) -> object:
+def replicate(tree: Tree, devices: list[jax.Device]) -> Tree:
     """Put every array of a pytree on every device, as ``pmap(in_axes=None)`` wants to find it.
 
     Done before the first call, for otherwise that call and the second one compile each.
@@ -220,21 +223,22 @@ def replicate(tree: object, devices: list[jax.Device]) -> object:
     return _place(tree, devices, PartitionSpec())
 
 
-def divide(tree: object, devices: list[jax.Device]) -> object:
+def divide(tree: Tree, devices: list[jax.Device]) -> Tree:
     """Put row i of every array on device i, as ``pmap(in_axes=0)`` wants to find it."""
     return _place(tree, devices, PartitionSpec("device"))
 
 
-def _place(tree: object, devices: list[jax.Device], spec: PartitionSpec) -> object:
-    return _compile_place(tuple(devices), spec)(tree)
+def _place(tree: Tree, devices: list[jax.Device], spec: PartitionSpec) -> Tree:
+    placed: Tree = _compile_place(tuple(devices), spec)(tree)
+    return placed
 
 
 @functools.cache  # for another function compiles anew
-def _compile_place(devices: tuple[jax.Device, ...], spec: PartitionSpec) -> Callable[..., object]:
+def _compile_place(devices: tuple[jax.Device, ...], spec: PartitionSpec) -> Callable[..., Any]:
     sharding = NamedSharding(Mesh(np.array(devices), ("device",)), spec)
     return jax.jit(lambda tree: tree, out_shardings=sharding)
 
 
-def local_copy(tree: object) -> object:
+def local_copy(tree: Tree) -> Tree:
     """A host copy of a replicated pytree (one replica of it), safe from buffer donation."""
-    return jax.tree.map(lambda leaf: np.array(leaf.addressable_data(0)), tree)
+    return map_leaves(lambda leaf: np.array(leaf.addressable_data(0)), tree)

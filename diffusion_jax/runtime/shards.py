@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import zipfile
+from typing import Any
 
 import numpy as np
 from jaxtyping import Num
@@ -24,14 +25,14 @@ class Shards:
 
     def __init__(self, folder: pathlib.Path, name: str, job: dict) -> None:
         self._folder, self._name = folder, name
-        record, job = folder / "job.json", json.dumps(job, sort_keys=True)
+        record, text = folder / "job.json", json.dumps(job, sort_keys=True)
         self._joined = folder.with_name(f"{folder.name}.joined")
         shutil.rmtree(self._joined, ignore_errors=True)  # of a run killed while it removed them
-        if folder.exists() and (not record.exists() or record.read_text() != job):
+        if folder.exists() and (not record.exists() or record.read_text() != text):
             LOG.warning("%s: of another job, begun again", folder)
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files.replace_text(record, job)
+        files.replace_text(record, text)
         ranges = self._ranges()
         self._size = ranges[-1][1] if ranges else 0
 
@@ -54,8 +55,9 @@ class Shards:
         """Write the next samples, whole or not at all."""
         end = self._size + len(samples)
         path = self._folder / f"{self._size:09d}-{end - 1:09d}.npz"
+        arrays: dict[str, Any] = {self._name: samples}
         with files.replace(path) as file:
-            np.savez(file, **{self._name: samples})
+            np.savez(file, **arrays)
         self._size = end
 
     def first(self, count: int) -> Num[np.ndarray, "n ..."]:

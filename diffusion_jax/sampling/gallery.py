@@ -3,7 +3,7 @@
 import functools
 import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from tqdm import tqdm
 from diffusion_jax.data.dataset import Dataset
 from diffusion_jax.data.pixels import to_uint8, to_x_0
 from diffusion_jax.diffusion import schedules
-from diffusion_jax.diffusion.samplers.chain import Trajectory
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.diffusion.streams import seed_key
 from diffusion_jax.drawing.images import (
@@ -32,6 +31,7 @@ from diffusion_jax.runtime.shards import Shards
 from diffusion_jax.sampling.generator import (
     ANIMATED_IMAGES,
     Generator,
+    HostTrajectory,
     SampleGrid,
     noising,
     num_animated,
@@ -159,7 +159,7 @@ def _sample(samples: Samples, shards: Shards, folder: pathlib.Path) -> None:
 
 
 def _animate_denoising(
-    batch: Trajectory, rows: Schedule, samples: Samples, path: pathlib.Path
+    batch: HostTrajectory, rows: Schedule, samples: Samples, path: pathlib.Path
 ) -> None:
     """The way of x_t and of the predicted x_0, of the first images."""
     states = np.append(rows.timestep[::-1], 0)
@@ -189,7 +189,7 @@ def _draw_grid(shown: np.ndarray, samples: Samples) -> Image.Image:
     plan, dataset, levels = samples.plan, samples.dataset, samples.dataset.levels
     if levels is None:
         return image_grid(pictures(shown, levels))
-    if samples.edited is not None:
+    if samples.edited is not None and plan.editing is not None:
         columns = slice(ANIMATED_IMAGES)
         ends = [0, -1] if plan.editing.task == "interpolate" else columns
         begun = pictures(samples.edited.x_0[ends], levels)
@@ -199,14 +199,17 @@ def _draw_grid(shown: np.ndarray, samples: Samples) -> Image.Image:
         rows = {name: images[columns] for name, images in (rows | {"made": shown}).items()}
         return labelled_grid(list(rows.values()), list(rows))
     if plan.is_conditional and plan.label is None:
-        classes = range(min(dataset.num_classes, len(shown)))
-        rows = [shown[k :: dataset.num_classes][:CLASS_IMAGES] for k in classes]
-        return labelled_grid(rows, [str(k) for k in classes])
+        num_classes = dataset.num_classes or 1
+        classes = range(min(num_classes, len(shown)))
+        of_classes = [shown[k::num_classes][:CLASS_IMAGES] for k in classes]
+        return labelled_grid(of_classes, [str(k) for k in classes])
     return image_grid(shown)
 
 
 def _animate(
-    frames: dict[str, Float[np.ndarray, "frames images ..."] | Float[Array, "frames images ..."]],
+    frames: Mapping[
+        str, Float[np.ndarray, "frames images ..."] | Float[Array, "frames images ..."]
+    ],
     timesteps: Float[np.ndarray, " frames"],
     levels: int | None,
     path: pathlib.Path,

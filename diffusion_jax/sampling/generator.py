@@ -46,6 +46,14 @@ class ChainInputs(NamedTuple):
     key: Key[Array, ""]
 
 
+class HostTrajectory(NamedTuple):
+    """The images of a batch, and the frames of those that are shown, see ``Trajectory``."""
+
+    x_0: Float[np.ndarray, "batch ..."]
+    x_t: Float[np.ndarray, "frames shown ..."]
+    predicted_x_0: Float[np.ndarray, "frames shown ..."]
+
+
 def num_animated(levels: int | None) -> int:
     """How many images, or points, an animation shows."""
     return ANIMATED_POINTS if levels is None else ANIMATED_IMAGES
@@ -89,7 +97,14 @@ class Generator:
             return None
         if self._plan.label is not None:
             return jnp.full_like(indices, self._plan.label)
-        return jnp.asarray(indices % self._dataset.num_classes)
+        num_classes = self._num_classes
+        return jnp.asarray(indices % num_classes)
+
+    @property
+    def _num_classes(self) -> int:
+        """The number of classes, of a conditional model."""
+        assert self._dataset.num_classes is not None
+        return self._dataset.num_classes
 
     def _predict(self, inputs: ChainInputs, label: Array | None) -> Predict:
         """The network with the plan's guidance, and then its threshold."""
@@ -97,7 +112,8 @@ class Generator:
         predict = create_predict(self._network, params, label)
         if inputs.guidance is not None:
             if self._weak is None:
-                nothing = jnp.full_like(label, self._dataset.num_classes)
+                assert label is not None  # create_guidance has seen to it
+                nothing = jnp.full_like(label, self._num_classes)
                 weak = create_predict(self._network, params, nothing)
             else:
                 weak = create_predict(self._weak, weak_params, label)
@@ -116,14 +132,15 @@ class Generator:
         predict = self._predict(inputs, self.label(indices))
         shape = (len(indices), *self._dataset.shape)
         key, sampler, x_T = inputs.key, inputs.sampler, None
-        if edited is not None:
+        plan = self._plan.editing
+        if edited is not None and plan is not None:
             # of their own, not those of the chain's noise
             edit_key, key = jax.random.split(key)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(edit_key, indices)
-            edit = EDITS[self._plan.editing.task]
+            edit = EDITS[plan.task]
             sampler, x_T = edit(
                 EditInputs(
-                    plan=self._plan.editing,
+                    plan=plan,
                     keys=keys,
                     predict=predict,
                     rows=inputs.rows,
@@ -154,11 +171,11 @@ class Generator:
         """The chains of the images of these numbers, as many on each device."""
         # an uneven batch is filled up with images past its end, which are left out later
         per_device = -(-len(images) // len(self._devices))
-        indices = images.start + np.arange(per_device * len(self._devices))
-        indices = indices.reshape(len(self._devices), per_device)
+        numbers = images.start + np.arange(per_device * len(self._devices))
+        indices = numbers.reshape(len(self._devices), per_device)
         inputs = devices.replicate(inputs, self._devices)
-        edited = None if edited is None else self._edited(edited, indices)
-        return self._trajectory(inputs, indices, edited, num_frames)
+        made_from = None if edited is None else self._edited(edited, indices)
+        return self._trajectory(inputs, indices, made_from, num_frames)
 
     def _inputs(self, params: tuple[PyTree, PyTree], chain: Chain) -> ChainInputs:
         """What the plan's sampler and guidance need for a chain."""
@@ -212,17 +229,18 @@ class Generator:
         Guidance has the weak network evaluated beside it, in its interval.
         """
         plan, sampler, num_steps = self._plan, self._plan.sampler, len(self.rows(params))
-        task = None if plan.editing is None else plan.editing.task
-        if task == "inpaint":
+        task = "" if plan.editing is None else plan.editing.task
+        if plan.editing is not None and task == "inpaint":
             jumps = plan.editing.num_resamples, plan.editing.jump_length
-            sampler = editing.Inpaint(sampler, None, None, *jumps)
+            # the number depends on neither the images nor the mask
+            sampler = editing.Inpaint(sampler, None, None, *jumps)  # type: ignore[arg-type]  # unused
         inverted = {"interpolate": 2, "variations": 1}.get(task, 0)  # images for each
         inversions = inverted * samplers.INVERSION_ROUNDS * num_steps + (task == "variations")
         return sampler.num_evaluations(num_steps) + inversions
 
     def batches(
         self, params: PyTree, first: int, edited: EditedImages | None
-    ) -> Iterator[Trajectory]:
+    ) -> Iterator[HostTrajectory]:
         """The images of the plan from number ``first`` on, a batch at a time: [image, ...].
 
         ``params`` are those of the network and of the weak one. The frames [frame, image, ...] are
@@ -232,11 +250,14 @@ class Generator:
         inputs = self._inputs(params, plan.chain)
         for start in range(first, plan.num_images, plan.batch_size):
             images = range(start, start + plan.batch_size)
-            x_0, *frames = self._run(inputs, images, num_frames=plan.num_frames, edited=edited)
+            chains = self._run(inputs, images, num_frames=plan.num_frames, edited=edited)
             size = min(plan.batch_size, plan.num_images - start)
             shown = min(size, num_animated(self._dataset.levels))
-            frames = (np.concatenate(part[:, :, :shown], axis=1)[:, :shown] for part in frames)
-            yield Trajectory(np.concatenate(x_0)[:size], *frames)
+            yield HostTrajectory(
+                x_0=np.concatenate(chains.x_0)[:size],
+                x_t=_first(chains.x_t, shown),
+                predicted_x_0=_first(chains.predicted_x_0, shown),
+            )
 
     def compared(self, params: PyTree, num_images: int) -> dict[int, np.ndarray]:
         """The first images by chains of each number of steps that the plan compares: one noise."""
@@ -246,6 +267,11 @@ class Generator:
             x_0 = self._run(inputs, range(num_images)).x_0
             images[num_steps] = np.concatenate(x_0)[:num_images]
         return images
+
+
+def _first(frames: Float[Array, "..."], shown: int) -> Float[np.ndarray, "frames shown ..."]:
+    """The frames [device, frame, image, ...] of the first images, as [frame, image, ...]."""
+    return np.concatenate(frames[:, :, :shown], axis=1)[:, :shown]
 
 
 def noising(

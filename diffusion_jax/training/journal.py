@@ -86,7 +86,7 @@ class Journal:
         for of_step in zip(*metrics):  # one by one, so that a sum does not depend on the calls
             values = {"steps": 1, **StepMetrics(*of_step)._asdict()}
             self.since_log = {name: sum_ + values[name] for name, sum_ in self.since_log.items()}
-        self._since_save.append(metrics.loss)
+        self._since_save.append(np.asarray(metrics.loss))
         if self._progress is not None:
             self._progress.advance(step)
         if step % self._plan.log_every_steps == 0 or step == self._plan.num_steps:
@@ -103,7 +103,7 @@ class Journal:
         for quartile in np.flatnonzero(weights):  # few steps may leave a quartile without examples
             mean = sums["quartile_losses"][quartile] / weights[quartile]
             record[f"loss_quartile_{quartile + 1}"] = mean
-        if self._writer is None:
+        if self._writer is None or self._progress is None:
             return
         now = time.perf_counter()
         if self._clock is not None:
@@ -117,4 +117,5 @@ class Journal:
         """Finish the records; what is under way is not waited for."""
         if self._writer is not None:
             self._writer.close()
+        if self._progress is not None:
             self._progress.close()

@@ -56,9 +56,9 @@ class MetricsWriter:
         for name, value in record.items():
             self._tensorboard.add_scalar(name, value, step)
         # JSON has no NaN or infinity (RFC 8259): null keeps the file readable by everything.
-        record = {name: v if math.isfinite(v) else None for name, v in record.items()}
+        finite = {name: v if math.isfinite(v) else None for name, v in record.items()}
         # One write per record, so that a kill cuts at most the last line.
-        self._file.write(json.dumps({"step": step, **record}, allow_nan=False) + "\n")
+        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         self._file.flush()
 
     def write_image(self, step: int, name: str, image: UInt8[np.ndarray, "h w c"]) -> None:

@@ -23,8 +23,8 @@ LOG = logging.getLogger("diffusion_jax")
 class Processes(NamedTuple):
     """Which of how many processes share the batches of a run."""
 
-    index: int = 0
-    count: int = 1
+    index: int = 0  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    count: int = 1  # type: ignore[assignment]  # hides tuple.count, likewise
 
 
 class Run:

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from diffusion_jax.data.pixels import to_x_0
 from diffusion_jax.diffusion import schedules
-from diffusion_jax.diffusion.losses import BatchLosses, Examples, LossesOf, LossInputs
+from diffusion_jax.diffusion.examples import Examples
+from diffusion_jax.diffusion.losses import BatchLosses, LossesOf, LossInputs
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.diffusion.streams import Stream, stream_key
 from diffusion_jax.diffusion.timesteps import TimestepSampler

@@ -189,8 +189,8 @@ def training_loss(results: Results) -> str:
 def _settled(axis: "Axes", curves: list[tuple[np.ndarray, np.ndarray]]) -> None:
     """Scale the logarithmic y axis to the losses after the beginning of training."""
     last = max((steps[-1] for steps, _ in curves if len(steps)), default=1)
-    values = [losses[steps >= UNSETTLED_SHARE * last] for steps, losses in curves]
-    values = np.concatenate([*values, np.zeros(0)])
+    settled = [losses[steps >= UNSETTLED_SHARE * last] for steps, losses in curves]
+    values = np.concatenate([*settled, np.zeros(0)])
     values = values[np.isfinite(values)]
     if len(values) and 0 < values.min() < values.max():
         room = (values.max() / values.min()) ** 0.06

@@ -149,6 +149,7 @@ def _finding(results: Results, name: str) -> dict[str, Any]:
     values = {arm.name: score_values(arm.jobs, name) for arm in results.arms}
     if not all(np.isfinite(of_arm).all() for of_arm in values.values()):
         return finding
+    equal: list[str] | None
     if all(of_arm.size > 1 for of_arm in values.values()):
         lowest, equal = not_told_apart(values)
     else:

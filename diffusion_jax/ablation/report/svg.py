@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -23,7 +23,7 @@ POINTS_PER_INCH = 72
 TEXT, GRID, SURFACE = "#010203", "#040506", "#070809"
 PAGE_COLOURS = {TEXT: "currentColor", GRID: "var(--grid)", SURFACE: "var(--surface)"}
 
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # an arm's name may have a dollar sign
     "font.family": "DejaVu Sans",
@@ -84,7 +84,7 @@ def create_svg(
         figure.patch.set_visible(False)
         axes = figure.subplots(1, columns, squeeze=False).ravel()
         draw(*axes)
-        _set_margins(figure, axes, height)
+        _set_margins(figure, list(axes), height)
         figure.savefig(file, format="svg", metadata={"Date": None})
     return _tidy(file.getvalue(), name, text, height)
 
@@ -93,7 +93,7 @@ def _set_margins(figure: "Figure", axes: "Sequence[Axes]", height: int) -> None:
     """Leave room for labels, by the number of their letters: measuring them is slow."""
 
     def longest(axis: "Axis") -> float:
-        ticks = axis.get_major_formatter().format_ticks(axis.get_majorticklocs())
+        ticks = axis.get_major_formatter().format_ticks(list(axis.get_majorticklocs()))
         return (
             LETTER_WIDTH
             * (FONT_POINTS - 1)

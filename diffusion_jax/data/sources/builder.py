@@ -11,7 +11,9 @@ from diffusion_jax.data.sources.source import VERSION, Arrays, Images, Labels
 
 
 # Not registered, because TFDS has builders of its own by most of these names.
-class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class ImageBuilder(  # type: ignore[call-arg]  # TFDS has no types, and takes this argument
+    tfds.core.GeneratorBasedBuilder, skip_registration=True
+):
     """A builder of labelled images that are in memory already, checked."""
 
     VERSION = tfds.core.Version(VERSION)

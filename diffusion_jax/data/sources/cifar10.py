@@ -69,8 +69,14 @@ def _members(path: Path, names: list[str]) -> dict[str, bytes]:
     """Some files of a tar archive, which is not unpacked, by the last parts of their names."""
 
     def extract() -> dict[str, bytes]:
+        contents = {}
         with tarfile.open(path) as archive:
-            return {name.rsplit("/", 1)[1]: archive.extractfile(name).read() for name in names}
+            for name in names:
+                file = archive.extractfile(name)
+                if file is None:
+                    raise tarfile.TarError(f"{name} is no file")
+                contents[name.rsplit("/", 1)[1]] = file.read()
+        return contents
 
     try:
         return archives.intact(path, extract)

@@ -1,6 +1,7 @@
 """Ancestral sampling (Ho et al. 2020), alone or after Langevin corrections (Song et al. 2021)."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ class Ancestral(Sampler):
 
     variance: str = dataclasses.field(metadata=STATIC)
 
-    def step(self, now: Step) -> tuple[Batch, tuple]:
+    def step(self, now: Step) -> tuple[Batch, tuple[Any, ...]]:
         """x_{t-1} = mu(x_t, x_0) + sigma_t z, z = 0 in the last step (DDPM algorithm 2)."""
         x_t, row = now.x_t, now.row
         prediction = now.predict(x_t, row)
@@ -25,8 +26,9 @@ class Ancestral(Sampler):
         variance = VARIANCES[self.variance]
         if variance.is_learned:
             allowed = "a fixed one, as the network predicts none"
-            require(prediction.log_variance is not None, "variance", self.variance, allowed)
             log_variance = prediction.log_variance
+            if log_variance is None:
+                require(False, "variance", self.variance, allowed)
         else:
             log_variance = variance.log_variance(row, None)
         deviation = jnp.where(now.is_last, 0.0, jnp.exp(log_variance / 2))
@@ -38,9 +40,9 @@ class PredictorCorrector(Sampler):
 
     snr: Number
     num_corrections: int = dataclasses.field(metadata=STATIC)
-    predictor: Ancestral
+    predictor: Sampler
 
-    def step(self, now: Step) -> tuple[Batch, tuple]:
+    def step(self, now: Step) -> tuple[Batch, tuple[Any, ...]]:
         """x_t += e score + sqrt(2 e) z, e = 2 alpha (snr sqrt(1 - ab))^2, then the predictor."""
         x_t, row = now.x_t, now.row
         size = 2 * row.alpha * jnp.square(self.snr) * row.one_minus_alpha_bar

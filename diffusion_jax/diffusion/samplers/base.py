@@ -8,7 +8,7 @@ Their coordinates are y = x_t / sqrt(alpha_bar), in which dy = eps d sigma.
 import abc
 import dataclasses
 import inspect
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,7 @@ class Step(NamedTuple):
         return at_log_snr(schedule, log_snr[None])[0]
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 class Sampler(abc.ABC):
     """A sampler of the reverse chain: ``init`` makes its state, ``step`` takes one step.
 
@@ -71,6 +72,7 @@ class Sampler(abc.ABC):
 
     needs_signal: ClassVar[bool] = False
     goes_off_grid: ClassVar[bool] = False
+    kind: type
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

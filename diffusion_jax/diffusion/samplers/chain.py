@@ -4,7 +4,7 @@ A sampler sees ``base.Step`` alone: a key per image, ``predict``, and the two ro
 is a pytree whose numbers (eta) are leaves, so that other numbers do not compile the chain again.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def trajectory(
         x_T = normal(fold(keys, 0), jnp.empty(shape))
     frames = jnp.broadcast_to(x_T, (num_frames, *shape))
 
-    def step(carry: tuple, interval: tuple) -> tuple[tuple, None]:
+    def step(carry: tuple[Any, ...], interval: tuple[Any, ...]) -> tuple[tuple[Any, ...], None]:
         x_t, state, frames, predicted = carry
         number, slot, row, row_prev = interval
         observed, predictions = _observe(predict)

@@ -1,5 +1,7 @@
 """DDIM (Song et al. 2021), and the other names of its map."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from diffusion_jax.diffusion.samplers.base import Batch, Number, Sampler, Step, normal
@@ -12,7 +14,7 @@ class Ddim(Sampler):
 
     eta: Number
 
-    def step(self, now: Step) -> tuple[Batch, tuple]:
+    def step(self, now: Step) -> tuple[Batch, tuple[Any, ...]]:
         """x_{t-1} = sqrt(ab_prev) x_0 + sqrt(1 - ab_prev - sigma^2) eps + sigma z (DDIM eq. 12).
 
         sigma^2 = eta^2 beta~, and 1 - ab_prev - eta^2 beta~ =

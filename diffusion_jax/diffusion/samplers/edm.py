@@ -1,6 +1,6 @@
 """The samplers of EDM: Heun's method, and the stochastic one (Karras et al. 2022)."""
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +36,14 @@ def _heun(now: Step) -> Batch:
         slope = now.predict(euler, now.row_prev).eps - prediction.eps
         return euler + now.drop_of_sigma * slope / 2
 
-    return jax.lax.cond(now.is_last, lambda: euler, correct)
+    x_prev: Batch = jax.lax.cond(now.is_last, lambda: euler, correct)
+    return x_prev
 
 
 class Heun(TwoStage):
     """See ``heun``."""
 
-    def step(self, now: Step) -> tuple[Batch, tuple]:
+    def step(self, now: Step) -> tuple[Batch, tuple[Any, ...]]:
         """Karras et al. 2022 (EDM), algorithm 1."""
         return _heun(now), now.state
 

@@ -5,10 +5,12 @@ computed where they are traced, by the same formulas.
 """
 
 from types import ModuleType
+from typing import overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from diffusion_jax.diffusion.schedules.schedule import Column, Scalar, Schedule
 from diffusion_jax.diffusion.tracing import is_known
@@ -27,6 +29,12 @@ def require_betas(**betas: Scalar) -> None:
             require(np.float32(beta) > 0 and beta <= 1, field, beta, "in (0, 1]")
 
 
+@overload
+def log_one_minus(
+    x: Float[Array, "*rows"], rest: Float[Array, "*rows"], large: float = ...
+) -> Float[Array, "*rows"]: ...
+@overload
+def log_one_minus(x: Column, rest: Column, large: float = ...) -> Column: ...
 def log_one_minus(x: Column, rest: Column, large: float = 0.5) -> Column:
     """log(1 - x) of x in [0, 1], and from ``large`` on of its ``rest`` 1 - x, which is known.
 
@@ -34,7 +42,8 @@ def log_one_minus(x: Column, rest: Column, large: float = 0.5) -> Column:
     """
     xp = array_module(x)
     with np.errstate(divide="ignore"):  # x = 1: -inf
-        return xp.where(x < large, xp.log1p(-xp.minimum(x, large)), xp.log(rest))
+        log: Column = xp.where(x < large, xp.log1p(-xp.minimum(x, large)), xp.log(rest))
+    return log
 
 
 def running_product(log_alpha: Column) -> tuple[Column, Column]:

@@ -132,9 +132,8 @@ def sigmoid(
     require_length("num_timesteps", num_timesteps)
     if is_known(start, end, tau):
         require(0 < tau < math.inf, "tau", tau, "a finite number > 0")
-        require(
-            abs(start) <= 50 * tau, "start", start, f"at most 50 tau = {at_most(50 * tau)} in size"
-        )
+        allowed = f"at most 50 tau = {at_most(50 * tau)} in size"
+        require(-50 * tau <= start <= 50 * tau, "start", start, allowed)
         allowed = f"in (start, 50 tau] = ({start}, {at_most(50 * tau)}]"
         require(start < end <= 50 * tau, "end", end, allowed)
     xp = array_module(start, end, tau)

@@ -1,13 +1,14 @@
 """A noise schedule: the chain x_1 .. x_T with one row per transition, and functions of its rows."""
 
 import dataclasses
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from diffusion_jax.diffusion.trees import map_leaves
 from diffusion_jax.errors import require
 
 Scalar = float | int | Float[Array, ""]
@@ -42,7 +43,7 @@ class Schedule:
             outside = index[(index < 0) | (index >= len(self))]
             if outside.size:
                 raise IndexError(f"row {outside[0]} of a schedule of {len(self)} rows")
-        return jax.tree.map(lambda column: column[index], self)
+        return map_leaves(lambda column: column[index], self)
 
     def __len__(self) -> int:
         return self.beta.shape[0]
@@ -94,7 +95,7 @@ def clip_posterior_variance(schedule: Schedule) -> Schedule:
 
 def with_terminal_row(schedule: Schedule) -> Schedule:
     """The rows of t = 0, 1 .. T: row t is that of timestep t, and row t - 1 the one before it."""
-    return jax.tree.map(
+    return map_leaves(
         lambda first, column: jnp.concatenate([first[None].astype(column.dtype), column]),
         terminal_row(),
         schedule,
@@ -111,11 +112,10 @@ def pad(schedule: Schedule, length: int) -> Schedule:
         ConfigError: ``length`` is not a whole number, or is less than the number of rows.
     """
     require_length("length", length)
-    require(
-        length >= len(schedule), "length", length, f"at least the {len(schedule)} rows there are"
-    )
-    more = length - len(schedule)
-    return jax.tree.map(lambda column: np.pad(column, (0, more), mode="edge"), schedule)
+    allowed = f"at least the {len(schedule)} rows there are"
+    require(length >= len(schedule), "length", length, allowed)
+    more = ((0, length - len(schedule)),)
+    return map_leaves(lambda column: np.pad(column, more, mode="edge"), schedule)
 
 
 def num_timesteps(schedule: Schedule) -> Int[Array, ""]:
@@ -123,7 +123,7 @@ def num_timesteps(schedule: Schedule) -> Int[Array, ""]:
     return jnp.asarray(schedule.timestep[-1], jnp.int32)
 
 
-def require_length(field: str, value: object, longest: int | None = None) -> None:
+def require_length(field: str, value: Any, longest: int | None = None) -> None:
     """Raise ConfigError for a number of rows that is not a whole number from 1 to ``longest``."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     allowed = f"a whole number {'>= 1' if longest is None else f'in 1..{longest}'}"

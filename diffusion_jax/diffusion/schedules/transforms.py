@@ -11,6 +11,7 @@ from diffusion_jax.diffusion.schedules.columns import array_module, from_columns
 from diffusion_jax.diffusion.schedules.schedule import Column, Scalar, Schedule, require_length
 from diffusion_jax.diffusion.schedules.spacings import GRIDS, SPACINGS, LogSnrs
 from diffusion_jax.diffusion.tracing import is_known
+from diffusion_jax.diffusion.trees import map_leaves
 from diffusion_jax.errors import at_least, at_most, bounds, choose, require
 
 
@@ -60,7 +61,8 @@ def _log_snr(old: Schedule) -> Column:
     """Log SNR of float64 columns in float64; -inf at zero SNR."""
     xp = array_module(old.beta)
     with np.errstate(divide="ignore"):
-        return xp.log(old.alpha_bar) - xp.log(old.one_minus_alpha_bar)
+        log_snr: Column = xp.log(old.alpha_bar) - xp.log(old.one_minus_alpha_bar)
+    return log_snr
 
 
 def _interpolate(
@@ -70,7 +72,7 @@ def _interpolate(
 ) -> Float[Array, " n"] | Float[np.ndarray, " n"]:
     """Linear interpolation, constant beyond its ends; in jax without the loop of jnp.interp."""
     if array_module(x, known_x) is np:
-        return np.interp(x, known_x, known_y)
+        return np.asarray(np.interp(x, known_x, known_y))
     if len(known_x) == 1:
         return jnp.broadcast_to(known_y, x.shape)
     known_x, known_y = jnp.asarray(known_x), jnp.asarray(known_y)
@@ -85,7 +87,7 @@ def _columns(schedule: Schedule) -> Schedule:
     """The same schedule in float64 on the host, or unchanged if it is traced."""
     if not is_known(*jax.tree.leaves(schedule)):
         return schedule
-    return jax.tree.map(lambda column: np.asarray(column, np.float64), schedule)
+    return map_leaves(lambda column: np.asarray(column, np.float64), schedule)
 
 
 def zero_terminal_snr(schedule: Schedule) -> Schedule:
@@ -227,5 +229,5 @@ def _respace_off_grid(
         # sigma^(1/rho) must be a float64, and its logarithm times rho have digits
         least = max(abs(ends[0]), abs(ends[1])) / 1400
         require(least <= rho <= 1e8, "rho", rho, f"in {bounds(least, 1e8)}")
-    log_snr, drops = GRIDS[spacing](num_steps, *ends, rho)
+    log_snr, drops = GRIDS[spacing](num_steps, ends[0], ends[1], rho)
     return from_log_snr(log_snr, _interpolate(-log_snr, -known, old.timestep), drops)

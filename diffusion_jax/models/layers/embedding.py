@@ -39,5 +39,6 @@ class Embedding(nnx.Module):
         h = self.linear_2(nnx.silu(self.linear_1(waves)))
         if self.label is None:
             return h
-        require(label is not None, "label", label, "one per example of a class-conditional model")
+        if label is None:
+            require(False, "label", label, "one per example of a class-conditional model")
         return h + self.label(label)
