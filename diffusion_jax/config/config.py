@@ -98,9 +98,11 @@ def differences(config: ConfigDict, recorded: Mapping[str, Any]) -> dict[str, tu
         ConfigError: the record is damaged.
     """
     for name, field in to_record(default.get_config()).items():
-        is_section = isinstance(field, dict)
-        fits = isinstance(recorded.get(name, {}), dict) == is_section or name not in recorded
-        if not fits or (name in ("model", "loss", "train") and name not in recorded):
+        if name in recorded:
+            is_damaged = isinstance(recorded[name], dict) != isinstance(field, dict)
+        else:
+            is_damaged = name in ("model", "loss", "train")  # which every record has
+        if is_damaged:
             raise ConfigError(f"config.{name}: damaged in the config.json of the run")
     defaults, before, now = (
         {name: field.value for name, field in _fields(ConfigDict(record)).items()}
