@@ -285,9 +285,8 @@ def _notes(num_seeds: int, dataset: Dataset, common: tuple[float, float]) -> tup
         f"Pixels have {dataset.levels} grey levels. With x_0 in [-1, 1], a pixel bin is "
         f"2/{dataset.levels - 1} wide: compare sqrt(beta_1) with this width.",
         "All arms are evaluated on the same test images. At the same timestep, an image has the "
-        "same noise in every arm.",
-        f"The error of eps is a mean over log SNR from {common[0]:.1f} to {common[1]:.1f}, where "
-        "every arm has timesteps.",
+        "same noise in every arm. The error of eps is a mean over log SNR from "
+        f"{common[0]:.1f} to {common[1]:.1f}, where every arm has timesteps.",
     ]
     if num_seeds == 1:
         notes.append(
