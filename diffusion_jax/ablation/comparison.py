@@ -36,7 +36,9 @@ def mean_interval(values: Values, level: float = 0.95) -> Interval:
     chance. With normal effects, the 95 % interval contains the true mean in at least 87 % of cases
     with two seeds, 92 % with three and 94 % with five. The worst case is an a_k that contributes
     about ten times as much variance to the mean as b_i. With two seeds and mostly residual, the
-    interval is too wide and always contains the true mean.
+    interval is too wide and always contains the true mean. With lognormal effects of
+    seeds (sigma = 1) it contains the true mean in 89 % of cases with two seeds, and in 82 to 84 %
+    with three to ten.
 
     With one seed, the interval is over the images alone and does not show how much trainings
     differ. With one image, the interval is over the seeds. With one number, it is infinite.
