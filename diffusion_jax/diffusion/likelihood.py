@@ -19,9 +19,8 @@ from diffusion_jax.diffusion.schedules.columns import log_one_minus
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.errors import choose, require
 
-Flow = tuple[
-    Example, Float[Array, " batch"]
-]  # y and the accumulated change of log p, or the slopes of both
+# y and the accumulated change of log p, or the slopes of both
+Flow = tuple[Example, Float[Array, " batch"]]
 Divergence = Callable[[Callable[[Example], Example], Example, Example], Flow]
 
 

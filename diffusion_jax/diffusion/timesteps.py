@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 HISTORY = 10  # losses per timestep in the history of importance sampling (iDDPM)
-UNIFORM_SHARE = 1e-3  # of the probability, so that no timestep's becomes 0 (iDDPM's code)
+UNIFORM_SHARE = 1e-3  # of p_t, so that no timestep has probability 0 (iDDPM's code)
 Rows = Int[Array, " batch"]
 Weights = Float[Array, " batch"]
 Losses = Float[Array, " batch"]
