@@ -75,9 +75,10 @@ def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
 
 
 def sigmoid(bias: float = 0.0) -> Weighting:
-    """sigmoid(bias - log SNR) for the error of eps (Kingma & Gao 2023, arXiv 2303.00848).
+    """The logistic function of bias - log SNR, for eps (Kingma & Gao 2023, arXiv 2303.00848).
 
-    The paper's loss also divides by the density of log SNR; here the schedule sets that density.
+    The paper also divides the weight by the density of log SNR. This function does not, so that the
+    loss depends on the schedule.
     """
     return lambda row, gain, log_variance: row.snr * jax.nn.sigmoid(bias - row.log_snr)
 

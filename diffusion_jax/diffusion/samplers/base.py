@@ -146,7 +146,7 @@ def ratio(a: Scalar, b: Scalar) -> Scalar:
     return jnp.where(jnp.isfinite(a) & jnp.isfinite(b), a / b, 0)
 
 
-PHI_TERMS = 14  # of the series below: float64 precision for h < 1
+PHI_TERMS = 14  # of the series below: relative errors below 2e-13 for h < 1
 
 
 def phi(h: Scalar) -> tuple[Scalar, Scalar]:
