@@ -1,6 +1,6 @@
-"""Editing of images with an unconditional model: inpainting, SDEdit, interpolation, variations.
+"""Editing of images with a trained model: inpainting, SDEdit, interpolation, variations.
 
-No training is needed. The functions return samplers, and starting points x_T, for
+No further training is needed. The functions return samplers, and starting points x_T, for
 ``samplers.sample``.
 """
 

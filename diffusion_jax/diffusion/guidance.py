@@ -62,12 +62,8 @@ def guide(
     )
     require(not is_known(rescale) or 0 <= rescale <= 1, "rescale", rescale, "in [0, 1]")
     lo, hi = interval
-    numbers = (
-        1.0 * weight,
-        1.0 * lo,
-        1.0 * hi,
-        1.0 * rescale,
-    )  # floats: 2 and 2.0 share a compilation
+    # all floats, so that 2 and 2.0 share a compiled function
+    numbers = 1.0 * weight, 1.0 * lo, 1.0 * hi, 1.0 * rescale
     return Partial(_guided, _pytree(predict), _pytree(weak), *numbers)
 
 

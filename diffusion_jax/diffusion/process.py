@@ -28,7 +28,7 @@ Predict = Callable[[Float[Array, "batch ..."], Schedule], Prediction]
 
 
 def q_sample(row: Schedule, x_0: Example, eps: Example) -> Example:
-    """Draw x_t from q(x_t | x_0) with the noise eps.
+    """Compute x_t ~ q(x_t | x_0) from x_0 and the noise eps.
 
     x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps   (DDPM eq. 4)
     """

@@ -14,7 +14,7 @@ class Variance(NamedTuple):
     """log sigma^2 as a function of a row and, if it is learned, of the network's output."""
 
     is_learned: bool
-    log_variance: Callable[[Schedule, Any], Example]  # (row, output); None if not learned
+    log_variance: Callable[[Schedule, Any], Example]  # output is None if not learned
 
 
 def log_posterior_variance(row: Schedule) -> Float[Array, "..."]:

@@ -1,4 +1,4 @@
-"""The weight of the squared error at each timestep, for every prediction of a network.
+"""Weightings of the squared error at each timestep, defined in terms of the error of x_0.
 
 A weighting gives the weight of the squared error of x_0 as a function of a row. An error in x_0 is
 an error gain_p(row) times as large in another prediction p (``parametrisations.Parametrisation``).

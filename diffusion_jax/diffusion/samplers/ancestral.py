@@ -53,7 +53,7 @@ class PredictorCorrector(Sampler):
         return self.predictor.step(now._replace(keys=fold(now.keys, 0), x_t=x_t))
 
     def num_evaluations(self, num_steps: int) -> int:
-        """One for the predictor and one for each correction."""
+        """Per step, one for the predictor and one for each correction."""
         return num_steps * (1 + self.num_corrections)
 
 

@@ -55,7 +55,7 @@ class Dpmpp2M(Sampler):
     eta: Number
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> Memory:
-        """The memory of no step."""
+        """The state before the first step."""
         return no_memory(x_T)
 
     def step(self, now: Step) -> tuple[Batch, Memory]:
@@ -82,7 +82,7 @@ class Dpmpp3M(Sampler):
     """See ``dpmpp_3m``."""
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> Memory:
-        """The memory of no step."""
+        """The state before the first step."""
         return no_memory(x_T)
 
     def step(self, now: Step) -> tuple[Batch, Memory]:

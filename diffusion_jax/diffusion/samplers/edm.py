@@ -44,7 +44,7 @@ class Heun(TwoStage):
     """See ``heun``."""
 
     def step(self, now: Step) -> tuple[Batch, tuple[Any, ...]]:
-        """Karras et al. 2022 (EDM), algorithm 1."""
+        """One step of algorithm 1 of EDM (Karras et al. 2022)."""
         return _heun(now), now.state
 
 
