@@ -77,8 +77,7 @@ def create_sampling_plan(
     """The sampling plan of a config: its chain, sampler, guidance and editing.
 
     Raises:
-        ConfigError: a value out of its range, or a chain that the network, the sampler or the edit
-            cannot go through.
+        ConfigError: a value out of its range, or steps that the network or sampler cannot take.
     """
     fields = config.sampling
     require(fields.num_images >= 1, "config.sampling.num_images", fields.num_images, "at least 1")
