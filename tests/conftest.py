@@ -3,9 +3,12 @@
 import os
 import pathlib
 
-# Tiny shapes run no slower for it, and half of the suite's time is the compiler's. Processes that
-# tests start have it too; set before jax starts.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# Without XLA's optimisation the suite takes half the time, because tiny shapes run no slower. The
+# processes that tests start inherit the flag. It must be set before jax starts.
+# DIFFUSION_JAX_TEST_OPTIMISED=1 leaves it out: programs are then compiled as users compile them.
+if os.environ.get("DIFFUSION_JAX_TEST_OPTIMISED") != "1":
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
 
 import jax
 import pytest

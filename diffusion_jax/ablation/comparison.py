@@ -61,23 +61,6 @@ def paired_difference(values: Values, reference: Reference, level: float = 0.95)
     return _interval(_mean(difference), level)
 
 
-def unpaired_difference(values: Values, reference: Reference, level: float = 0.95) -> Interval:
-    """The difference of two arms as if they had no seeds or images in common: Welch's interval.
-
-    The arms' variances add up, V = V_1 + V_2, with V^2 / (V_1^2 / f_1 + V_2^2 / f_2) degrees of
-    freedom (Welch 1938; Satterthwaite 1946), V_j and f_j being those of ``mean_interval``. It shows
-    the gain of pairing: for arms that share seeds and images it is too wide.
-
-    Raises:
-        ValueError: as paired_difference.
-    """
-    _check_pair(values, reference)
-    arm, other = _mean(values), _mean(reference)
-    variance = arm.variance + other.variance
-    parts = ((arm.variance, arm.freedom), (other.variance, other.freedom))
-    return _interval(_Mean(arm.value - other.value, variance, _freedom(variance, *parts)), level)
-
-
 def excludes_zero(interval: Interval) -> bool:
     """Whether 0 lies outside; an end that is 0 does not exclude it."""
     return interval.low > 0 or interval.high < 0

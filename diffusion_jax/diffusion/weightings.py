@@ -76,7 +76,10 @@ def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
 def sigmoid(bias: float = 0.0) -> Weighting:
     """The logistic function of bias - log SNR, for eps (Kingma & Gao 2023, arXiv 2303.00848).
 
-    The paper's weight also has the density of log SNR; here the schedule sets that density.
+    The paper divides the weight by the density of log SNR, so that its loss is the same for every
+    schedule; here the schedule's own density stays in the loss. Code that names the paper has bias
+    2 (BayesFlow 2.0.12), not our 0. Code after Hoogeboom et al. 2024 (SiD2, arXiv 2410.19324) has 0
+    for 128 pixels, -1 for 256 and -3 for 512. Neither paper's own number was at hand.
     """
     return lambda row, gain, log_variance: row.snr * jax.nn.sigmoid(bias - row.log_snr)
 

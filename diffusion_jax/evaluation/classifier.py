@@ -226,16 +226,6 @@ def features(classifier: Classifier, x_0: Images) -> Float32[np.ndarray, "n d"]:
     return unscaled / np.float32(classifier.scale)
 
 
-def probabilities(classifier: Classifier, x_0: Images) -> Float32[np.ndarray, "n classes"]:
-    """The probability of each class, of images x_0 in [-1, 1].
-
-    Raises:
-        ValueError: an image is not finite.
-    """
-    _, logits = _apply(classifier, x_0)
-    return np.asarray(jax.nn.softmax(logits, axis=1))
-
-
 def _apply(
     classifier: Classifier, x_0: Images
 ) -> tuple[Float32[np.ndarray, "n d"], Float32[np.ndarray, "n classes"]]:

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Float, Key
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
-from diffusion_jax.diffusion import editing, samplers
+from diffusion_jax.diffusion import editing
 from diffusion_jax.diffusion.process import Predict
 from diffusion_jax.diffusion.samplers.base import Sampler
 from diffusion_jax.diffusion.schedules.schedule import Schedule
@@ -21,7 +22,7 @@ class EditInputs(NamedTuple):
     predict: Predict
     rows: Schedule
     sampler: Sampler
-    images: dict[str, Array]  # x_0, mask, fraction and ends, see Generator
+    images: dict[str, Array]  # x_0, mask, fraction and latents, see Generator
 
 
 # The sampler of an edit, and the x_T that it starts from; None: from noise.
@@ -46,26 +47,42 @@ def _inpaint(inputs: EditInputs) -> Start:
 
 def _interpolate(inputs: EditInputs) -> Start:
     """The latents of the first and the last image, joined by an arc."""
-    ends = inputs.images["ends"]
-    first, last = (samplers.invert(inputs.predict, inputs.rows, x_0) for x_0 in ends)
+    latents = inputs.images["latents"]
 
     def join(first: Array, last: Array, fraction: Array) -> Array:
         return editing.slerp(first[None], last[None], fraction[None])[0, 0]
 
-    return inputs.sampler, jax.vmap(join)(first, last, inputs.images["fraction"])
+    x_T = jax.vmap(join)(latents[:, 0], latents[:, 1], inputs.images["fraction"])
+    return inputs.sampler, x_T
 
 
 def _variations(inputs: EditInputs) -> Start:
     """The latent of the image with part of its noise drawn anew."""
-    predict, last = inputs.predict, inputs.rows[-1]
-    x_T = samplers.invert(predict, inputs.rows, inputs.images["x_0"])
-    varied = editing.vary(inputs.keys, last, x_T, predict(x_T, last), inputs.plan.strength)
-    return inputs.sampler, varied
+    x_T, last = inputs.images["latents"][:, 0], inputs.rows[-1]
+    prediction = inputs.predict(x_T, last)
+    return inputs.sampler, editing.vary(inputs.keys, last, x_T, prediction, inputs.plan.strength)
 
 
-EDITS: dict[str, Callable[..., Start]] = {
-    "image_to_image": _image_to_image,
-    "inpaint": _inpaint,
-    "interpolate": _interpolate,
-    "variations": _variations,
+def _ends(indices: Int[np.ndarray, "..."], num_images: int) -> Int[np.ndarray, "... 2"]:
+    """The first and the last image, whatever the index."""
+    return np.broadcast_to([0, num_images - 1], (*indices.shape, 2))
+
+
+def _own(indices: Int[np.ndarray, "..."], num_images: int) -> Int[np.ndarray, "... 1"]:
+    """Image i mod n for index i."""
+    return indices[..., None] % num_images
+
+
+class Edit(NamedTuple):
+    """Where the chain of a task starts, and the numbers of the images whose latents it needs."""
+
+    start: Callable[[EditInputs], Start]
+    inverted: Callable[[Int[np.ndarray, "..."], int], Int[np.ndarray, "..."]] | None = None
+
+
+EDITS: dict[str, Edit] = {
+    "image_to_image": Edit(_image_to_image),
+    "inpaint": Edit(_inpaint),
+    "interpolate": Edit(_interpolate, inverted=_ends),
+    "variations": Edit(_variations, inverted=_own),
 }

@@ -142,6 +142,8 @@ def _sample(samples: Samples, shards: Shards, folder: pathlib.Path) -> None:
         animation.unlink(missing_ok=True)  # of other samples
     rows, evaluations = generator.rows(params), generator.num_evaluations(params)
     also = "" if plan.guidance is None else ", and of the weak network in its interval"
+    inversion = generator.num_evaluations_of_inversion(params)
+    also += f", and {inversion} for each given image, once" if inversion else ""
     LOG.info("%d steps, %d network evaluations per image%s", len(rows), evaluations, also)
     if len(shards) and plan.num_frames and not animation.exists():  # begun without frames
         batch = next(generator.batches(params, 0, samples.edited))

@@ -1,6 +1,7 @@
 """Images out of a trained model: a plan's chain, guidance and editing, over the devices."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from diffusion_jax.experiment.guidance import Guidance
 from diffusion_jax.experiment.sampling import Chain
 from diffusion_jax.runtime import devices
 from diffusion_jax.sampling.edits import EDITS, EditInputs
+from diffusion_jax.sampling.latents import Latents
 
 ANIMATED_IMAGES, ANIMATED_POINTS = 16, 500
 
@@ -83,6 +85,9 @@ class Generator:
             static_broadcasted_argnums=3,
             devices=self._devices,
         )
+        self._inverse = jax.pmap(
+            self._invert_on_device, axis_name="device", in_axes=(None, 0), devices=self._devices
+        )
 
     def of_schedule(self, schedule_of: Callable[[PyTree], Schedule], seed: int) -> "Generator":
         """The same for another schedule and seed, which are arguments of what is compiled."""
@@ -137,8 +142,7 @@ class Generator:
             # of their own, not those of the chain's noise
             edit_key, key = jax.random.split(key)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(edit_key, indices)
-            edit = EDITS[plan.task]
-            sampler, x_T = edit(
+            sampler, x_T = EDITS[plan.task].start(
                 EditInputs(
                     plan=plan,
                     keys=keys,
@@ -160,6 +164,12 @@ class Generator:
             native=inputs.native,
         )
 
+    def _invert_on_device(
+        self, inputs: ChainInputs, x_0: Float[Array, "batch h w c"]
+    ) -> Float[Array, "batch h w c"]:
+        label = self.label(jnp.zeros(len(x_0), int))  # all images of an edit have one class
+        return samplers.invert(self._predict(inputs, label), inputs.rows, x_0)
+
     def _run(
         self,
         inputs: ChainInputs,
@@ -167,19 +177,19 @@ class Generator:
         *,
         num_frames: int = 0,
         edited: EditedImages | None = None,
+        latents: Latents | None = None,
     ) -> Trajectory:
         """The chains of the images of these numbers, as many on each device."""
         # an uneven batch is filled up with images past its end, which are left out later
         per_device = -(-len(images) // len(self._devices))
         numbers = images.start + np.arange(per_device * len(self._devices))
         indices = numbers.reshape(len(self._devices), per_device)
-        inputs = devices.replicate(inputs, self._devices)
-        made_from = None if edited is None else self._edited(edited, indices)
+        made_from = None if edited is None else self._edited(edited, latents, indices)
         return self._trajectory(inputs, indices, made_from, num_frames)
 
     def _inputs(self, params: tuple[PyTree, PyTree], chain: Chain) -> ChainInputs:
-        """What the plan's sampler and guidance need for a chain."""
-        return ChainInputs(
+        """What the plan's sampler and guidance need for a chain, on the devices."""
+        inputs = ChainInputs(
             params=params,
             rows=self._chain_rows(params, chain),
             native=self._schedule_of(params[0]),
@@ -187,18 +197,31 @@ class Generator:
             guidance=self._plan.guidance,
             key=self._key,
         )
+        return devices.replicate(inputs, self._devices)
 
-    def _edited(self, images: EditedImages, indices: Int[np.ndarray, "..."]) -> dict[str, Array]:
-        """What each image is made from: file image i mod n, or the first and the last of them."""
-        last, shape = max(self._plan.num_images - 1, 1), images.x_0.shape[1:]
-        return {
+    def _latents(self, inputs: ChainInputs, edited: EditedImages | None) -> Latents | None:
+        """The latents of the images, where the plan's edit needs them."""
+        plan = self._plan.editing
+        numbers_of = None if plan is None else EDITS[plan.task].inverted
+        if edited is None or numbers_of is None:
+            return None
+        invert = functools.partial(self._inverse, inputs)
+        num_devices = len(self._devices)
+        return Latents(invert, edited.x_0, numbers_of=numbers_of, num_devices=num_devices)
+
+    def _edited(
+        self, images: EditedImages, latents: Latents | None, indices: Int[np.ndarray, "..."]
+    ) -> dict[str, Array]:
+        """What each image is made from: file image i mod n, and the latents that its edit needs."""
+        last = max(self._plan.num_images - 1, 1)
+        made_from = {
             "x_0": images.x_0[indices % len(images.x_0)],
             "mask": np.broadcast_to(images.mask, (*indices.shape, *images.mask.shape)),
             "fraction": np.minimum(indices / last, 1).astype(np.float32),
-            "ends": np.broadcast_to(
-                images.x_0[[0, -1]][:, None], (len(indices), 2, indices.shape[1], *shape)
-            ),
         }
+        if latents is not None:
+            made_from["latents"] = latents.of(indices)
+        return made_from
 
     def grid(self, params: PyTree) -> SampleGrid:
         """Start a small DDIM grid and do not wait for it (save for a learned schedule's rows)."""
@@ -211,7 +234,7 @@ class Generator:
             guidance=None,  # the weak network is read when training is over
             key=self._key,
         )
-        x_0 = self._run(inputs, range(plan.grid_images)).x_0
+        x_0 = self._run(devices.replicate(inputs, self._devices), range(plan.grid_images)).x_0
         return SampleGrid(x_0=x_0, num_images=plan.grid_images, levels=self._dataset.levels)
 
     def rows(self, params: PyTree) -> Schedule:
@@ -224,7 +247,7 @@ class Generator:
             return chain.rows(schedule if edit is None else edit.rows(schedule))
 
     def num_evaluations(self, params: PyTree) -> int:
-        """Evaluations of the network for each image, those of inversions too.
+        """Evaluations of the network for each image, without those of inversions.
 
         Guidance has the weak network evaluated beside it, in its interval.
         """
@@ -234,9 +257,14 @@ class Generator:
             jumps = plan.editing.num_resamples, plan.editing.jump_length
             # the number depends on neither the images nor the mask
             sampler = editing.Inpaint(sampler, None, None, *jumps)  # type: ignore[arg-type]  # unused
-        inverted = {"interpolate": 2, "variations": 1}.get(task, 0)  # images for each
-        inversions = inverted * samplers.INVERSION_ROUNDS * num_steps + (task == "variations")
-        return sampler.num_evaluations(num_steps) + inversions
+        return sampler.num_evaluations(num_steps) + (task == "variations")
+
+    def num_evaluations_of_inversion(self, params: PyTree) -> int:
+        """Evaluations of the network for each of the given images; 0: the plan inverts none."""
+        plan = self._plan.editing
+        if plan is None or EDITS[plan.task].inverted is None:
+            return 0
+        return samplers.INVERSION_ROUNDS * len(self.rows(params))
 
     def batches(
         self, params: PyTree, first: int, edited: EditedImages | None
@@ -248,9 +276,12 @@ class Generator:
         """
         plan = self._plan
         inputs = self._inputs(params, plan.chain)
+        latents = self._latents(inputs, edited)
         for start in range(first, plan.num_images, plan.batch_size):
             images = range(start, start + plan.batch_size)
-            chains = self._run(inputs, images, num_frames=plan.num_frames, edited=edited)
+            chains = self._run(
+                inputs, images, num_frames=plan.num_frames, edited=edited, latents=latents
+            )
             size = min(plan.batch_size, plan.num_images - start)
             shown = min(size, num_animated(self._dataset.levels))
             yield HostTrajectory(

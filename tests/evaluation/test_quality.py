@@ -17,11 +17,10 @@ from diffusion_jax.data.dataset import DatasetChoice, Split
 from diffusion_jax.data.load import load_dataset
 from diffusion_jax.data.pixels import to_x_0
 from diffusion_jax.evaluation import classifier as classifier_module
-from diffusion_jax.evaluation import distances, quality
+from diffusion_jax.evaluation import distances
 from diffusion_jax.evaluation.classifier import (
     features,
     load_classifier,
-    probabilities,
     train_classifier,
 )
 from diffusion_jax.evaluation.distances import (
@@ -320,9 +319,8 @@ def x_0_of(split, levels):
 def test_the_classifier_knows_digits(digits, classifier):
     assert classifier.test_accuracy >= 0.95
     held_out = x_0_of(digits.test, digits.levels)
-    of_classes = probabilities(classifier, held_out)
-    np.testing.assert_allclose(of_classes.sum(axis=1), 1, rtol=1e-5)
-    accuracy = np.mean(of_classes.argmax(axis=1) == digits.test.labels)
+    _, logits = classifier_module._apply(classifier, held_out)
+    accuracy = np.mean(logits.argmax(axis=1) == digits.test.labels)
     assert accuracy == pytest.approx(classifier.test_accuracy)
     of_images = features(classifier, held_out)
     assert of_images.dtype == np.float32
@@ -338,27 +336,6 @@ def test_features_rank_digits_by_their_noise(digits, classifier, distance):
         distance(features(classifier, held_out + size * noise), reference) for size in (0, 0.3, 0.9)
     ]
     assert found[0] < 0.8 * found[1] < 0.5 * found[2]
-
-
-def test_noise_and_missing_classes_show_in_the_balance(digits, classifier):
-    held_out = x_0_of(digits.test, digits.levels)
-    blurred = np.full_like(held_out, held_out.mean()) * 0.7 + held_out * 0.3
-    few = held_out[digits.test.labels < 2]
-    real, doubtful, missing = (
-        quality.class_balance(probabilities(classifier, images))
-        for images in (held_out, blurred, few)
-    )
-    assert real.confident > 0.85
-    assert real.entropy == pytest.approx(np.log2(10), abs=0.02)
-    assert doubtful.confident < real.confident - 0.1
-    assert missing.entropy == pytest.approx(1, abs=0.3)
-
-
-def test_the_balance_is_as_defined():
-    found = quality.class_balance(
-        np.array([[0.95, 0.05, 0], [0, 0.6, 0.4], [0.91, 0.09, 0], [0, 1, 0]])
-    )
-    assert found == (0.75, 1.0)
 
 
 def test_images_are_rounded_to_the_levels_and_batches_do_not_matter(
@@ -412,8 +389,7 @@ def test_a_classifier_is_trained_once(digits, classifier, trained, tmp_path, cap
     assert trained == [0]
     assert path.stat().st_mtime_ns == before
     x_0 = x_0_of(digits.test, digits.levels)
-    for function in (features, probabilities):
-        np.testing.assert_array_equal(function(again, x_0), function(kept, x_0))
+    np.testing.assert_array_equal(features(again, x_0), features(kept, x_0))
     assert again.test_accuracy == classifier.test_accuracy
     load_classifier(digits, 1, folder)
     assert trained == [0, 1]

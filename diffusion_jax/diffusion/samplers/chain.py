@@ -140,10 +140,11 @@ def invert(
 
     Each step solves x_{t-1} = DDIM(x_t) for x_t by ``num_iterations`` >= 1 rounds of
     x_t = sqrt(alpha) x_{t-1} + beta / (sqrt(1 - ab) + sqrt(alpha (1 - ab_prev))) eps(x_t, t).
-    One round, with eps at x_{t-1}, is the published inversion (Dhariwal & Nichol 2021, section
-    3.2). The rounds converge where steps are small and the data are not between two modes. DDIM
-    then returns x_0 of a mixture with an error of 0.2 for 20 steps of the cosine schedule, 0.03 for
-    200 and 0.006 for 1,000; on the linear schedule of 1e-4 from 200 steps on.
+    One round, with eps(x_{t-1}, t), is nearly the published inversion: Euler's method on the ODE of
+    DDIM, backwards, with eps(x_{t-1}, t-1) (Song, Meng & Ermon 2021, sections 4.3 and 5.4, eq. 14).
+    The rounds converge where steps are small and the data are not between two modes. DDIM then
+    returns x_0 of a mixture with an error of 0.2 for 20 steps of the cosine schedule, 0.03 for 200
+    and 0.006 for 1,000; on the linear schedule of 1e-4 from 200 steps on.
 
     Raises:
         ConfigError: num_iterations < 1.
