@@ -135,8 +135,8 @@ def first_step(is_warm: bool) -> Measure:
 
 def _worker(name: str, do: str, options: dict[str, object]) -> list[str]:
     """The arguments of a worker that runs its case once: its standard input is empty."""
-    asked = {"do": do, "options": options, "platform": "cpu"}
-    return ["-m", "benchmarks.worker", name, json.dumps(asked)]
+    work = {"do": do, "options": options, "platform": "cpu"}
+    return ["-m", "benchmarks.worker", name, json.dumps(work)]
 
 
 def ablation(say: Say) -> dict[str, Figures]:

@@ -37,7 +37,7 @@ Population = Float[np.ndarray, "timesteps images"]
 
 
 def compute_terms(argv: list[str]) -> Population:
-    """The term of the bound, in bits/dim, of each test image at each timestep, for one eps each."""
+    """The term of the bound, in bits/dim, of each test image at each timestep (one eps each)."""
     arguments = parse_arguments([*argv, "--mode=evaluate"])
     config = load(arguments.config_path, arguments.overrides)
     devices.start(1, config.evaluate.batch_size, False, divide=False)

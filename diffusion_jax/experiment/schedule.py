@@ -48,7 +48,7 @@ def create_learned_schedule(config: ConfigDict) -> LearnedSchedule | None:
             fields[name],
             "unset: learned has no such argument",
         )
-    for field, value, wanted in (
+    for field, value, options in (
         ("schedule.zero_terminal_snr", fields.zero_terminal_snr, (False,)),
         ("loss.weighting", config.loss.weighting, ("vlb",)),
         ("loss.variance", config.loss.variance, ("beta", "posterior")),
@@ -56,9 +56,9 @@ def create_learned_schedule(config: ConfigDict) -> LearnedSchedule | None:
         ("loss.prediction", config.loss.prediction, ("eps", "x_0", "v", "score")),
     ):
         allowed = (
-            f"{' or '.join(map(str, wanted))}: a learned schedule is trained in continuous time"
+            f"{' or '.join(map(str, options))}: a learned schedule is trained in continuous time"
         )
-        require(value in wanted, f"config.{field}", value, allowed)
+        require(value in options, f"config.{field}", value, allowed)
     return LearnedSchedule(num_timesteps=fields.num_timesteps, log_snr_start=start, log_snr_end=end)
 
 

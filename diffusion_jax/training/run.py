@@ -23,7 +23,7 @@ LOG = logging.getLogger("diffusion_jax")
 class Processes(NamedTuple):
     """The index of this process, and the number of processes that share the batches of a run."""
 
-    index: int = 0  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    index: int = 0  # type: ignore[assignment]  # hides tuple.index, which is not needed here
     count: int = 1  # type: ignore[assignment]  # hides tuple.count, likewise
 
 
