@@ -122,7 +122,8 @@ FIELDS: dict[str, Field] = {
     # log_snr, karras: noise levels between the timesteps
     "sampling.spacing": Field("trailing", SCORES),
     "sampling.rho": Field(float, SCORES),  # karras; unset: 7
-    # log_snr, karras: the first and last sigma, as in schedule.sigma; unset: those of the schedule
+    # log_snr, karras: the range is [sigma_min, sigma_max], in units of Schedule.sigma; unset: the
+    # range of the schedule
     "sampling.sigma_min": Field(float, SCORES),
     "sampling.sigma_max": Field(float, SCORES),
     # Arguments of the samplers; unset: the default of the sampler.
