@@ -72,8 +72,9 @@ FIELDS: dict[str, Field] = {
     "schedule.zero_terminal_snr": Field(False, MODEL),
     "schedule.base_resolution": Field(int, MODEL),  # shift log SNR by 2 log(base/height)
     "model.name": Field("unet", MODEL),  # in models.MODELS
-    "model.width": Field(128, MODEL),  # channels of the first level
-    "model.channel_multipliers": Field((1, 2, 2), MODEL),  # channels of each level / width
+    "model.width": Field(128, MODEL),  # channels of the first convolution (mlp: units)
+    # channels of each level, as multiples of width
+    "model.channel_multipliers": Field((1, 2, 2), MODEL),
     "model.num_blocks": Field(2, MODEL),  # residual blocks per level
     "model.attention_resolutions": Field((14,), MODEL),  # image heights that get self-attention
     "model.head_channels": Field(64, MODEL),  # channels of one attention head
