@@ -58,7 +58,7 @@ FIELDS: dict[str, Field] = {
     # beta_end is also every beta of constant
     "schedule.beta_start": Field(float, MODEL),
     "schedule.beta_end": Field(float, MODEL),
-    "schedule.rescale": Field(bool, MODEL),  # linear: multiply both by 1000/T
+    "schedule.rescale": Field(bool, MODEL),  # linear: multiply these betas by 1000/T
     "schedule.s": Field(float, MODEL),  # cosine: the offset
     "schedule.max_beta": Field(float, MODEL),  # cosine, sigmoid: the largest beta (clipped)
     "schedule.min_beta": Field(float, MODEL),  # cosine, sigmoid: the smallest beta (clipped)
@@ -145,7 +145,7 @@ FIELDS: dict[str, Field] = {
     "sampling.label": Field(int, SCORES),  # of all images; unset: i mod num_classes for image i
     "sampling.num_images": Field(64, SCORES),  # image i depends only on the seed and on i
     "sampling.batch_size": Field(64, NOTHING),  # of all devices together
-    # frames of the animations; unset: 40, or one per step if there are fewer; 0: no animation
+    # frames of the animations; unset: at most 40 (editing: none); 0: no animation
     "sampling.num_frames": Field(int, NOTHING),
     # also write evaluator.npz for guided-diffusion's evaluator: images in arr_0, labels in arr_1
     "sampling.evaluator_npz": Field(False, NOTHING),
@@ -168,7 +168,7 @@ FIELDS: dict[str, Field] = {
     "editing.num_resamples": Field(int, SCORES),  # inpaint: resamplings (RePaint); unset: 10
     "editing.jump_length": Field(int, SCORES),  # inpaint: steps of a jump (RePaint); unset: 10
     "evaluate.num_examples": Field(int, SCORES),  # of the test split; unset: all
-    # unset: all; otherwise one timestep is drawn in each of so many strata
+    # unset: all; otherwise one timestep is drawn in each of this many strata
     "evaluate.num_timesteps": Field(int, SCORES),
     "evaluate.batch_size": Field(64, NOTHING),  # images of all devices together
     # timesteps of an image in one compiled call; unset: 1 on a CPU, 8 on accelerators

@@ -126,7 +126,7 @@ class Checkpoints:
         """Save host arrays in the background; ``loss`` ranks the checkpoint.
 
         Raises:
-            SaveError: the save before this one failed.
+            SaveError: the save before this one failed, or this one could not start.
         """
         self.wait()
         self._set_damaged_aside()

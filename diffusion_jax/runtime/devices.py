@@ -31,7 +31,7 @@ COORDINATOR, NUM_PROCESSES, PROCESS_ID = (
     "JAX_PROCESS_ID",
 )
 
-# A process that ends waits so long for the others, which may be blocked because it has left.
+# The time that an ending process waits for the others, which may be blocked because it has left.
 LEAVING_SECONDS = 30
 
 # One thread per convolution; vectors of up to 512 bits.

@@ -92,7 +92,7 @@ def check(
 ) -> None:
     """Compare the checksum of a file's contents with the expected one.
 
-    ``others`` maps checksums of files that it is easily confused with to their description.
+    ``others`` maps the checksums of similar files to their descriptions, for the message.
 
     Raises:
         ConfigError: the checksums differ.
