@@ -208,7 +208,7 @@ def test_shards_of_another_job_are_not_mixed_in(trained, tmp_path):
     (folder / "job.json").write_text(json.dumps({"seed": 1}))
     np.savez(folder / "000000000-000000005.npz", images=np.zeros((6, 8, 8, 1), np.uint8))
     images, done = sampled(trained, tmp_path)
-    assert "of another job, begun again" in done.stderr
+    assert "removed the samples of another job; starting again" in done.stderr
     assert images.any()
     assert start_folder.exists()
 
