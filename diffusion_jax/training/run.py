@@ -89,7 +89,7 @@ class Run:
         return self.step >= self._plan.num_steps
 
     def steps_to(self, multiple: int) -> int:
-        """The number of steps until the step number is a multiple of it, or until the end."""
+        """The number of steps until the next step that is divisible by ``multiple``, or the end."""
         return min(multiple - self.step % multiple, self._plan.num_steps - self.step)
 
     def batches(self, num_steps: int) -> Batch:

@@ -412,6 +412,6 @@ def test_guidance_of_an_unconditional_model_is_refused(tmp_path):
     done = run(arguments(tmp_path / "run", fields, "digits", "sample"), tmp_path / "log")
     assert done.code == 2
     assert done.stderr.startswith(
-        "config.guidance.weight = 2.0: must be unset: the network is told"
+        "config.guidance.weight = 2.0: must be unset: the network has no labels"
     )
     assert len(done.stderr.splitlines()) == 1
