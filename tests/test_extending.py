@@ -1,4 +1,4 @@
-"""docs/extending.md: every example runs as it is printed, and what it adds is used in a run."""
+"""docs/extending.md: every example runs as printed, and an experiment can use what it adds."""
 
 import pathlib
 import re
@@ -37,7 +37,7 @@ REGISTRIES = (
 
 @pytest.fixture
 def run(monkeypatch):
-    """Runs the example of a section; the registries are as they were afterwards."""
+    """A function that runs the example of a section; the registries are restored afterwards."""
     before = [dict(registry) for registry in REGISTRIES]
 
     def run(section):
