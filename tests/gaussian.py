@@ -73,7 +73,7 @@ def gaussian(mean, variance):
 
 
 def mixture(weights, means, variance):
-    """E[x_0 | x_t] and E[eps | x_t] for a mixture of N(means[k], variance I) along the last axis."""
+    """E[x_0 | x_t] and E[eps | x_t] for a mixture of N(means[k], variance I) on the last axis."""
     log_weights, means = jnp.log(jnp.asarray(weights)), jnp.asarray(means)
 
     def of_point(x_t, row):

@@ -165,7 +165,7 @@ def dpmpp_2s(problem, nodes, x):
 
 
 def exponential(problem, node, following, x, x_0, h, polynomial):
-    """Solve the probability flow exactly for an x_0 that is a polynomial in tau = lambda - lambda_t.
+    """Solve the probability flow for an x_0 that is a polynomial in tau = lambda - lambda_t.
 
     x' = s'/s x + a' int_0^h exp(tau - h) (c_0 + c_1 tau + c_2 tau^2) dtau. Where h is infinite, the
     step is DDIM's.

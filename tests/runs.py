@@ -22,7 +22,7 @@ REPOSITORY = pathlib.Path(__file__).parent.parent
 TIMEOUT = 300  # seconds for one run; on an idle machine no run takes a tenth of it
 
 # Imports take seconds of every start, so the fork server does them once. In all else a forked child
-# is like a new process. The list includes what the package imports inside functions, and this module.
+# is like a new process. The list includes modules that the package imports inside functions.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [

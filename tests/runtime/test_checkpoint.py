@@ -1,4 +1,4 @@
-"""Checkpoints: damaged files are noticed, good states come back bit for bit, saves are confirmed."""
+"""Checkpoints: damage is noticed, intact states come back bit for bit, saves are confirmed."""
 
 import contextlib
 import itertools

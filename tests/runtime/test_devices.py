@@ -1,4 +1,4 @@
-"""Training on several devices and in several processes: same losses, one compilation, joint ends."""
+"""Training on several devices and processes: the same losses, one compilation, a joint end."""
 
 import functools
 import json

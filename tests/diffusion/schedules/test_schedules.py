@@ -374,7 +374,7 @@ def test_respaced_rows_are_those_of_the_native_chain(spacing):
             for num_steps in range(1, num_timesteps + 1):
                 rows = SPACINGS[spacing](num_timesteps, num_steps)
                 if num_timesteps > 1 and rows[-1] == 1:
-                    continue  # a single step from t = 1, where there is hardly any noise, is refused
+                    continue  # a single step from t = 1 is refused
                 short = respace(schedule, num_steps, spacing)
                 visited = [mpf(1), *(bars[t] for t in rows)]
                 expected = columns_of([1 - b / a for a, b in itertools.pairwise(visited)])
