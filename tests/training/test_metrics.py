@@ -1,4 +1,4 @@
-"""The metrics of a run: metrics.jsonl, TensorBoard's event files, and the progress in a terminal."""
+"""The metrics of a run: metrics.jsonl, TensorBoard's event files, and the progress on screen."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Training runs: killed, stopped and resumed runs end like uninterrupted ones; errors are one line."""
+"""Training runs: interrupted runs resume and end like uninterrupted ones; errors are one line."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Samplers as numerical methods: order, statistics, evaluations, and agreement with others' code."""
+"""Samplers as numerical methods: order, statistics, evaluations, agreement with other libraries."""
 
 import dataclasses
 import functools
