@@ -743,11 +743,11 @@ def test_shards_and_a_last_call_equal_one_ablation(mixed, workdir, tmp_path):
     assert_equals(workdir, mixed[1])
 
 
-def test_auto_chooses_for_the_jobs_of_the_shard_alone(small, tmp_path):
-    """A shard of one job trains on one device, although the ablation has three jobs.
+def test_auto_is_chosen_once_for_the_jobs_of_the_shard(small, tmp_path):
+    """The choice counts one job, that of the shard, before CPU cores become devices.
 
-    A batch of 15 cannot be shared by two devices, and the run does not try. The locked folder ends
-    the run after this choice.
+    So the number of devices fits the batch of 15, which two devices could not share. The lock of
+    the folder, which comes later, ends the run.
     """
     fields = small | {"ablate.grid": "schedule.s=0,0.01,0.02", "ablate.seeds": (0,)}
     fields |= {"ablate.parallel": "auto", "ablate.shard": "1/3", "train.batch_size": 15}

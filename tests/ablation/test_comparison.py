@@ -112,7 +112,7 @@ def test_effects_without_a_residual_add_up():
 
 
 def test_no_component_counts_below_zero():
-    """If all means are equal, the variance is the residual's, with the fewest degrees of freedom."""
+    """If all means are equal, the residual's variance counts with the fewest degrees of freedom."""
     values = np.array([[1.0, -1.0], [-1.0, 1.0]])
     assert sums_of_squares(values) == (0, 0, 4)
     half = stats.t.ppf(0.975, 1) * np.sqrt(4 / 4)
