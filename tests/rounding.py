@@ -6,7 +6,7 @@ UNIT = 2.0**-24  # the unit roundoff of float32
 
 
 def rounding(num_terms, squares):
-    """The largest rounding error of sums of ``num_terms`` products, added in any order.
+    """A bound on the rounding error of sums of ``num_terms`` products, added in any order.
 
     The products have random signs; ``squares`` holds the sums of their squares. A partial sum is
     z sqrt(squares). n roundings, each of at most UNIT of a partial sum, add up to an error of

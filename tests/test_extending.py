@@ -65,7 +65,7 @@ def losses_of(experiment):
     return experiment.losses_of(params, inputs).losses
 
 
-def test_there_is_an_example_of_each_and_none_is_long():
+def test_there_is_a_short_example_of_each_extension():
     kinds = "schedule", "sampler", "weighting", "prediction", "objective", "network", "data set"
     assert [section.split(" ", 1)[1] for section in EXAMPLES] == list(kinds)
     for section, example in EXAMPLES.items():

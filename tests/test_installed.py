@@ -33,7 +33,7 @@ def test_importing_the_package_imports_nothing_else(tmp_path, repository):
     assert not names & {"jax", "numpy", "flax", "ml_collections", "absl"}
 
 
-def test_the_library_does_not_bring_the_application(tmp_path, repository):
+def test_importing_the_library_does_not_import_the_application(tmp_path, repository):
     code = "from diffusion_jax import schedules, samplers, process, losses, guidance, editing"
     names = imported_by(code, tmp_path, repository)
     assert "jax" in names

@@ -179,7 +179,7 @@ def test_diffusers_9261():
 
 
 def test_diffusers_10003():
-    """A chain of T = 1000 steps requested timestep 1000, although they are 0..999.
+    """A chain of T = 1000 steps requested timestep 1000, although timesteps were 0..999.
 
     An offset of 1 was added to the timesteps. Here every spacing with T steps is the full chain.
     """
@@ -286,7 +286,7 @@ def test_monai_8427(s):
         assert (of_x_0[0], of_x_t[0]) == (1, 0)
 
 
-def test_the_twin_of_monai_8427():
+def test_a_bug_like_monai_8427_in_the_prior_term():
     """L_T is finite and exact for a chain that ends with hardly any noise.
 
     L_T contains -log(1 - alpha_bar). Subtracting alpha_bar from 1 in float32 gives 0 there, and an
@@ -431,7 +431,7 @@ def test_min_snr_2(kind, zero_inside):
     np.testing.assert_array_equal(gradients[2:], np.zeros((3, 3)))
 
 
-def test_the_twin_of_min_snr_2(config, zero_inside):
+def test_a_bug_like_min_snr_2_for_mu(config, zero_inside):
     """A prediction of mu is an error where the row before has zero SNR: losses were NaN there.
 
     There mu is a multiple of x_t whatever x_0 is, so mu does not determine x_0. Zero SNR in the

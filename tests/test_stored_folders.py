@@ -90,8 +90,8 @@ def test_a_stored_run_resumes(stored, resumed):
     before, found, expected = map(records, (stored / "run", resumed, stored / "finished"))
     assert [record["step"] for record in found] == [5, 10, 15, 20, 25, 30, 35, 40]
     assert found[: len(before)] == before
-    for one, wanted in zip(found, expected):
-        assert one == pytest.approx(wanted, rel=ROUNDING)
+    for one, reference in zip(found, expected):
+        assert one == pytest.approx(reference, rel=ROUNDING)
     assert (resumed / "checkpoints" / "40").is_dir()
     assert_alike(images(resumed), images(stored / "finished"))
 
@@ -107,8 +107,8 @@ def test_a_stored_run_samples_and_evaluates(stored, resumed, main, tmp_path):
         for workdir in (resumed, stored / "finished")
     )
     assert found.keys() >= expected.keys()
-    for name, wanted in expected.items():
-        assert_near(found[name], wanted, name)
+    for name, value in expected.items():
+        assert_near(found[name], value, name)
 
 
 def assert_near(found, expected, name):
@@ -119,11 +119,11 @@ def assert_near(found, expected, name):
             assert_near(found[key], value, f"{name}.{key}")
     else:
         is_number = isinstance(expected, float)
-        wanted = pytest.approx(expected, rel=10 * ROUNDING, abs=1e-6) if is_number else expected
-        assert found == wanted, name
+        target = pytest.approx(expected, rel=10 * ROUNDING, abs=1e-6) if is_number else expected
+        assert found == target, name
 
 
-def test_a_stored_ablation_reports_and_trains_and_scores_nothing(stored, main, tmp_path):
+def test_a_stored_ablation_is_reported_without_training_or_scoring(stored, main, tmp_path):
     workdir = shutil.copytree(stored / "ablation", tmp_path / "ablation")
     expected = table(workdir)
     (workdir / "ablation.csv").unlink()
@@ -137,9 +137,9 @@ def test_a_stored_ablation_reports_and_trains_and_scores_nothing(stored, main, t
     assert {path.name for path in after.keys() - before} == {"ablation.csv", "report.html", ".lock"}
     found = table(workdir)
     assert len(found) == len(expected) == 4
-    for row, wanted in zip(found, expected):
-        assert row.keys() == wanted.keys()
-        for name, text in wanted.items():
+    for row, old_row in zip(found, expected):
+        assert row.keys() == old_row.keys()
+        for name, text in old_row.items():
             if name.startswith(
                 "quality"
             ):  # the classifier measures it again; the rest is read from the jobs

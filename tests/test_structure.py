@@ -97,7 +97,7 @@ def test_public_functions_take_at_most_five_by_position(modules):
     assert structure.wide_functions(modules) == []
 
 
-def test_reading_path():
+def test_reading_path_is_short():
     lines = structure.reading_lines(REPOSITORY)
     assert sum(lines.values()) < structure.MAX_READING, lines
 

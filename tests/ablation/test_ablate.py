@@ -376,8 +376,8 @@ def test_more_arms_than_fit_are_refused(devices, monkeypatch, tmp_path):
     ablate.check(*inputs)
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-        said = r"^config\.ablate\.grid = '3 jobs': must be fewer: .* has 1,000$"
-        with pytest.raises(ConfigError, match=said):
+        message = r"^config\.ablate\.grid = '3 jobs': must be fewer: .* has 1,000$"
+        with pytest.raises(ConfigError, match=message):
             ablate.check(*inputs)
     monkeypatch.setattr(os, "sysconf", lambda name: 100)
     with pytest.raises(
@@ -388,12 +388,12 @@ def test_more_arms_than_fit_are_refused(devices, monkeypatch, tmp_path):
 
 
 def test_only_different_shards_may_use_a_folder_at_once(tmp_path):
-    workdir, said = Workdir(tmp_path), r"^workdir=.*: in use by another run$"
+    workdir, message = Workdir(tmp_path), r"^workdir=.*: in use by another run$"
     with workdir.lock("1/2"), workdir.lock("2/2"):
         for same in (None, "1/2"):
-            with pytest.raises(ConfigError, match=said), workdir.lock(same):
+            with pytest.raises(ConfigError, match=message), workdir.lock(same):
                 pass
-    with workdir.lock(), pytest.raises(ConfigError, match=said), workdir.lock("1/2"):
+    with workdir.lock(), pytest.raises(ConfigError, match=message), workdir.lock("1/2"):
         pass
 
 
@@ -776,8 +776,8 @@ def test_jobs_whose_files_another_mode_has_changed_are_not_finished(finished, sm
 def test_arms_of_another_length_are_not_mixed_in(finished, small, num_steps, devices):
     """A run of another length has another decay of its learning rate."""
     ablation = grid.create_ablation(load(small | {"train.num_steps": num_steps}))
-    said = rf"config\.train\.num_steps = {num_steps}: the run in .* has 40"
-    with pytest.raises(ConfigError, match=said):
+    message = rf"config\.train\.num_steps = {num_steps}: the run in .* has 40"
+    with pytest.raises(ConfigError, match=message):
         ablate.check(ablation, Workdir(finished[0]), devices, Parallel("device", 1))
 
 

@@ -127,7 +127,7 @@ def test_the_reference_may_be_spelt_as_in_the_grid(text):
     assert create(fields | {"ablate.reference": text}).reference == "schedule.s=0.05"
 
 
-def test_shards_are_all_jobs_once():
+def test_the_shards_together_have_every_job_once():
     fields = S | {"ablate.seeds": (0, 1)}
     whole = create(fields)
     assert not whole.is_shard
@@ -243,7 +243,7 @@ def test_an_ablation_edits_no_images_and_is_guided_by_no_other_run(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "image.png")
     task = {"editing.task": "image_to_image", "editing.images": tmp_path / "image.png"}
     task |= {"editing.timestep": 5}
-    for fields, said in (
+    for fields, message in (
         (task, "config.editing.task = 'image_to_image': must be unset in an ablation"),
         ({"distributed": "true"}, "config.distributed = True: must be "),
         (
@@ -253,7 +253,7 @@ def test_an_ablation_edits_no_images_and_is_guided_by_no_other_run(tmp_path):
     ):
         with pytest.raises(ConfigError) as raised:
             create(S | fields)
-        assert str(raised.value).startswith(said)
+        assert str(raised.value).startswith(message)
 
 
 ONE = {"ablate.grid": "schedule.s=0.02"}

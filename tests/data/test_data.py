@@ -464,14 +464,14 @@ def test_two_processes_may_start_at_once_and_neither_needs_tensorflow(start, tmp
     original = int(sklearn.datasets.load_digits().data.sum())
     test = int(load_dataset(choice_of("digits", tmp_path / "sets")).test.images.sum())
     assert [int(out) for out, _ in outputs] == [original - test] * 2
-    said = "".join(err for _, err in outputs)
-    assert said.count("preparing digits") == said.count("decoding digits") == 1
+    log = "".join(err for _, err in outputs)
+    assert log.count("preparing digits") == log.count("decoding digits") == 1
 
 
 def test_preparing_that_was_killed_is_done_again(start, tmp_path):
     process = start(LOAD.replace("loaded =", f"{DIE}\nloaded ="), tmp_path)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL, said
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, log
     assert list((tmp_path / "digits").glob("incomplete*"))
     assert len(load_dataset(choice_of("digits", tmp_path)).train) == 1497
     assert not list((tmp_path / "digits").glob("incomplete*"))
@@ -483,13 +483,13 @@ def test_decoded_arrays_are_kept_until_the_set_changes(digits_dir, tmp_path):
     folder = tmp_path / "digits" / VERSION
     load_dataset(choice)
     (decoded,) = folder.glob("decod*")
-    kept = np.load(decoded / "train_images.npy")
-    np.save(decoded / "train_images.npy", 16 - kept)
-    np.testing.assert_array_equal(load_dataset(choice).train.images, 16 - kept)
+    pixels = np.load(decoded / "train_images.npy")
+    np.save(decoded / "train_images.npy", 16 - pixels)
+    np.testing.assert_array_equal(load_dataset(choice).train.images, 16 - pixels)
 
     (folder / "decoding-1").mkdir()  # as a killed process leaves it
     os.utime(next(folder.glob("*-train.array_record*")), ns=(0, 0))
-    np.testing.assert_array_equal(load_dataset(choice).train.images, kept)
+    np.testing.assert_array_equal(load_dataset(choice).train.images, pixels)
     (anew,) = folder.glob("decod*")
     assert anew != decoded
 

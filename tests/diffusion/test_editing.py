@@ -528,7 +528,7 @@ def test_samplers_with_a_memory_are_refused(name):
         ("strength", lambda: vary(split(0, 2), SCHEDULE[0], IMAGE, DATA(IMAGE, SCHEDULE[0]), -1.0)),
     ],
 )
-def test_refused(field, call):
+def test_an_impossible_argument_is_named(field, call):
     with pytest.raises(ConfigError, match=rf"^{field} = .*: must be ") as error:
         call()
     assert "\n" not in str(error.value)

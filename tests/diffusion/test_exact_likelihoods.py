@@ -266,8 +266,8 @@ def test_the_flow_of_a_correlated_gaussian(betas, is_noise_at_last, points):
     expected, _ = flow_by_hand(alpha_bar, points)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
     # the density of the data with the noise of the first row
-    seen = COVARIANCE + (1 / alpha_bar[0] - 1) * np.eye(3)
-    density = stats.multivariate_normal(MEAN, seen).logpdf(points)
+    noisy = COVARIANCE + (1 / alpha_bar[0] - 1) * np.eye(3)
+    density = stats.multivariate_normal(MEAN, noisy).logpdf(points)
     assert (np.abs(expected - density).max() < 1e-3) == is_noise_at_last
 
 

@@ -151,7 +151,7 @@ def exact(params, kind="eps"):
 
 @pytest.mark.parametrize("kind", ["eps", "x_0", "v", "score"])
 def test_the_loss_of_the_exact_denoiser_is_the_bound(kind):
-    """In closed form: reconstruction, integral of the MMSE over the SNR, and prior."""
+    """The bound is known in closed form: reconstruction, integral of the MMSE, and prior."""
     params = some_params()
     dims, repeats = 400, 40
     totals = []
@@ -265,11 +265,11 @@ def test_training_the_shape_lowers_the_variance_of_the_loss():
 
     inner = {name: bent[name] for name in bent if name not in learned_schedule.ENDS}
     params, state = bent, optimizer.init(inner)
-    seen = []
+    moments = []
     for seed in range(150):
         params, state, found = step(params, state, seed)
-        seen.append((float(found.mean()), float(found.var())))
-    before, after = np.mean(seen[:10], axis=0), np.mean(seen[-10:], axis=0)
+        moments.append((float(found.mean()), float(found.var())))
+    before, after = np.mean(moments[:10], axis=0), np.mean(moments[-10:], axis=0)
     assert after[1] < 0.7 * before[1]
     assert abs(after[0] - before[0]) < 0.05
 

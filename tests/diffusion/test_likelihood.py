@@ -195,7 +195,7 @@ CASES = [("cosine", 10), ("cosine", 100), ("cosine", 1000), ("linear", 100), ("l
 
 @pytest.mark.parametrize(("name", "num_timesteps"), CASES)
 def test_the_bound_of_the_exact_chain_is_the_entropy(name, num_timesteps):
-    """To 1e-3 bits the bound is the entropy plus KL(q(x_T) || N(0, 1)), for any schedule and T."""
+    """To 1e-3 bits the bound is the entropy plus KL(q(x_T) || N(0, 1)), whatever T is."""
     betas = BETAS[name](num_timesteps)
     expected = ENTROPY + marginal_kl(columns(betas).alpha_bar[-1])
     schedule, data = schedules.from_betas(betas), gaussian(MEAN, VARIANCE)

@@ -227,12 +227,12 @@ def test_under_jit_with_the_schedule_as_an_argument():
 
 
 @pytest.mark.parametrize(("kind", "weighting", "timesteps"), ALL)
-def test_the_gradient(kind, weighting, timesteps):
+def test_the_gradient_is_that_of_a_loop_over_the_examples(kind, weighting, timesteps):
     # d/dw of weight (target - w x_t)^2 at w = 1/2
-    seen = []
+    calls = []
     chosen = objective(kind, weighting, timesteps)
-    batch_losses(chosen, recorded(seen))
-    x_t, position = np.asarray(seen[0][0], np.float64), np.int32(seen[0][1]) - 1
+    batch_losses(chosen, recorded(calls))
+    x_t, position = np.asarray(calls[0][0], np.float64), np.int32(calls[0][1]) - 1
     expected = []
     for i in range(BATCH):
         row, x_0 = rows(cosine_betas(T))[position[i]], np.asarray(images()[i], np.float64)
@@ -264,7 +264,7 @@ def labels(size):
     return jnp.arange(size) % NUM_CLASSES
 
 
-def told(label_dropout, size, indices=None):
+def inputs_and_losses(label_dropout, size, indices=None):
     """The inputs of the network under label dropout, and the losses."""
     calls = []
     chosen = objective(label_dropout=label_dropout)
@@ -279,7 +279,7 @@ def told(label_dropout, size, indices=None):
 @pytest.mark.parametrize("label_dropout", [0.1, 0.5])
 def test_labels_are_dropped_with_the_probability_asked_for(label_dropout):
     size = 3000
-    _, _, label, keys, _ = told(label_dropout, size)
+    _, _, label, keys, _ = inputs_and_losses(label_dropout, size)
     dropped, true = np.asarray(label) == NUM_CLASSES, np.asarray(labels(size))
     np.testing.assert_array_equal(label[~dropped], true[~dropped])
     deviation = np.sqrt(label_dropout * (1 - label_dropout))
@@ -292,15 +292,15 @@ def test_labels_are_dropped_with_the_probability_asked_for(label_dropout):
 
 
 def test_which_labels_are_dropped_does_not_depend_on_how_the_batch_is_split():
-    whole = told(0.5, BATCH)[2]
+    whole = inputs_and_losses(0.5, BATCH)[2]
     assert 0 < np.mean(whole == NUM_CLASSES) < 1
     for part in ([0, 1, 2, 3], [4, 5, 6, 7], [7, 0, 4, 2]):
-        np.testing.assert_array_equal(told(0.5, BATCH, part)[2], whole[np.array(part)])
+        np.testing.assert_array_equal(inputs_and_losses(0.5, BATCH, part)[2], whole[np.array(part)])
 
 
 def test_dropping_labels_changes_nothing_else():
-    x_t, timestep, label, keys, found = told(0.0, BATCH)
-    others = told(0.5, BATCH)
+    x_t, timestep, label, keys, found = inputs_and_losses(0.0, BATCH)
+    others = inputs_and_losses(0.5, BATCH)
     np.testing.assert_array_equal(label, labels(BATCH))
     np.testing.assert_array_equal(x_t, others[0])
     np.testing.assert_array_equal(timestep, others[1])
@@ -317,7 +317,7 @@ def test_a_learned_schedule_drops_the_same_labels():
         chosen = objective(label_dropout=label_dropout)
         learned_schedule.continuous_time(chosen, recorded(calls), recipe)(params, inputs)
     np.testing.assert_array_equal(calls[0][2], labels(BATCH))
-    np.testing.assert_array_equal(calls[1][2], told(0.5, BATCH)[2])
+    np.testing.assert_array_equal(calls[1][2], inputs_and_losses(0.5, BATCH)[2])
 
 
 def test_the_embedding_of_no_class_is_trained_if_and_only_if_labels_are_dropped():

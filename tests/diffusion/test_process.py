@@ -146,7 +146,7 @@ def test_bayes_rule_refutes_the_misprinted_posterior_mean(name, num_timesteps, t
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 @pytest.mark.parametrize("zero_snr", [False, True])
-def test_conversions_of_every_pair(first, second, zero_snr):
+def test_converting_between_two_predictions_and_back_changes_nothing(first, second, zero_snr):
     schedule = schedules.cosine(SHORT)
     schedule = schedules.zero_terminal_snr(schedule) if zero_snr else schedule
     whole = all(determines_x_0(PREDICTIONS[kind], schedule) for kind in (first, second))

@@ -90,10 +90,10 @@ def test_low_discrepancy_draws_no_row_outside_the_schedule(monkeypatch):
 
 def history_of(losses, num_timesteps):
     """The last HISTORY losses of each timestep, one loss after the other as in iDDPM's code."""
-    kept = [[] for _ in range(num_timesteps)]
+    history = [[] for _ in range(num_timesteps)]
     for row, loss in losses:
-        kept[row] = [*kept[row], loss][-HISTORY:]
-    return kept
+        history[row] = [*history[row], loss][-HISTORY:]
+    return history
 
 
 def test_the_history_has_the_last_losses_of_each_timestep():
@@ -107,10 +107,10 @@ def test_the_history_has_the_last_losses_of_each_timestep():
         rows, losses = draws.integers(0, 4, size), draws.random(size).astype(np.float32)
         state = jax.jit(timesteps.update_history)(state, jnp.asarray(rows), jnp.asarray(losses))
         fed += zip(rows, losses)
-        for row, kept in enumerate(history_of(fed, 5)):
+        for row, history in enumerate(history_of(fed, 5)):
             assert state.counts[row] == sum(r == row for r, _ in fed)
             np.testing.assert_array_equal(
-                np.sort(state.losses[row])[HISTORY - len(kept) :], np.sort(kept)
+                np.sort(state.losses[row])[HISTORY - len(history) :], np.sort(history)
             )
 
 

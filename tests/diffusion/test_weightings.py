@@ -41,9 +41,9 @@ def normal_kl(mean_1, variance_1, mean_2, variance_2):
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("name", BETAS)
 def test_the_exact_weight_times_the_error_is_the_kl(kind, variance, name):
-    """For random predictions and t >= 2 this is the KL of two means with the same variance.
+    """For random predictions and t >= 2 the product is the KL of two means with one variance.
 
-    With the term of the variances added it is the whole L_{t-1}.
+    Adding the KL's term of the variances gives the whole L_{t-1}.
     """
     betas = BETAS[name](1000)
     schedule, row = schedules.from_betas(betas), columns(betas)
@@ -97,7 +97,7 @@ def test_the_x_0_weight_at_the_posterior_variance_is_half_the_drop_of_the_snr(na
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
-def test_simple_is_one(kind):
+def test_the_simple_weight_is_one(kind):
     np.testing.assert_array_equal(of_prediction(WEIGHTINGS["simple"](), kind), 1)
 
 
@@ -127,27 +127,27 @@ def test_weightings_are_those_of_the_papers(paper):
 def test_the_loss_of_a_guess_of_x_0_does_not_depend_on_the_prediction(name):
     """A guess of x_0 has the same loss whether it is encoded as eps, x_0, v, mu or score."""
     draws = jax.random.normal(jax.random.key(0), (3, T, 5))
-    x_0, eps, said = draws
+    x_0, eps, guess_x_0 = draws
     losses = {}
     for kind, parametrisation in PREDICTIONS.items():
 
-        def loss(row, x_0, eps, said, parametrisation=parametrisation):
+        def loss(row, x_0, eps, guess_x_0, parametrisation=parametrisation):
             x_t = process.q_sample(row, x_0, eps)
-            guess = Prediction(said, process.eps_of_x_0(row, x_t, said))
+            guess = Prediction(guess_x_0, process.eps_of_x_0(row, x_t, guess_x_0))
             truth = Prediction(x_0, eps)
             miss = parametrisation.encode(row, truth, x_t) - parametrisation.encode(row, guess, x_t)
             gain = parametrisation.gain(row)
             log_variance = VARIANCES["posterior"].log_variance(row, None)
             return WEIGHTINGS[name]()(row, gain, log_variance) / gain**2 * jnp.mean(miss**2)
 
-        losses[kind] = jax.vmap(loss)(SCHEDULE, x_0, eps, said)
+        losses[kind] = jax.vmap(loss)(SCHEDULE, x_0, eps, guess_x_0)
     for kind, found in losses.items():
         np.testing.assert_allclose(found, losses["x_0"], rtol=5e-4, err_msg=kind)
 
 
 def test_denoising_score_matching_is_the_simple_loss_of_the_score():
-    """It is E |s - grad log q(x_t|x_0)|^2 (Vincent 2011): 1/(1 - alpha_bar) times eps's loss."""
-    x_0, eps, said = jax.random.normal(jax.random.key(0), (3, T, 5))
+    """E |s - grad log q(x_t|x_0)|^2 (Vincent 2011) is 1/(1 - alpha_bar) times the loss of eps."""
+    x_0, eps, guess_x_0 = jax.random.normal(jax.random.key(0), (3, T, 5))
     x_t = jax.vmap(process.q_sample)(SCHEDULE, x_0, eps)
 
     def loss(kind, output):
@@ -174,12 +174,12 @@ def test_denoising_score_matching_is_the_simple_loss_of_the_score():
         return -jnp.sum((x_t - jnp.sqrt(row.alpha_bar) * x_0) ** 2) / (2 * row.one_minus_alpha_bar)
 
     noise = np.float64(SCHEDULE.one_minus_alpha_bar)
-    score = -said / np.sqrt(noise)[:, None]
+    score = -guess_x_0 / np.sqrt(noise)[:, None]
     truth = jax.vmap(jax.grad(log_q))(x_t, SCHEDULE, x_0)
     expected = np.mean((np.float64(score) - np.float64(truth)) ** 2, axis=1)
     np.testing.assert_allclose(loss("score", jnp.float32(score)), expected, rtol=2e-3)
     np.testing.assert_allclose(
-        loss("score", jnp.float32(score)), loss("eps", said) / noise, rtol=1e-5
+        loss("score", jnp.float32(score)), loss("eps", guess_x_0) / noise, rtol=1e-5
     )
 
 

@@ -114,7 +114,7 @@ def test_neither_batches_nor_devices_change_the_bits(trained, evaluated, tmp_pat
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_numbers(trained, evaluated, tmp_path):
+def test_a_killed_evaluation_resumes_and_ends_with_the_same_numbers(trained, evaluated, tmp_path):
     """After kill -9 the same command continues; another evaluation begins again."""
     workdir = tmp_path / "run"
     first = start(trained, workdir, tmp_path / "log")
@@ -343,10 +343,10 @@ def test_draws_are_uniform_in_each_stratum():
     on_device = Strata(*map(jnp.asarray, strata))
     positions, _ = bound_terms(*inputs, strata=on_device, clip_x_0=False)
     for drawn, first, count in zip(np.asarray(positions), strata.first, strata.size):
-        seen = np.bincount(drawn - first, minlength=count)
-        assert len(seen) == count
+        counts = np.bincount(drawn - first, minlength=count)
+        assert len(counts) == count
         expected = size / count
-        assert np.sum((seen - expected) ** 2 / expected) <= count - 1 + 6 * np.sqrt(2 * count)
+        assert np.sum((counts - expected) ** 2 / expected) <= count - 1 + 6 * np.sqrt(2 * count)
 
 
 def _plan(**fields):

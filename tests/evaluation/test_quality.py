@@ -60,7 +60,7 @@ def covariance(d, seed):
 
 @pytest.mark.parametrize("variances", [([1, 2, 3], [4, 1, 3]), ([1, 0, 4], [0, 3, 0])])
 def test_frechet_of_independent_features(variances):
-    """It is the sum of (mu_1 - mu_2)^2 + (sigma_1 - sigma_2)^2, also where a variance is zero."""
+    """The distance is the sum of (mu_1 - mu_2)^2 + (sigma_1 - sigma_2)^2, also at zero variance."""
     mean = np.array([0.3, -2.0, 1.0])
     x, y = (with_moments(m, np.diag(v), seed=len(m)) for m, v in zip((mean, 0 * mean), variances))
     roots = np.sqrt(variances)
@@ -131,7 +131,7 @@ def test_kernel_does_not_depend_on_the_size_of_its_blocks(monkeypatch):
 
 @pytest.mark.parametrize("shift", [0.0, 0.5])
 def test_kernel_is_unbiased(shift):
-    """For one feature it is the sum over k of binom(3, k) times the squared gap of moment k."""
+    """For one feature its expectation is the sum of binom(3, k) (gap of the k-th moments)^2."""
     source = np.random.default_rng(0)
     moments = [1, shift, 1 + shift**2, shift**3 + 3 * shift]
     exact = sum(comb(3, k) * (moments[k] - m) ** 2 for k, m in enumerate([1, 0, 1, 0]))
@@ -407,7 +407,7 @@ def trained(classifier, monkeypatch):
 
 def test_a_classifier_is_trained_once(digits, classifier, trained, tmp_path, caplog):
     folder = tmp_path / "kept"
-    kept = load_classifier(digits, 0, folder)
+    first = load_classifier(digits, 0, folder)
     (path,) = folder.iterdir()
     before = path.stat().st_mtime_ns
     again = load_classifier(digits, 0, folder)
@@ -415,7 +415,7 @@ def test_a_classifier_is_trained_once(digits, classifier, trained, tmp_path, cap
     assert path.stat().st_mtime_ns == before
     x_0 = x_0_of(digits.test, digits.levels)
     for function in (features, probabilities):
-        np.testing.assert_array_equal(function(again, x_0), function(kept, x_0))
+        np.testing.assert_array_equal(function(again, x_0), function(first, x_0))
     assert again.test_accuracy == classifier.test_accuracy
     load_classifier(digits, 1, folder)
     assert trained == [0, 1]

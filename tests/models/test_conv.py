@@ -96,8 +96,8 @@ def exact_gradients(x, kernel, dy):
     dk = np.zeros(kernel.shape)
     for i in range(3):
         for j in range(3):
-            seen = around[:, i : i + height, j : j + width]
-            dk[i, j] = np.tensordot(seen, np.float64(dy), ((0, 1, 2), (0, 1, 2)))
+            window = around[:, i : i + height, j : j + width]
+            dk[i, j] = np.tensordot(window, np.float64(dy), ((0, 1, 2), (0, 1, 2)))
     return exact(dy, np.flip(kernel, (0, 1)).swapaxes(2, 3)), dk
 
 

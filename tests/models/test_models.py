@@ -209,12 +209,12 @@ def test_dropout_keeps_the_mean_and_differs_between_layers():
     keys = jax.random.split(jax.random.key(0), 50)
     ones = jnp.ones((50, 10, 10, 4))
     first, second = (dropout(ones, 0.3, number, keys) for number in (0, 1))
-    kept = first != 0
-    np.testing.assert_allclose(first[kept], 1 / 0.7, rtol=1e-6)
+    mask = first != 0
+    np.testing.assert_allclose(first[mask], 1 / 0.7, rtol=1e-6)
     # Means of n Bernoulli variables, within five standard deviations
-    assert abs(kept.mean() - 0.7) < 5 * math.sqrt(0.3 * 0.7 / kept.size)
-    both = (kept & (second != 0)).mean()
-    assert abs(both - 0.7**2) < 5 * math.sqrt(0.49 * 0.51 / kept.size)
+    assert abs(mask.mean() - 0.7) < 5 * math.sqrt(0.3 * 0.7 / mask.size)
+    both = (mask & (second != 0)).mean()
+    assert abs(both - 0.7**2) < 5 * math.sqrt(0.49 * 0.51 / mask.size)
 
 
 @pytest.mark.parametrize("offset", [0.0, 300.0])
@@ -285,15 +285,15 @@ def test_the_lean_forms_store_less_than_the_plain_gradient():
     x = jax.ShapeDtypeStruct((2, 16, 16, 32), jnp.float32)
     weights = jax.ShapeDtypeStruct((32,), jnp.float32)
 
-    def kept(function):
+    def stored_size(function):
         def forward(*inputs):
             return jax.vjp(lambda *inputs: function(8, *inputs), *inputs)[1]
 
         leaves = jax.tree.leaves(jax.eval_shape(forward, x, weights, weights))
         return sum(leaf.size for leaf in leaves if hasattr(leaf, "size")) / x.size
 
-    assert kept(lean_norm_silu) < 1.1
-    assert kept(norm_silu) > 3
+    assert stored_size(lean_norm_silu) < 1.1
+    assert stored_size(norm_silu) > 3
 
 
 def test_attention_is_the_formula():

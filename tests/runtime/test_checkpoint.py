@@ -93,15 +93,17 @@ def test_the_newest_state_comes_back_bit_for_bit(saved):
     assert_same(flatten(restored.state), flatten(state_at(20)))
 
 
-def test_nothing_saved_is_none(tmp_path):
+def test_restoring_without_a_checkpoint_returns_none(tmp_path):
     assert restore(tmp_path / "checkpoints") is None
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_whatever_is_damaged_the_state_is_intact(saved, tmp_path, damage, caplog, monkeypatch):
-    """For damage to any file of the newest step: a step comes back intact.
+def test_if_any_file_is_damaged_the_restored_state_is_intact(
+    saved, tmp_path, damage, caplog, monkeypatch
+):
+    """The restored state is that of the newest step, or of the older step, usually with a warning.
 
-    It is the newest step, or the older one; if the digest found the damage there is a warning.
+    Each file of the newest step is damaged in turn.
     """
     monkeypatch.setattr(logging.getLogger("diffusion_jax"), "propagate", True)
     fell_back = 0

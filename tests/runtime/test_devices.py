@@ -49,31 +49,31 @@ def batches_of(count):
     return {"image": images, "label": source.integers(0, 10, (count, 16), dtype=np.int32)}
 
 
-def create_steps(experiment, used):
+def create_steps(experiment, cpu_devices):
     """The compiled steps, the replicated state and constants, and the indices of each device."""
     step = functools.partial(train_step, step_choices(experiment, BETWEEN_DEVICES))
     state = init_state(experiment, seed=0, num_timesteps=10)
     constants = Constants(experiment.schedule, jax.random.key(1))
-    inputs = devices.replicate((state, constants), used)
-    return compile_steps(step, used), inputs, np.arange(16).reshape(len(used), -1)
+    inputs = devices.replicate((state, constants), cpu_devices)
+    return compile_steps(step, cpu_devices), inputs, np.arange(16).reshape(len(cpu_devices), -1)
 
 
-def share(batches, used):
+def share(batches, cpu_devices):
     """Reshape [step, example, ...] to [device, step, example, ...]."""
     return {
-        name: np.moveaxis(leaf.reshape(len(leaf), len(used), -1, *leaf.shape[2:]), 1, 0)
+        name: np.moveaxis(leaf.reshape(len(leaf), len(cpu_devices), -1, *leaf.shape[2:]), 1, 0)
         for name, leaf in batches.items()
     }
 
 
 def losses_of(experiment, num_devices, calls):
     """The losses of training steps and the state after them; ``calls`` has the steps per call."""
-    used = jax.devices()[:num_devices]
-    steps, (state, constants), indices = create_steps(experiment, used)
+    cpu_devices = jax.devices()[:num_devices]
+    steps, (state, constants), indices = create_steps(experiment, cpu_devices)
     batches, found, first = batches_of(sum(calls)), [], 0
     for count in calls:
         part = {name: leaf[first : first + count] for name, leaf in batches.items()}
-        state, metrics = steps(state, constants, indices, share(part, used))
+        state, metrics = steps(state, constants, indices, share(part, cpu_devices))
         found.extend(np.asarray(metrics.loss))  # read at once: see MAX_IN_FLIGHT_ON_CPU
         first += count
     return np.array(found), devices.local_copy(state)
@@ -96,18 +96,18 @@ def test_several_steps_per_call_are_the_same_steps(experiment, on_one):
     losses, state = losses_of(experiment, 2, [4] * 5)
     np.testing.assert_allclose(losses, on_one[0], rtol=1e-5)
     assert state.step == 20
-    # Adam divides by gradients that may be near 0, so rounding can change two steps of size 1e-3
+    # Adam divides by gradients that may be near 0: rounding may cost two of its steps of 1e-3 each
     for found, expected in zip(jax.tree.leaves(state.ema), jax.tree.leaves(on_one[1].ema)):
         np.testing.assert_allclose(found, expected, atol=2e-3)
 
 
 def test_the_step_compiles_once_and_makes_no_implicit_transfers(experiment):
     """One compilation serves the step's own outputs and the arrays of a checkpoint."""
-    used = jax.devices()[:2]
-    steps, (state, constants), indices = create_steps(experiment, used)
-    mesh = jax.sharding.Mesh(np.array(used), ("device",))
+    cpu_devices = jax.devices()[:2]
+    steps, (state, constants), indices = create_steps(experiment, cpu_devices)
+    mesh = jax.sharding.Mesh(np.array(cpu_devices), ("device",))
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("device"))
-    batch = jax.device_put(share(batches_of(1), used), spread)
+    batch = jax.device_put(share(batches_of(1), cpu_devices), spread)
     indices = jax.device_put(indices, spread)
     compiled = []
 
@@ -118,7 +118,7 @@ def test_the_step_compiles_once_and_makes_no_implicit_transfers(experiment):
     state, _ = steps(state, constants, indices, batch)
     jax.block_until_ready(state)
     restored = TrainState(*devices.local_copy(state))
-    restored = devices.replicate(restored, used)
+    restored = devices.replicate(restored, cpu_devices)
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
         with jax.transfer_guard("disallow"):
@@ -189,7 +189,7 @@ def losses_in(workdir):
     return {record["step"]: record["loss"] for record in map(json.loads, lines)}
 
 
-def test_two_processes_are_as_one_and_stop_together(tmp_path):
+def test_two_processes_train_like_one_and_stop_together(tmp_path):
     """They have the losses of one process with two devices, which can resume their checkpoint."""
     together, alone = tmp_path / "together", tmp_path / "alone"
     endless = TOY2D | {"train.num_steps": 1_000_000, "train.sample_every_steps": 10}

@@ -36,7 +36,7 @@ def read_events(workdir):
 
 
 def read_tensorboard(workdir):
-    """What TensorBoard shows: {(name, step): value}; a resumed run hides later, older steps."""
+    """What TensorBoard shows: {(name, step): value}; a resumed run replaces later steps."""
     shown = {}
     for event in read_events(workdir):
         if event.session_log.status == SessionLog.START:
@@ -72,7 +72,7 @@ def test_a_record_is_in_the_file_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_becomes_null(tmp_path, value):
+def test_a_number_that_is_not_finite_becomes_null(tmp_path, value):
     with MetricsWriter(tmp_path) as writer:
         writer.write(1, loss=value, gradient_norm=2)
 
@@ -130,7 +130,7 @@ def test_a_bad_line_in_the_middle_is_named_and_nothing_is_changed(tmp_path, junk
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_fresh_start_drops_what_an_earlier_start_left(tmp_path):
+def test_a_fresh_start_drops_the_records_of_an_earlier_start(tmp_path):
     train(tmp_path, [1, 2])
     train(tmp_path, [1])
     assert [record["step"] for record in read_records(tmp_path)] == [1]

@@ -261,7 +261,7 @@ def test_the_optimizer_is_the_papers(name, weight_decay, decay):
         np.testing.assert_allclose(found, next_params, rtol=1e-4, atol=1e-5)
 
 
-def test_it_learns(uninterrupted):
+def test_training_lowers_the_loss(uninterrupted):
     losses = [record["loss"] for record in records(uninterrupted)]
     assert np.mean(losses[-10:]) < 0.5 * losses[0]
 

@@ -334,7 +334,7 @@ def test_names_are_shown_as_text(tmp_path):
     assert any(nasty in attributes.get("aria-label", "") for _, attributes in page.elements)
 
 
-def test_one_arm(tmp_path):
+def test_a_report_of_one_arm_has_nothing_to_compare(tmp_path):
     results = make_results((REFERENCE,), num_seeds=1)
     _, page = write(results, tmp_path)
     assert "nothing to compare" in page.text

@@ -457,7 +457,7 @@ def test_memory_does_not_grow_with_the_steps(name):
         ("num_frames", lambda: trajectory(KEY, DATA, SCHEDULE, ddim(), (2, 3), num_frames=-2)),
     ],
 )
-def test_refused(field, call):
+def test_an_impossible_argument_is_named(field, call):
     with pytest.raises(ConfigError, match=rf"^{field} = .*: (must be |unknown {field}\b)") as error:
         call()
     assert "\n" not in str(error.value)

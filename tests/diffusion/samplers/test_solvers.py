@@ -219,7 +219,7 @@ def test_edm_is_algorithm_2_of_the_paper(num_steps):
     assert gammas[0] == gammas[-1] == 0
 
 
-def test_no_noise_is_the_deterministic_method():
+def test_stochastic_samplers_without_noise_are_deterministic_methods():
     schedule = schedules.respace(schedules.cosine(100), 9, "karras", sigma_max=80.0)
     draw = jax.jit(lambda sampler: sample(KEY, MIXTURE, schedule, sampler, (4, 1)))
     np.testing.assert_array_equal(draw(samplers.dpmpp_2m_sde(0.0)), draw(samplers.dpmpp_2m()))
@@ -557,7 +557,7 @@ def test_inversion_followed_by_sampling_returns_the_image(num_steps):
         ),
     ],
 )
-def test_refused(field, call):
+def test_an_impossible_argument_is_named(field, call):
     with pytest.raises(ConfigError, match=rf"^{field} = .*: (must be |unknown {field}\b)") as error:
         call()
     assert "\n" not in str(error.value)

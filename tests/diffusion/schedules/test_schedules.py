@@ -217,7 +217,7 @@ def test_numbers_of_the_papers():
     assert np.sum(cosine.beta >= np.float32(0.999)) == 1
     # The largest sigma of Stable Diffusion in k-diffusion and diffusers
     np.testing.assert_allclose(schedules.scaled_linear(1000).sigma[-1], 14.6146, atol=5e-5)
-    # DDPM's chain ends at alpha_bar_T = 4.036e-5; rescaled, one of another length ends near it
+    # DDPM's chain ends at alpha_bar_T = 4.036e-5; a rescaled chain of 4000 steps ends near it
     np.testing.assert_allclose(schedules.linear(1000).alpha_bar[-1], 4.036e-5, rtol=1e-4)
     rescaled = schedules.linear(4000, rescale=True)
     np.testing.assert_allclose(np.asarray(rescaled.beta)[[0, -1]], [2.5e-5, 5e-3], rtol=1e-7)
@@ -269,7 +269,7 @@ def test_a_schedule_is_a_chain(name, transform):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_one_timestep(name):
+def test_a_schedule_of_one_timestep(name):
     schedule = build(name, 1, float_arguments(name))
     np.testing.assert_allclose(schedule.one_minus_alpha_bar, schedule.beta)
     np.testing.assert_array_equal(schedule.posterior_variance, [0])
