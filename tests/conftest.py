@@ -1,4 +1,4 @@
-"""What every test runs under: checked shapes, strict broadcasting, eight CPU devices."""
+"""Settings of every test: jaxtyping checks, strict broadcasting, eight CPU devices."""
 
 import os
 import pathlib
@@ -23,7 +23,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
-# The files that take longest, for the test runner's processes to begin with.
+# The test files that take longest: the processes of the test runner begin with them.
 LONGEST = (
     *("ablate", "samplers", "sampling", "evaluate", "main", "devices", "likelihood", "train"),
     *("solvers", "schedules", "models", "stored_folders", "structure", "cost", "report", "data"),
@@ -35,17 +35,18 @@ install_import_hook("diffusion_jax", "beartype.beartype")
 
 @pytest.fixture(scope="session")
 def repository() -> pathlib.Path:
+    """The root of the checkout."""
     return pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Where data sets are prepared, once for all files and all of the test runner's processes."""
+    """The folder of prepared data sets, shared by all processes of the test runner."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first: a process that begins one last leaves the other idle."""
+    """Put the longest files first: one that starts last would leave other processes idle."""
     ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))

@@ -1,4 +1,4 @@
-"""Data whose diffusion is known in closed form, and the chain in float64 to compare with."""
+"""Exact denoisers of Gaussian data and Gaussian mixtures, and the reverse chain in float64."""
 
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ BETAS = {"linear": linear_betas, "cosine": cosine_betas}
 
 
 class Row(NamedTuple):
-    """What the papers derive from the betas, in float64: scalars, or columns for all rows."""
+    """The quantities that follow from the betas, in float64, at one timestep or at all of them."""
 
     beta: np.ndarray
     alpha: np.ndarray
@@ -55,7 +55,7 @@ def rows(betas):
     return [Row(*values) for values in zip(*columns(betas))]
 
 
-# Closed-form denoisers. They take a row of the schedule and are all that samplers see.
+# Closed-form denoisers: functions of x_t and a row of the schedule, used in place of a network.
 
 
 def gaussian(mean, variance):
@@ -73,7 +73,7 @@ def gaussian(mean, variance):
 
 
 def mixture(weights, means, variance):
-    """E[x_0 | x_t] and E[eps | x_t] for a mixture of N(means[k], variance I); axis -1 is space."""
+    """E[x_0 | x_t] and E[eps | x_t] for a mixture of N(means[k], variance I) on the last axis."""
     log_weights, means = jnp.log(jnp.asarray(weights)), jnp.asarray(means)
 
     def of_point(x_t, row):
@@ -89,10 +89,9 @@ def mixture(weights, means, variance):
     return jax.vmap(of_point, (0, None))
 
 
-# One step of a chain with the Gaussian's denoiser is x_{t-1} = slope x_t + shift + deviation z.
-
-
 class Step(NamedTuple):
+    """One step of a chain of Gaussian data: x_{t-1} = slope x_t + shift + deviation z."""
+
     slope: float
     shift: float
     deviation: float
@@ -118,12 +117,12 @@ def ddim_step(row, mean, variance, eta):
     x_0, eps = linear_prediction(row, mean, variance)
     ratio = 1 - row.alpha_bar / row.alpha_bar_prev
     sigma = eta * np.sqrt(row.noise_prev / row.noise) * np.sqrt(ratio)
-    kept = np.sqrt(max(row.noise_prev - sigma**2, 0.0))
-    return Step(*(np.sqrt(row.alpha_bar_prev) * x_0 + kept * eps), sigma)
+    direction = np.sqrt(max(row.noise_prev - sigma**2, 0.0))
+    return Step(*(np.sqrt(row.alpha_bar_prev) * x_0 + direction * eps), sigma)
 
 
 def moments(steps):
-    """Mean and variance at the end of the chain, from x_T ~ N(0, 1); ``steps`` from T down."""
+    """Mean and variance of x_0 for x_T ~ N(0, 1); ``steps`` are in the order of the chain."""
     mean, variance = 0.0, 1.0
     for step in steps:
         mean = step.slope * mean + step.shift

@@ -1,7 +1,8 @@
-"""Every sampler once more, from the formulas of the papers, in float64 numpy.
+"""A second implementation of every sampler, from the formulas of the papers, in float64 numpy.
 
-A chain is a list of nodes, x_T's first and x_0's last. All arrays broadcast, so that one call runs
-many chains of as many steps. The data are Gaussian, whose denoiser is known in closed form.
+A chain is a list of noise levels (nodes), from that of x_T to that of x_0. All arrays broadcast, so
+one call runs many chains of the same number of steps. The data are Gaussian: their denoiser is
+known in closed form.
 """
 
 import itertools
@@ -11,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 EDM = {"churn": 40.0, "churn_min": 0.05, "churn_max": 50.0, "noise": 1.003}
-SNR = 0.16  # of predictor_corrector
-SAME = 5e-6  # two lambdas that are closer may be one number, rounded to float32
+SNR = 0.16  # the argument of predictor_corrector
+SAME = 5e-6  # two lambdas closer than this may be the same number before rounding to float32
 
 
 class Node(NamedTuple):
@@ -34,12 +35,12 @@ def node_at(half_log_snr):
 
 
 class Problem(NamedTuple):
-    """N(mean, variance) data, the normal numbers of a step, and how values are rounded."""
+    """Data N(mean, variance), the normal draws of a step, and the rounding of each value."""
 
     mean: float
     variance: float
-    lowest: np.ndarray  # lambda of the schedule that the chain is of, at T
-    noise: tuple[np.ndarray, ...]  # of a step's own keys, and of their draws 0 and 1
+    lowest: np.ndarray  # lambda at T of the schedule before respacing
+    noise: tuple[np.ndarray, ...]  # drawn with the keys of a step, then with their draws 0 and 1
     rounded: Callable[[np.ndarray], np.ndarray]
 
     def predict(self, node, x):
@@ -66,7 +67,7 @@ def of_beta(node, following):
     return -np.expm1(2 * (node.half_log_snr - following.half_log_snr))
 
 
-# --- of one evaluation, without a memory ------------------------------------------------------
+# --- one evaluation per step ------------------------------------------------------------------
 
 
 def ddim(problem, nodes, x, eta=0.0):
@@ -86,7 +87,7 @@ def euler_ancestral(problem, nodes, x):
 
 
 def ancestral_step(problem, node, following, x, z):
-    """DDPM eq. 7, with the variance beta~, which is 0 in the step to x_0."""
+    """DDPM eq. 7 with the variance beta~, which is 0 in the step to x_0."""
     x_0, _ = problem.predict(node, x)
     drop = of_beta(node, following)
     mean = following.signal * drop * x_0
@@ -101,7 +102,7 @@ def ancestral(problem, nodes, x):
 
 
 def predictor_corrector(problem, nodes, x):
-    """Song et al. 2021, algorithm 5; draw 1 is of the predictor and draw 2 of the corrector."""
+    """Song et al. 2021, algorithm 5. Draw 0 is the predictor's noise, draw 1 the corrector's."""
     _, of_predictor, of_corrector = problem.noise
     for node, following in itertools.pairwise(nodes):
         _, eps = problem.predict(node, x)
@@ -111,7 +112,7 @@ def predictor_corrector(problem, nodes, x):
     return x
 
 
-# --- of two evaluations ------------------------------------------------------------------------
+# --- two evaluations per step ------------------------------------------------------------------
 
 
 def heun_step(problem, node, following, x):
@@ -132,7 +133,7 @@ def heun(problem, nodes, x):
 
 
 def edm(problem, nodes, x):
-    """EDM algorithm 2, which never raises sigma beyond its value at T."""
+    """EDM algorithm 2, with sigma raised at most to its value at T."""
     gamma = min(EDM["churn"] / (len(nodes) - 1), np.sqrt(2) - 1)
     for node, following in itertools.pairwise(nodes):
         inside = (node.sigma >= EDM["churn_min"]) & (node.sigma <= EDM["churn_max"])
@@ -160,14 +161,14 @@ def dpmpp_2s(problem, nodes, x):
     return x
 
 
-# --- with a memory -----------------------------------------------------------------------------
+# --- multistep methods -------------------------------------------------------------------------
 
 
 def exponential(problem, node, following, x, x_0, h, polynomial):
-    """The solution of the flow where x_0 is a polynomial in tau = lambda - lambda_t.
+    """Solve the probability flow for an x_0 that is a polynomial in tau = lambda - lambda_t.
 
-    x' = s'/s x + a' int_0^h exp(tau - h) (c_0 + c_1 tau + c_2 tau^2) dtau; a DDIM step where h is
-    infinite.
+    x' = s'/s x + a' int_0^h exp(tau - h) (c_0 + c_1 tau + c_2 tau^2) dtau. Where h is infinite, the
+    step is DDIM's.
     """
     c_1, c_2 = polynomial
     finite = np.isfinite(h)
@@ -182,9 +183,9 @@ def exponential(problem, node, following, x, x_0, h, polynomial):
 
 
 def newton(values, h_1, h_2):
-    """c_1 and c_2 of the parabola through three values at 0, -h_1, -h_1 - h_2.
+    """The coefficients c_1 and c_2 of the parabola through three values at 0, -h_1, -h_1 - h_2.
 
-    What lies at an infinite distance is left out.
+    A value at an infinite distance has no effect.
     """
     slope_1, slope_2 = (values[0] - values[1]) / h_1, (values[1] - values[2]) / h_2
     second = (slope_1 - slope_2) / (h_1 + h_2)
@@ -198,7 +199,7 @@ def multistep(problem, nodes, x, order, eta=0.0):
         values, h = [x_0, *values[:2]], problem.width(node, following)
         if order == 3:
             x = exponential(problem, node, following, x, x_0, h, newton(values, *widths))
-        else:  # algorithm 2: x_0 at the middle of the step, by a line
+        else:  # DPM-Solver++ algorithm 2: a line gives x_0 at the middle of the step
             finite = np.isfinite(h)
             step = np.where(finite, h, 1.0)
             slope = (values[0] - values[1]) / widths[0]
@@ -207,7 +208,7 @@ def multistep(problem, nodes, x, order, eta=0.0):
             lost = np.where(finite, step * eta, np.inf if eta else 0.0)
             of_x = following.noise * np.exp(-lost)
             added = following.noise * np.sqrt(-np.expm1(-2 * lost))
-            # s'/s e^(-eta h) x is this, written with eps = (x - a x_0) / s
+            # s'/s e^(-eta h) x + ..., with a x_0 + s eps written for x
             x = of_x * eps + following.signal * (x_0 - np.expm1(-total) * (middle - x_0))
             x = problem.rounded(x + added * problem.noise[0])
         widths = [h, widths[0]]
@@ -227,7 +228,7 @@ def dpmpp_3m(problem, nodes, x):
 
 
 def unipc(problem, nodes, x):
-    """UniPC-2: the predictor fits a line, the corrector a parabola with the newest value too."""
+    """UniPC-2: the predictor fits a line, the corrector a parabola through the newest value too."""
     values, widths = [np.zeros_like(x)] * 2, [np.full_like(x, np.inf)] * 2
     corrected, before = x, None
     for node, following in itertools.pairwise(nodes):
@@ -236,7 +237,7 @@ def unipc(problem, nodes, x):
         if before is not None:
             rise = (x_0 - values[0]) / h
             second = (rise - (values[0] - values[1]) / h_before) / (h + h_before)
-            # value + rise tau + second tau (tau - h)
+            # x_0 = value + rise tau + second tau (tau - h)
             bend = rise - second * np.where(np.isfinite(h), h, 0), second
             better = exponential(problem, before, node, corrected, values[0], h, bend)
             corrected = np.where(np.isfinite(h), better, x)
@@ -257,7 +258,7 @@ ADAMS_BASHFORTH = (*ADAMS_BASHFORTH[:3], tuple(weight / 24 for weight in ADAMS_B
 
 
 def linear_multistep(problem, nodes, x, num_starting, start):
-    """PNDM eqs. 9 to 12, in y: y' = y + (sigma' - sigma) e."""
+    """PNDM eqs. 9 to 12 in y = x / signal: y' = y + (sigma' - sigma) e."""
     history = []
     for number, (node, following) in enumerate(itertools.pairwise(nodes)):
         x_0, eps = problem.predict(node, x)
@@ -272,7 +273,7 @@ def linear_multistep(problem, nodes, x, num_starting, start):
             combined = start(problem, node, following, eps, along)
         else:
             combined = sum(w * e for w, e in zip(ADAMS_BASHFORTH[len(history) - 1], history))
-        # the step to sigma = 0 from a large sigma loses digits of y, and none of this
+        # y loses digits in a step from a large sigma to 0; Euler plus a correction loses none
         change = following.signal * (following.sigma - node.sigma) * (combined - eps)
         x = problem.rounded(euler + change)
     return x

@@ -1,4 +1,4 @@
-"""Runs of main.py in processes of their own, forked from one that has the imports behind it."""
+"""Run main.py in child processes, forked from a server that has done the imports."""
 
 import atexit
 import functools
@@ -19,10 +19,10 @@ import numpy as np
 from diffusion_jax.runtime.checkpoint import Arrays, load, saved_steps
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
-TIMEOUT = 300  # seconds, of any run here; no run takes a tenth of it on a quiet machine
+TIMEOUT = 300  # seconds for one run; on an idle machine no run takes a tenth of it
 
-# A start costs seconds of imports; a child that is forked after them is as fresh in all else. What
-# the package imports where it is used, and what this module needs, is imported there too.
+# Imports take seconds of every start, so the fork server does them once. In all else a forked child
+# is like a new process. The list includes modules that the package imports inside functions.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
@@ -58,7 +58,7 @@ DIGITS = {
     **TOY2D,
     "dataset.name": "digits",
     "model.width": 8,
-    "model.channel_multipliers": (1,),  # what compiles fast; test_models has the deeper ones
+    "model.channel_multipliers": (1,),  # compiles fast; test_models has deeper networks
     "model.num_blocks": 1,
     "model.attention_resolutions": (),
     "model.head_channels": 8,
@@ -69,22 +69,22 @@ del DIGITS["model.num_layers"]
 def arguments(
     workdir: pathlib.Path | str, fields: dict, config: str = "toy2d", mode: str = "train"
 ) -> list[str]:
-    """The command line of a small run."""
+    """The command line of main.py; ``fields`` maps fields of the config to their values."""
     words = [f"--config={REPOSITORY}/configs/{config}.py", f"--workdir={workdir}", f"--mode={mode}"]
     fields = {"compilation_cache": conftest.CACHE, **fields}
     return words + [f"--config.{field}={value}" for field, value in fields.items()]
 
 
 class Result(NamedTuple):
-    """How a run ended."""
+    """The exit status and the output of a run."""
 
-    code: int  # negative: the signal that killed it
+    code: int  # minus the number of a signal if that signal killed the run
     stdout: str
     stderr: str
 
 
 class Run:
-    """A run of main.py under way; files of what it prints lie at ``log``.out and ``log``.err."""
+    """A running main.py; its standard output and error go to ``log``.out and ``log``.err."""
 
     def __init__(self, words: list[str], log: pathlib.Path, **environment: str) -> None:
         _start_server()
@@ -94,19 +94,19 @@ class Run:
         atexit.register(self._process.kill)  # a test that fails leaves no run behind
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal."""
+        """Send a signal to the run, SIGKILL by default."""
         os.kill(self._process.pid, number)
 
     def limit_files(self, size: int) -> None:
-        """Let every file that grows beyond some bytes be an error from now on."""
+        """Make every write beyond ``size`` bytes of a file fail from now on."""
         resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (size, size))
 
     def is_running(self) -> bool:
-        """Whether it has not ended yet."""
+        """Whether the run has not ended yet."""
         return self._process.is_alive()
 
     def wait(self) -> Result:
-        """Wait for the end."""
+        """Wait until the run ends; kill it after TIMEOUT seconds."""
         self._process.join(TIMEOUT)
         if self._process.is_alive():
             self._process.kill()
@@ -114,7 +114,7 @@ class Run:
         return Result(self._process.exitcode, *(file.read_text() for file in self._files))
 
     def wait_for(self, path: pathlib.Path) -> None:
-        """Wait until a file is there."""
+        """Wait until a file exists; fail if the run ends first."""
         deadline = time.monotonic() + TIMEOUT
         while not path.exists():
             assert self.is_running(), self.wait().stderr
@@ -129,7 +129,7 @@ def run(words: list[str], log: pathlib.Path) -> Result:
 
 @functools.cache
 def _start_server() -> None:
-    """Start what the children are forked from; by itself it would not find this module."""
+    """Start the fork server, with the module path on which it finds this module."""
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         forkserver.ensure_running()
 
@@ -137,7 +137,9 @@ def _start_server() -> None:
 def _main(words: list[str], files: tuple[pathlib.Path, ...], environment: dict[str, str]) -> None:
     for stream, file in zip((1, 2), files):
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which forks ignore
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # children of the fork server ignore it
     os.environ.update({"JAX_PLATFORMS": "cpu", **environment})
     os.chdir(os.environ["PWD"])
     sys.path.insert(0, str(REPOSITORY))
@@ -150,13 +152,13 @@ def _main(words: list[str], files: tuple[pathlib.Path, ...], environment: dict[s
 
 
 def checkpoint(workdir: pathlib.Path, step: int | None = None) -> Arrays:
-    """The arrays of a run's checkpoint, the newest unless ``step`` says which."""
+    """The arrays of a run's checkpoint at ``step``, by default of the newest checkpoint."""
     directory = workdir / "checkpoints"
     return load(directory, saved_steps(directory)[-1] if step is None else step)
 
 
 def assert_same(arrays: Arrays, others: Arrays) -> None:
-    """Two states are the same, bit for bit."""
+    """Assert that two checkpoints have the same arrays, bit for bit."""
     assert arrays.keys() == others.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(array, others[name], err_msg=name, strict=True)

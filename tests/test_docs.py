@@ -1,4 +1,4 @@
-"""What is public has a docstring, links lead somewhere, and the guide names every choice."""
+"""Public names have docstrings, links lead to files, and the guide names every choice."""
 
 import ast
 import pathlib
@@ -43,14 +43,14 @@ def is_overload(function):
 
 
 def broken(page, text):
-    """The relative links of a page, outside its code, that lead to no file."""
+    """The relative links of a page that lead to no file; links inside code do not count."""
     links = re.findall(r"\]\(([^()\s]+)\)", CODE.sub("", text))
     paths = [link.split("#")[0] for link in links if "://" not in link]
     return [path for path in paths if path and not (page.parent / path).exists()]
 
 
 def public_modules(folder):
-    """The files of a package that have something in them and a name without an underscore."""
+    """The Python files of a folder whose names do not begin with "_", and every __init__.py."""
     files = sorted(folder.rglob("*.py"))
     assert files
     return [file for file in files if not file.name.startswith("_") or file.name == "__init__.py"]

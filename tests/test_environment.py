@@ -1,4 +1,4 @@
-"""What is missing around a run: a device, a home directory, a package of a package."""
+"""Runs on machines that lack a device, a home directory or a dependency of tfds."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from runs import DIGITS, REPOSITORY, TOY2D, arguments
 
 
 def start(words, *, before=(), **environment):
-    """Run main.py as a user does; what is None is taken out of the environment."""
+    """Run main.py as a user does; a variable set to None is removed from the environment."""
     variables = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
     return subprocess.run(
         [*before, sys.executable, REPOSITORY / "main.py", *words],
@@ -44,7 +44,7 @@ def test_a_package_that_tfds_lacks_is_named(tmp_path, missing):
     assert not (tmp_path / "run").exists()
 
 
-NOBODY = ("unshare", "--user", "--map-user=54321")  # a user whom no passwd file knows
+NOBODY = ("unshare", "--user", "--map-user=54321")  # a user without an entry in /etc/passwd
 CAN_BE_NOBODY = (
     shutil.which("unshare")
     and not subprocess.run([*NOBODY, "true"], capture_output=True).returncode

@@ -1,4 +1,4 @@
-"""docs/extending.md: every example runs as it is printed, and what it adds is used in a run."""
+"""docs/extending.md: every example runs as printed, and an experiment can use what it adds."""
 
 import pathlib
 import re
@@ -37,7 +37,7 @@ REGISTRIES = (
 
 @pytest.fixture
 def run(monkeypatch):
-    """Runs the example of a section; the registries are as they were afterwards."""
+    """A function that runs the example of a section; the registries are restored afterwards."""
     before = [dict(registry) for registry in REGISTRIES]
 
     def run(section):
@@ -65,7 +65,7 @@ def losses_of(experiment):
     return experiment.losses_of(params, inputs).losses
 
 
-def test_there_is_an_example_of_each_and_none_is_long():
+def test_there_is_a_short_example_of_each_extension():
     kinds = "schedule", "sampler", "weighting", "prediction", "objective", "network", "data set"
     assert [section.split(" ", 1)[1] for section in EXAMPLES] == list(kinds)
     for section, example in EXAMPLES.items():

@@ -1,4 +1,4 @@
-"""The package away from its checkout: as a module, from another folder, with a copied config."""
+"""The package outside its checkout: as a module, from another folder, with a copied config."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ SMALL = [f"--config.{name}={value}" for name, value in (TOY2D | {"train.num_step
 
 
 def python(*words, folder, repository):
-    """Python in another folder, where the package is found as an installed one is."""
+    """Run Python in another folder, with the package on its path as if it were installed."""
     environment = os.environ | {"PYTHONPATH": str(repository), "JAX_PLATFORMS": "cpu"}
     return subprocess.run(
         [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True
@@ -22,6 +22,7 @@ def python(*words, folder, repository):
 
 
 def imported_by(code, folder, repository):
+    """The names of the modules that a piece of code imports."""
     done = python("-X", "importtime", "-c", code, folder=folder, repository=repository)
     assert done.returncode == 0, done.stderr
     return {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
@@ -32,7 +33,7 @@ def test_importing_the_package_imports_nothing_else(tmp_path, repository):
     assert not names & {"jax", "numpy", "flax", "ml_collections", "absl"}
 
 
-def test_the_library_does_not_bring_the_application(tmp_path, repository):
+def test_importing_the_library_does_not_import_the_application(tmp_path, repository):
     code = "from diffusion_jax import schedules, samplers, process, losses, guidance, editing"
     names = imported_by(code, tmp_path, repository)
     assert "jax" in names
@@ -64,7 +65,7 @@ def test_a_copied_config_alone_in_a_folder_trains(tmp_path, repository):
 
 
 def test_a_config_may_import_others_of_its_folder(tmp_path, repository):
-    """As configs did before there was a default in the package: from configs import default."""
+    """`from configs import default` works, as in configs that were copied with their folder."""
     folder = tmp_path / "mine" / "configs"
     folder.mkdir(parents=True)
     shutil.copy(repository / "configs" / "default.py", folder)

@@ -1,3 +1,5 @@
+"""main.py as a user runs it: the files of a run, its samples, and one line for each mistake."""
+
 import json
 import os
 import shutil
@@ -9,12 +11,12 @@ import pytest
 from PIL import Image
 from runs import DIGITS, REPOSITORY, TOY2D, Run, arguments, run
 
-GREY_LEVELS = 17  # of the digits
+GREY_LEVELS = 17  # of the digits data set
 
 
 @pytest.fixture(scope="module")
 def digits(data_dir, tmp_path_factory):
-    """A run on the digits, as a user starts it: its fields, its folder, how it ended."""
+    """A run on the digits, started in a new Python: its fields, its folder and its result."""
     folder = tmp_path_factory.mktemp("digits")
     fields = DIGITS | {
         "dataset.data_dir": data_dir,
@@ -76,8 +78,8 @@ def test_a_run_leaves_all_its_files(digits):
         with Image.open(workdir / "samples" / animation) as image:
             assert image.is_animated
     assert {path.name for path in (workdir / "checkpoints").iterdir()} >= {"20", "25"}
-    for said in ("sqrt(beta_1)", "alpha_bar_T", "SNR", "clipped"):
-        assert said in done.stdout
+    for label in ("sqrt(beta_1)", "alpha_bar_T", "SNR", "clipped"):
+        assert label in done.stdout
 
 
 def test_samples_are_the_grey_levels_of_the_set(digits):
@@ -89,7 +91,7 @@ def test_samples_are_the_grey_levels_of_the_set(digits):
 
 
 def test_image_i_depends_on_the_seed_and_i_alone(digits, tmp_path):
-    """Neither the batch size nor the devices nor the number of images; another seed does."""
+    """The batch size, the devices and the number of images do not change it; the seed does."""
     fields, workdir, _ = digits
     expected = samples(workdir).astype(int)
     for name, changes in {
@@ -103,7 +105,7 @@ def test_image_i_depends_on_the_seed_and_i_alone(digits, tmp_path):
         assert done.code == 0, done.stderr
         images = samples(copy).astype(int)
         difference = np.abs(images - expected[: len(images)]).max()
-        # within 1/255 before they are rounded to 17 levels: a pixel may go to the next level
+        # Before rounding to 17 levels they differ by less than 1/255: a pixel may change its level
         assert (difference <= 255 / (GREY_LEVELS - 1) + 1) == (name != "seed")
         if name != "seed":
             assert (images != expected[: len(images)]).mean() < 0.01
@@ -117,15 +119,16 @@ def test_points_are_sampled_as_points(tmp_path):
     assert np.isfinite(points).all()
     words = TOY2D | {"optimizer.name": "adam", "sampling.sampler": "ddim", "sampling.num_steps": 5}
     done = run(arguments(tmp_path / "run", words, mode="sample"), tmp_path / "log")
-    assert done.code == 0, done.stderr  # what trains a model does not matter to sampling
+    assert done.code == 0, done.stderr  # the optimizer does not matter to sampling
     assert not np.allclose(samples(tmp_path / "run", "points"), points)
 
 
 def field(name, value, named=None):
+    """An override of one field, and what the message must name: by default that field."""
     return [f"--config.{name}={value}"], named or f"config.{name}"
 
 
-# The words added to a good command line, and what the message must name.
+# The words that are added to a correct command line, and what the message must name.
 MISTAKES = {
     "mode": (["--mode=trian"], "did you mean 'train'"),
     "flag": (["--workdr=x"], "--workdr"),
@@ -283,7 +286,7 @@ OF_IMAGES = {
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory):
-    """Each mistake's run, in a folder of its own."""
+    """For each mistake: its run in a new folder, and the files there before and after the run."""
     runs = {}
     cases = [(name, "toy2d", TOY2D, words) for name, (words, _) in MISTAKES.items()]
     cases += [(name, "digits", DIGITS, words) for name, (words, _) in OF_IMAGES.items()]
@@ -297,11 +300,11 @@ def refusals(tmp_path_factory):
         np.save(folder / "betas.npy", np.full(10, 0.1))
         if name == "no archives":
             fields = {**fields, "dataset.name": "mnist", "dataset.data_dir": "data"}
-        given = {word.partition("=")[0] for word in words}
+        flags = {word.partition("=")[0] for word in words}
         good = [
             word
             for word in arguments("run", fields | {"compilation_cache": "cache"}, config)
-            if word.partition("=")[0] not in given
+            if word.partition("=")[0] not in flags
         ]
         before = sorted(folder.rglob("*"))
         log = tmp_path_factory.mktemp("log") / "log"
@@ -336,7 +339,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(refusals, name):
     ],
     ids=str,
 )
-def test_a_run_goes_on_as_it_was_or_not_at_all(trained, tmp_path, changes):
+def test_a_run_does_not_resume_with_another_value_of_these_fields(trained, tmp_path, changes):
     workdir = shutil.copytree(trained, tmp_path / "run")
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     done = run(arguments(workdir, TOY2D | changes), tmp_path / "log")
@@ -348,6 +351,7 @@ def test_a_run_goes_on_as_it_was_or_not_at_all(trained, tmp_path, changes):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
+    """The folder of a finished run on toy2d."""
     folder = tmp_path_factory.mktemp("trained")
     assert run(arguments(folder / "run", TOY2D), folder / "log").code == 0
     return folder / "run"

@@ -1,4 +1,4 @@
-"""The Colab notebook runs from top to bottom, resumes, and shows its pictures."""
+"""The Colab notebook runs from top to bottom, resumes a run, and shows its pictures."""
 
 import os
 import sys
@@ -27,6 +27,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def executed(repository, data_dir, tmp_path_factory):
+    """The notebook after a run with small parameters, and the folder of that run."""
     notebook = nbformat.read(repository / "notebooks" / "colab_tpu.ipynb", as_version=4)
     folder = tmp_path_factory.mktemp("mounted")
     (parameters,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", ()))
@@ -39,7 +40,7 @@ def executed(repository, data_dir, tmp_path_factory):
             f"OVERRIDES = {[*TINY, f'--config.dataset.data_dir={data_dir}']!r}",
         ]
     )
-    # the kernel and main.py must be those of this environment, and nothing is installed anew
+    # the kernel and main.py must be those of this environment, so nothing is installed
     (install,) = (c for c in notebook.cells if '"pip", "install"' in c.source)
     assert "tensorflow" not in install.source
     lines = [line for line in install.source.splitlines() if '"pip", "install"' not in line]
@@ -58,7 +59,7 @@ def _output(cell):
     )
 
 
-def test_trains_then_finds_itself_done(executed):
+def test_trains_and_a_second_call_finds_the_run_done(executed):
     notebook, folder = executed
     first, again = (c for c in notebook.cells if c.source.endswith('run("train", MINUTES)'))
     assert "step 6/6" in _output(first)

@@ -1,4 +1,4 @@
-"""Public bug reports of other diffusion codes, and what is right here: one test per report."""
+"""Bugs reported in other diffusion libraries do not exist here: one test for each report."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ Z = np.asarray(samplers.normal(KEYS, jnp.zeros((2, 3))), np.float64)
 
 @jax.jit
 def step_of(sampler, row, row_prev, x_0=0.0, eps=0.0, log_variance=0.0):
-    """One step from x_t = 0 with a prediction that is known; its noise is Z."""
+    """One step from x_t = 0 with a fixed prediction; its noise is Z."""
     x_t = jnp.zeros((2, 3))
     prediction = Prediction(*(jnp.full_like(x_t, value) for value in (x_0, eps, log_variance)))
     now = samplers.Step(KEYS, lambda x_t, row: prediction, (), x_t, row, row_prev)
@@ -57,7 +57,7 @@ def steps(chain):
 
 
 def exact_jumps(betas, timesteps):
-    """The columns of a chain over some timesteps, from the betas in float64."""
+    """The columns of a chain that visits some timesteps, in float64 from the betas of all."""
     alpha_bar = np.append(1.0, columns(betas).alpha_bar)[np.int64(timesteps)]
     return columns(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
 
@@ -66,10 +66,10 @@ def exact_jumps(betas, timesteps):
 
 
 def test_diffusers_14213():
-    """Euler ancestral was NaN on the cosine schedule in 4 to 10 steps.
+    """Euler ancestral returned NaN on the cosine schedule in 4 to 10 steps.
 
-    It took the root of sigma_prev^2 - sigma_up^2, which float32 rounds below 0 where sigma falls
-    a hundredfold in a step. Here sigma_down = sigma_prev^2 / sigma to 1e-5 at any step.
+    It took the root of sigma_prev^2 - sigma_up^2. Float32 rounds that below 0 where sigma falls a
+    hundredfold in one step. Here sigma_down = sigma_prev^2 / sigma is right to 1e-5 at every step.
     """
     sampler = samplers.euler_ancestral()
     for num_steps in range(4, 11):
@@ -85,35 +85,35 @@ def test_diffusers_14213():
 
 
 def test_diffusers_12771():
-    """DPM-Solver++ on Karras's grid of the cosine schedule went beyond its last step.
+    """DPM-Solver++ on the Karras grid of the cosine schedule stepped past the end of its chain.
 
-    The timesteps were cut to whole numbers, nine of twenty to the same one, and the solver looked
-    its step up by timestep. Here a timestep need not be whole, and a step is told its own rows.
+    It truncated timesteps to integers, so nine of twenty were the same, and it searched for its
+    step by timestep. Here timesteps need not be integers, and each step gets its rows.
     """
     full = schedules.cosine(1000)
     chain = schedules.respace(full, 20, "karras")
     timesteps = np.asarray(chain.timestep, np.float64)
     assert len(timesteps) == 20
     assert (np.diff(timesteps) > 0).all()
-    assert len(np.unique(np.floor(timesteps))) < 15  # cut to whole numbers they would repeat
-    told = []
+    assert len(np.unique(np.floor(timesteps))) < 15  # as integers they would repeat
+    network_timesteps = []
 
     def predict(x_t, row):
-        jax.debug.callback(lambda timestep: told.append(float(timestep)), row.timestep)
+        jax.debug.callback(lambda t: network_timesteps.append(float(t)), row.timestep)
         return DATA(x_t, row)
 
     sampler = samplers.dpmpp_2m()
     x_0 = samplers.sample(jax.random.key(0), predict, chain, sampler, (2, 3), native=full)
     jax.effects_barrier()
-    np.testing.assert_array_equal(told, timesteps[::-1])
+    np.testing.assert_array_equal(network_timesteps, timesteps[::-1])
     assert np.isfinite(x_0).all()
 
 
 def test_diffusers_14569():
-    """With the fixed variance beta given as its logarithm, ancestral samples were NaN.
+    """Ancestral samples were NaN with the fixed variance beta stored as a logarithm.
 
-    The deviation was the square root of the logarithm. Here all variances are logarithms up to
-    the step, whose deviation is exp(log beta / 2), whether beta is fixed or comes of a network.
+    The standard deviation was the square root of the logarithm. Here every variance is a logarithm
+    until the step, which uses exp(log beta / 2) for a fixed beta and for a network's.
     """
     chain = schedules.linear(1000)[499:501]
     row, row_prev = chain[1], chain[0]
@@ -125,10 +125,10 @@ def test_diffusers_14569():
 
 
 def test_diffusers_12633():
-    """DDIM on "linspace" stepped by T // N = 100, though its timesteps lie 111 apart.
+    """DDIM on "linspace" stepped by T // N = 100, although its timesteps are 111 apart.
 
-    So every step ended at a noise level that the next one did not begin at. Here the end of a step
-    is the row of the next timestep: an image without noise comes out as sqrt(alpha_bar) there.
+    Each step ended at another noise level than the one where the next step began. Here a step ends
+    at the row of the next timestep: for x_0 = 1 and eps = 0 it returns sqrt(alpha_bar) of that row.
     """
     chain = schedules.respace(schedules.linear(1000), 10, "linspace")
     np.testing.assert_array_equal(chain.timestep, 1 + 111 * np.arange(10))
@@ -140,9 +140,9 @@ def test_diffusers_12633():
 
 
 def test_diffusers_11347():
-    """DDIM on "linspace" in 5 steps of 100: the previous timestep of a step was not the next one.
+    """DDIM on "linspace" in 5 steps of 100 did not end a step at the next timestep of its chain.
 
-    Along the chain of a network that knows x_0, the noise must stay the one it began with.
+    If the network predicts the true x_0, eps must stay the same along the whole chain.
     """
     betas, x_0 = cosine_betas(100), jnp.array([[-0.7, 0.1, 0.9]])
     chain = schedules.respace(schedules.from_betas(betas), 5, "linspace")
@@ -156,7 +156,7 @@ def test_diffusers_11347():
     found = samplers.trajectory(
         jax.random.key(0), predict, chain, samplers.ddim(), (1, 3), **options
     )
-    timesteps = np.array([100, 75, 51, 26, 1, 0])  # of 0..99 in the report: 99, 74, 50, 25, 0
+    timesteps = np.array([100, 75, 51, 26, 1, 0])  # the report counts from 0: 99, 74, 50, 25, 0
     alpha_bar = np.append(1.0, columns(betas).alpha_bar)[timesteps][:, None, None]
     expected = np.sqrt(alpha_bar) * np.float64(x_0) + np.sqrt(1 - alpha_bar) * np.float64(eps)
     np.testing.assert_allclose(found.x_t, expected, rtol=0, atol=2e-5)
@@ -165,11 +165,11 @@ def test_diffusers_11347():
 def test_diffusers_9261():
     """DDPM in 13 "trailing" steps of 1000 ended its steps one timestep off.
 
-    1000 // 13 is 76, and the timesteps lie 76 or 77 apart. Here beta, the posterior mean and its
-    variance are those of the whole jump between two timesteps of the chain.
+    1000 // 13 is 76, but the timesteps are 76 or 77 apart. Here beta, the posterior mean and the
+    posterior variance belong to the whole jump between two timesteps of the chain.
     """
     chain = schedules.respace(schedules.linear(1000), 13, "trailing")
-    published = [999, 922, 845, 768, 691, 614, 537, 461, 384, 307, 230, 153, 76]  # from 0
+    published = [999, 922, 845, 768, 691, 614, 537, 461, 384, 307, 230, 153, 76]  # counted from 0
     np.testing.assert_array_equal(chain.timestep[::-1], np.array(published) + 1)
     exact = exact_rows(exact_jumps(linear_betas(1000), chain.timestep).beta)
     for (row, row_prev), jump in zip(steps(chain), reversed(exact)):
@@ -179,9 +179,9 @@ def test_diffusers_9261():
 
 
 def test_diffusers_10003():
-    """A chain of as many steps as there are timesteps asked for timestep 1000 of 0..999.
+    """A chain of T = 1000 steps requested timestep 1000, although timesteps were 0..999.
 
-    An offset of 1 was added to the timesteps. Here every spacing of T steps is the chain itself.
+    An offset of 1 was added to the timesteps. Here every spacing with T steps is the full chain.
     """
     full = schedules.scaled_linear(1000)
     for spacing in SPACINGS:
@@ -193,9 +193,9 @@ def test_diffusers_10003():
 
 
 def test_diffusers_3006():
-    """In a chain that skips timesteps, the larger bound of "learned_range" was beta of one step.
+    """In a chain that skips timesteps, the upper bound of "learned_range" was the beta of one step.
 
-    Both bounds are of the whole jump here: its beta at output 1, its beta~ at output -1.
+    Here both bounds belong to the whole jump: its beta at output 1, its beta~ at output -1.
     """
     chain = schedules.respace(schedules.linear(1000), 10)
     jumps = exact_jumps(linear_betas(1000), chain.timestep)
@@ -216,9 +216,9 @@ ONE_STEP = {
 
 @pytest.mark.parametrize("name", ["euler", "heun", "unipc", "dpmpp_2m"])
 def test_diffusers_14572(name):
-    """One step made sigmas NaN: the last point of a grid was divided by its distance to the first.
+    """A chain of one step had NaN sigmas: the spacing of its grid divided by a length of 0.
 
-    One step begins at the most noise here, and ends at E[x_0 | x_T], for every sampler.
+    Here a single step begins at the noisiest row and ends at E[x_0 | x_T].
     """
     full = schedules.linear(1000)
     x_T = jnp.linspace(-2, 2, 6).reshape(2, 3)
@@ -242,11 +242,11 @@ def test_diffusers_14572(name):
 
 
 def test_diffusers_2585():
-    """DDIM in 50 steps of 1000 began at timestep 981, where x_T is not noise alone.
+    """DDIM in 50 steps of 1000 began at timestep 981, where x_t is not pure noise.
 
-    That is the spacing "leading", which is kept for models that were sampled so. The default begins
-    at T. In one step "leading" and "quadratic" would begin at timestep 1, which makes an image of
-    nothing: that is refused.
+    That is the spacing "leading", which stays for models that were sampled with it. The default
+    begins at T. A single step of "leading" or "quadratic" would begin at timestep 1, where there is
+    hardly any noise to remove, so it is an error.
     """
     full = schedules.scaled_linear(1000)
     leading = schedules.respace(full, 50, "leading").timestep
@@ -263,10 +263,10 @@ def test_diffusers_2585():
 
 @pytest.mark.parametrize("s", [0.008, 0.0])
 def test_monai_8427(s):
-    """A cosine schedule began with alpha_bar = 1 at its first timestep, and images were NaN.
+    """A cosine schedule had alpha_bar = 1 at its first timestep, and images were NaN.
 
-    Here t = 0 is no row of a chain, and 1 - alpha_bar is a column, right even where alpha_bar_1
-    rounds to 1.
+    Here a chain has no row for t = 0, and 1 - alpha_bar is a column of its own, which is right even
+    where alpha_bar_1 rounds to 1.
     """
     for num_timesteps in (250, 1000, 10_000):
         schedule = schedules.cosine(num_timesteps, s=s)
@@ -286,10 +286,11 @@ def test_monai_8427(s):
         assert (of_x_0[0], of_x_t[0]) == (1, 0)
 
 
-def test_the_twin_of_monai_8427():
-    """L_T of a chain that ends with hardly any noise: -log(1 - alpha_bar) with alpha_bar near 1.
+def test_a_bug_like_monai_8427_in_the_prior_term():
+    """L_T is finite and exact for a chain that ends with hardly any noise.
 
-    Its 1 - alpha_bar is 0 if subtracted, and the bound infinite; the column has all its digits.
+    L_T contains -log(1 - alpha_bar). Subtracting alpha_bar from 1 in float32 gives 0 there, and an
+    infinite bound; the column one_minus_alpha_bar has all its digits.
     """
     x_0 = np.array([-1.0, 0.0, 0.5])
     for beta in (1e-9, 1e-7, 1e-3):
@@ -302,9 +303,9 @@ def test_the_twin_of_monai_8427():
 
 
 def test_vdm_11():
-    """The monotone network of a learned schedule did not keep the ends gamma_0 and gamma_1.
+    """The monotone network of a learned schedule did not keep its ends gamma_0 and gamma_1.
 
-    Its output is scaled here between two ends of their own, wherever training takes the network.
+    Here the output of the network is scaled between two ends that are separate parameters.
     """
     recipe = LearnedSchedule(20, 6.0, -5.0)
     params = learned_schedule.init(recipe, jax.random.key(0))
@@ -330,9 +331,9 @@ INFO = DatasetInfo("digits", (8, 8, 1), 17, 10)
 
 
 def test_diffusers_3851(config):
-    """Zero terminal SNR with a prediction of eps divided by 0 in the first step, without a word.
+    """Zero terminal SNR with a prediction of eps divided by 0 in the first step, without an error.
 
-    x_0 does not follow from eps where alpha_bar = 0. Such a pair is refused before anything runs.
+    eps does not determine x_0 where alpha_bar = 0. Here the combination is an error at the start.
     """
     schedule = schedules.zero_terminal_snr(schedules.cosine(100))
     assert schedule.alpha_bar[-1] == 0
@@ -348,10 +349,9 @@ def test_diffusers_3851(config):
 
 
 def test_diffusers_5103():
-    """DDIM from zero terminal SNR gave black images: infinities of a network that predicts eps.
+    """DDIM from zero terminal SNR gave black images, because decoding eps divided by 0.
 
-    A network that predicts v has no such division: x_0 = -v at T, and the chain is the linear map
-    that Gaussian data have.
+    Decoding v does not divide: x_0 = -v at T. For Gaussian data the chain is the known linear map.
     """
     betas = np.float64(schedules.zero_terminal_snr(schedules.cosine(100)).beta)
     chain = schedules.respace(schedules.zero_terminal_snr(schedules.cosine(100)), 10, "trailing")
@@ -383,11 +383,11 @@ def objective_of(kind, weighting, variance="posterior"):
     )
 
 
-ERROR = np.array([0.3, -0.2, 0.05])  # of the predicted x_0
+ERROR = np.array([0.3, -0.2, 0.05])  # the error of the predicted x_0
 
 
 def losses_of(kind, weighting, schedule):
-    """The loss at every row of a network whose x_0 has this error, and its gradient."""
+    """The loss and its gradient at every row, for a network whose x_0 is off by ERROR."""
     x_0, eps = jnp.array([0.5, -1.0, 0.25]), jnp.array([0.3, -1.1, 2.0])
     objective = objective_of(kind, weighting)
 
@@ -415,9 +415,10 @@ def zero_inside():
 
 @pytest.mark.parametrize("kind", ["x_0", "v"])
 def test_min_snr_2(kind, zero_inside):
-    """Min-SNR's weight divided by an SNR of 0, at rescaled betas.
+    """The Min-SNR weight divided by an SNR of 0 with rescaled betas.
 
-    For x_0 and v no weighting divides by the SNR, wherever in a chain it is 0: the weight is 0.
+    Here no weighting of x_0 or v divides by the SNR, wherever in a chain the SNR is 0. The weight
+    of Min-SNR is 0 there.
     """
     snr = np.array([0.9 / 0.1, 0.63 / 0.37, 0, 0, 0])
     for weighting in WEIGHTINGS:
@@ -430,10 +431,11 @@ def test_min_snr_2(kind, zero_inside):
     np.testing.assert_array_equal(gradients[2:], np.zeros((3, 3)))
 
 
-def test_the_twin_of_min_snr_2(config, zero_inside):
-    """x_0 does not follow from mu where the row before has zero SNR: losses of mu were NaN there.
+def test_a_bug_like_min_snr_2_for_mu(config, zero_inside):
+    """A prediction of mu is an error where the row before has zero SNR: losses were NaN there.
 
-    There mu is a multiple of x_t, whatever x_0. In the last row mu may have zero SNR itself.
+    There mu is a multiple of x_t whatever x_0 is, so mu does not determine x_0. Zero SNR in the
+    last row alone is allowed.
     """
     config = config.copy_and_resolve_references()
     config.loss.prediction = "mu"
@@ -449,10 +451,10 @@ def test_the_twin_of_min_snr_2(config, zero_inside):
 
 
 def test_diffusers_9451():
-    """Min-SNR's weight of v was taken for wrong, as it falls to 0 with the SNR and eps's does not.
+    """The Min-SNR weight of v was reported as wrong because it falls to 0 with the SNR.
 
-    min(SNR, 5) / (SNR + 1) for v, min(SNR, 5) / SNR for eps and min(SNR, 5) for x_0 are one loss.
-    At zero SNR it is 0, which for v means that this timestep is not learned: the paper's choice.
+    min(SNR, 5) / (SNR + 1) for v, min(SNR, 5) / SNR for eps and min(SNR, 5) for x_0 give the same
+    loss. At zero SNR that loss is 0, so v is not learned at that timestep, as in the paper.
     """
     betas = cosine_betas(50)
     alpha_bar = columns(betas).alpha_bar
@@ -469,9 +471,9 @@ def test_diffusers_9451():
 
 
 def test_lucidrains_363():
-    """The clamp of min-SNR was from below: max(SNR, gamma), which favours low noise.
+    """Min-SNR clamped the SNR from below, max(SNR, gamma), which favours low noise.
 
-    The weight of eps is 1 up to SNR = gamma, and gamma / SNR beyond; of x_0 it is at most gamma.
+    The weight of eps is 1 up to SNR = gamma and gamma / SNR above; that of x_0 is at most gamma.
     """
     schedule = schedules.linear(1000)
     alpha_bar = columns(linear_betas(1000)).alpha_bar
@@ -492,9 +494,9 @@ def test_lucidrains_363():
 
 
 def test_lucidrains_183():
-    """One size stood for height and width: images of 64 by 128 needed a change of the code.
+    """One size was both height and width, so images of 64 by 128 needed a change of the code.
 
-    The shape of the data is one tuple here, for samplers and networks.
+    Here samplers and networks take the shape of an image as a tuple.
     """
     image = jnp.linspace(-1, 1, 3 * 5).reshape(3, 5, 1)
 
@@ -531,16 +533,16 @@ def data_of(seed, stream=Stream.TRAINING):
 
 
 def test_numpy_4676():
-    """Seeds beyond 32 bits were cut to 32: 1 and 1 + 2^40 gave the same random numbers."""
+    """Seeds were truncated to 32 bits: 1 and 1 + 2^40 gave the same random numbers."""
     for stream in Stream:
         assert data_of(1, stream) != data_of(1 + 2**40, stream)
 
 
 def test_jax_4745():
-    """The key of a large seed depended on its type and on whether jax had 64-bit numbers.
+    """The key of a large seed depended on its type and on jax's 64-bit mode.
 
-    Without them a seed is one modulo 2^32. Here large seeds have keys of their own, the same in
-    both modes, and those of small seeds are jax's own.
+    Without that mode jax takes a seed modulo 2^32. Here each large seed has its own key, the same
+    in both modes, and a small seed has the key that jax gives it.
     """
     seeds = [0, 7, 2**32 - 1, 2**32, 2**32 + 7, 2**33, 2**62]
     found = {seed: data_of(seed) for seed in seeds}
@@ -554,10 +556,10 @@ def test_jax_4745():
 
 @pytest.mark.parametrize("name", ["rbg", "unsafe_rbg"])
 def test_jax_21663(name):
-    """With the generator "rbg" as jax's default, results depended on how devices share a batch.
+    """With "rbg" as jax's default generator, results depended on how devices share a batch.
 
-    Only threefry2x32 makes a number from its key alone; a run's keys are of that kind, whatever
-    the default.
+    A number of threefry2x32 depends on its key alone. A run uses threefry2x32 keys whatever jax's
+    default is.
     """
     expected = data_of(3)
     with jax.default_prng_impl(name):
@@ -569,7 +571,7 @@ def test_jax_21663(name):
 def test_jax_34497():
     """Under vmap the generator "rbg" draws all numbers from the first key of the batch.
 
-    Image i must have the same noise alone and in a batch, whatever jax's default.
+    Image i must have the same noise alone and in a batch, whatever jax's default generator is.
     """
     with jax.default_prng_impl("rbg"):
         key = stream_key(0, Stream.SAMPLING)
@@ -584,7 +586,7 @@ def test_jax_34497():
 
 @pytest.fixture
 def cache(tmp_path):
-    """A cache of compiled programs of its own, and afterwards the one there was."""
+    """A new folder as jax's compilation cache; the previous settings are restored afterwards."""
     names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
     before = {name: getattr(jax.config, name) for name in names}
     start_compilation_cache(str(tmp_path))
@@ -595,9 +597,9 @@ def cache(tmp_path):
 
 
 def test_jax_12582(cache):
-    """An entry of the compilation cache that cannot be read stopped a program.
+    """An unreadable entry of the compilation cache stopped a program.
 
-    It is a warning, and the program is compiled again.
+    Here it gives a warning, and the program is compiled again.
     """
 
     def compile_anew():
@@ -606,7 +608,7 @@ def test_jax_12582(cache):
     expected = compile_anew()
     entries = [path for path in cache.iterdir() if path.name.endswith("-cache")]
     assert entries
-    compile_anew()  # finds its program there
+    compile_anew()  # reads its program from the cache
     assert len([path for path in cache.iterdir() if path.name.endswith("-cache")]) == len(entries)
     for path in entries:
         path.write_bytes(path.read_bytes()[:-20])
@@ -620,9 +622,9 @@ def test_jax_12582(cache):
 
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_k_diffusion_3_and_datasets_7113(size):
-    """A set smaller than a batch gave no batch: it was dropped as the last, incomplete one.
+    """A data set smaller than a batch gave no batches: its only, incomplete batch was dropped.
 
-    Here an epoch that ends in a batch goes on into the next, however short the epochs are.
+    Here a batch takes examples from as many epochs as it needs.
     """
     images = np.arange(size, dtype=np.uint8)[:, None, None, None]
     batches = read_batches(Split(images, None), 8, seed=0)

@@ -1,7 +1,7 @@
-"""Folders that commit 0a48fca wrote go on: a run resumes, an ablation reports.
+"""Folders that commit 0a48fca wrote still work: a run resumes, an ablation writes its report.
 
-tests/stored/make.sh says how they were made. Processors round differently, and so does a
-compiler told to optimize less, as the tests' is: the numbers agree within the tolerances here.
+tests/stored/make.sh shows how the folders were made. The tests compile with less optimization and
+may run on another processor, so numbers round differently: they agree within the tolerances below.
 """
 
 import csv
@@ -17,7 +17,7 @@ from runs import REPOSITORY, run
 
 STORED = REPOSITORY / "tests" / "stored"
 ROUNDING = 1e-3  # relative, of losses and bits/dim after 20 more steps
-GREY_LEVEL = 255 / 16  # between two grey levels of the digits
+GREY_LEVEL = 255 / 16  # the distance of two grey levels of the digits
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def stored(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def main(data_dir):
-    """Runs main.py with the config of the stored folders; it must succeed."""
+    """A function that runs main.py with the config of the stored folders; the run must succeed."""
 
     def run_main(workdir, mode):
         words = [f"--config={STORED}/config.py", f"--workdir={workdir}", f"--mode={mode}"]
@@ -64,7 +64,7 @@ def images(workdir):
 
 
 def assert_alike(images, expected):
-    """The same images, but for the rounding of a few pixels to another grey level."""
+    """Assert that images are equal, except that a few pixels round to the next grey level."""
     assert (images.shape, images.dtype) == (expected.shape, expected.dtype)
     difference = np.abs(images.astype(int) - expected.astype(int))
     assert difference.max() <= GREY_LEVEL + 1
@@ -77,7 +77,7 @@ def table(path):
 
 
 def contents(path):
-    """Every file of a folder: its bytes, and when it was written."""
+    """Every file of a folder, with a hash of its bytes and the time of its last change."""
     return {
         p: (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns)
         for p in path.rglob("*")
@@ -86,18 +86,18 @@ def contents(path):
 
 
 def test_a_stored_run_resumes(stored, resumed):
-    """The records of the first half stay; the second is what the old commit made of it."""
+    """The records of the first half stay; those of the second half are the old commit's."""
     before, found, expected = map(records, (stored / "run", resumed, stored / "finished"))
     assert [record["step"] for record in found] == [5, 10, 15, 20, 25, 30, 35, 40]
     assert found[: len(before)] == before
-    for one, wanted in zip(found, expected):
-        assert one == pytest.approx(wanted, rel=ROUNDING)
+    for one, reference in zip(found, expected):
+        assert one == pytest.approx(reference, rel=ROUNDING)
     assert (resumed / "checkpoints" / "40").is_dir()
     assert_alike(images(resumed), images(stored / "finished"))
 
 
 def test_a_stored_run_samples_and_evaluates(stored, resumed, main, tmp_path):
-    """With the parameters of the old commit's step 20, and of step 40."""
+    """Step 20 gives the old commit's samples, and step 40 its evaluation."""
     half = shutil.copytree(stored / "run", tmp_path / "run")
     main(half, "sample")
     assert_alike(images(half), images(stored / "run"))
@@ -107,23 +107,23 @@ def test_a_stored_run_samples_and_evaluates(stored, resumed, main, tmp_path):
         for workdir in (resumed, stored / "finished")
     )
     assert found.keys() >= expected.keys()
-    for name, wanted in expected.items():
-        assert_near(found[name], wanted, name)
+    for name, value in expected.items():
+        assert_near(found[name], value, name)
 
 
 def assert_near(found, expected, name):
-    """Two values of JSON are the same within rounding."""
+    """Assert that two JSON values are equal up to rounding."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), name
         for key, value in expected.items():
             assert_near(found[key], value, f"{name}.{key}")
     else:
         is_number = isinstance(expected, float)
-        wanted = pytest.approx(expected, rel=10 * ROUNDING, abs=1e-6) if is_number else expected
-        assert found == wanted, name
+        target = pytest.approx(expected, rel=10 * ROUNDING, abs=1e-6) if is_number else expected
+        assert found == target, name
 
 
-def test_a_stored_ablation_reports_and_trains_and_scores_nothing(stored, main, tmp_path):
+def test_a_stored_ablation_is_reported_without_training_or_scoring(stored, main, tmp_path):
     workdir = shutil.copytree(stored / "ablation", tmp_path / "ablation")
     expected = table(workdir)
     (workdir / "ablation.csv").unlink()
@@ -137,10 +137,12 @@ def test_a_stored_ablation_reports_and_trains_and_scores_nothing(stored, main, t
     assert {path.name for path in after.keys() - before} == {"ablation.csv", "report.html", ".lock"}
     found = table(workdir)
     assert len(found) == len(expected) == 4
-    for row, wanted in zip(found, expected):
-        assert row.keys() == wanted.keys()
-        for name, text in wanted.items():
-            if name.startswith("quality"):  # measured anew, by the classifier; the rest is read
+    for row, old_row in zip(found, expected):
+        assert row.keys() == old_row.keys()
+        for name, text in old_row.items():
+            if name.startswith(
+                "quality"
+            ):  # the classifier measures it again; the rest is read from the jobs
                 assert float(row[name]) == pytest.approx(float(text), rel=ROUNDING), name
             else:
                 assert row[name] == text, name

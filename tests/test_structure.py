@@ -1,6 +1,6 @@
-"""The layers, the imports and the signatures are as the project wants them.
+"""The rules for layers, imports and signatures.
 
-The rules are checked on this project, and then on tiny packages that break each of them.
+They are checked on this project, and then on tiny packages, each of which breaks one rule.
 """
 
 import configparser
@@ -19,6 +19,7 @@ REPOSITORY = pathlib.Path(__file__).parent.parent
 
 
 def contracts():
+    """The names of the import-linter contracts in setup.cfg."""
     config = configparser.ConfigParser()
     config.read(REPOSITORY / "setup.cfg")
     prefix = "importlinter:contract:"
@@ -26,7 +27,7 @@ def contracts():
 
 
 def lint(folder, *contracts):
-    """Whether import-linter finds that a checkout keeps the contracts, and its report."""
+    """Whether a checkout keeps the contracts of import-linter, and the report of import-linter."""
     command = [pathlib.Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo"]
     for contract in contracts:
         command += ["--contract", contract]
@@ -70,7 +71,7 @@ def test_keys_are_made_of_seeds_in_one_place():
     makers = re.compile(r"random\.(key|PRNGKey|wrap_key_data)\(|default_prng_impl\b")
     files = (REPOSITORY / "diffusion_jax").rglob("*.py")
     made = {path.name for path in files if makers.search(path.read_text())}
-    assert made == {"streams.py", "numerics.py"}  # which fixes the generator of others' keys
+    assert made == {"streams.py", "numerics.py"}  # numerics.py sets the default generator
 
 
 def test_imports_go_down(graph):
@@ -96,12 +97,12 @@ def test_public_functions_take_at_most_five_by_position(modules):
     assert structure.wide_functions(modules) == []
 
 
-def test_reading_path():
+def test_reading_path_is_short():
     lines = structure.reading_lines(REPOSITORY)
     assert sum(lines.values()) < structure.MAX_READING, lines
 
 
-@pytest.mark.slow  # pylint; .ci/run asks benchmarks.structure
+@pytest.mark.slow  # runs pylint; .ci/run checks it with benchmarks.structure
 def test_no_repeated_blocks():
     assert structure.repeated_blocks(REPOSITORY) == []
 
@@ -116,7 +117,7 @@ def write(folder, files):
 
 
 def tiny(folder, files):
-    """The modules of a package of a few files; the names are below diffusion_jax/."""
+    """Write a package of a few files and return its modules; paths are below diffusion_jax/."""
     write(folder, {"main.py": "", "diffusion_jax/__init__.py": ""})
     write(folder, {f"diffusion_jax/{path}": text for path, text in files.items()})
     return structure.read_modules(folder)
@@ -134,16 +135,16 @@ def test_imports_inside_functions_are_followed(tmp_path):
 @pytest.mark.parametrize(
     ("statement", "target"),
     [
-        ("from diffusion_jax.pack import part", "pack.part"),  # a module: not of the face
+        ("from diffusion_jax.pack import part", "pack.part"),  # a module, not a name of __init__
         ("from diffusion_jax.pack import VALUE", "pack"),
-        ("from diffusion_jax.pack import train", "pack"),  # a function, named as its module
+        ("from diffusion_jax.pack import train", "pack"),  # a function with its module's name
         ("from diffusion_jax.pack.part import x", "pack.part"),
         ("import diffusion_jax.pack.part", "pack.part"),
         ("from .pack import part", "pack.part"),
         ("from .pack.part import x", "pack.part"),
     ],
 )
-def test_an_import_leads_to_the_module_or_to_the_face(tmp_path, statement, target):
+def test_an_import_counts_for_the_module_or_for_the_package(tmp_path, statement, target):
     face = (
         "from diffusion_jax.pack import part\nfrom diffusion_jax.pack.train import train\nVALUE = 1"
     )
@@ -153,7 +154,7 @@ def test_an_import_leads_to_the_module_or_to_the_face(tmp_path, statement, targe
     assert graph["diffusion_jax.pack"] == {"diffusion_jax.pack.part", "diffusion_jax.pack.train"}
 
 
-def test_a_cycle_is_reported_and_is_one_link(tmp_path):
+def test_a_cycle_is_reported_and_counts_as_one_link_of_a_chain(tmp_path):
     files = {
         "top.py": "from diffusion_jax import a",
         "a.py": "from diffusion_jax import b",
@@ -167,7 +168,7 @@ def test_a_cycle_is_reported_and_is_one_link(tmp_path):
     assert structure.longest_chain(graph) == chain
 
 
-def test_floors_are_of_folders(tmp_path):
+def test_floors_are_the_longest_chain_of_folders(tmp_path):
     files = {
         "errors.py": "",
         "diffusion/one.py": "from diffusion_jax.diffusion import two",
@@ -178,7 +179,7 @@ def test_floors_are_of_folders(tmp_path):
     folders = structure.folder_graph(structure.import_graph(tiny(tmp_path, files)))
     assert structure.longest_chain(folders) == ["commands", "models", "diffusion"]
     assert structure.find_cycles(folders) == []
-    # two modules that are in no cycle can put their folders in one
+    # Modules without a cycle can still form a cycle of folders
     files = {"models/mlp.py": "", "diffusion/two.py": "from diffusion_jax.models import mlp"}
     graph = structure.import_graph(tiny(tmp_path, files))
     assert structure.find_cycles(graph) == []
@@ -194,11 +195,11 @@ def test_floors_are_of_folders(tmp_path):
         ("ablation/x.py", "diffusion/y.py", True),
         ("errors.py", "diffusion/y.py", False),
         ("experiment/x.py", "training/y.py", False),
-        ("data/x.py", "runtime/y.py", False),  # one layer
-        ("training/x.py", "helpers/y.py", False),  # of no layer
+        ("data/x.py", "runtime/y.py", False),  # the same layer
+        ("training/x.py", "helpers/y.py", False),  # helpers is in no layer
     ],
 )
-def test_against_the_layers(tmp_path, importer, imported, goes_down):
+def test_only_an_import_that_goes_down_keeps_the_layers(tmp_path, importer, imported, goes_down):
     name = f"diffusion_jax.{imported.removesuffix('.py').replace('/', '.')}"
     graph = structure.import_graph(tiny(tmp_path, {importer: f"import {name}", imported: ""}))
     assert (structure.against_layers(graph) == []) == goes_down
@@ -243,17 +244,19 @@ def test_lines_of_functions_are_counted(tmp_path):
         *("import argparse", "from absl import flags"),
     ],
 )
-def test_a_reader_of_argv_is_seen(tmp_path, code):
+def test_a_module_that_reads_argv_is_reported(tmp_path, code):
     modules = tiny(
         tmp_path, {"reader.py": code, "other.py": "import sys\nfrom absl import logging"}
     )
     assert structure.readers_of_argv(modules) == ["diffusion_jax.reader"]
 
 
-def test_a_repeated_block_is_seen(tmp_path):
+def test_a_repeated_block_is_reported(tmp_path):
     lines = [f"value_{index} = {index} + 1\n" for index in range(structure.REPEATED_LINES + 1)]
     tiny(tmp_path, {"a.py": "".join(lines), "b.py": "".join(lines[1:])})
-    assert structure.repeated_blocks(tmp_path) == []  # six lines: pylint asks for more
+    assert (
+        structure.repeated_blocks(tmp_path) == []
+    )  # six equal lines: pylint reports more than six
     tiny(tmp_path, {"b.py": "".join(lines)})
     (message,) = structure.repeated_blocks(tmp_path)
     assert "diffusion_jax.a:[0:7]" in message
@@ -263,13 +266,13 @@ def test_a_repeated_block_is_seen(tmp_path):
     assert "argument_6" in message
 
 
-def test_repeated_blocks_fail_where_pylint_cannot_read(tmp_path):
+def test_repeated_blocks_fail_if_pylint_cannot_parse_a_file(tmp_path):
     write(tmp_path, {"main.py": "", "diffusion_jax/a.py": "def ("})
     with pytest.raises(RuntimeError, match="pylint did not run"):
         structure.repeated_blocks(tmp_path)
 
 
-def test_the_table(tmp_path, capsys):
+def test_main_prints_a_table_of_the_counts(tmp_path, capsys):
     tiny(tmp_path, {"commands.py": "from diffusion_jax import errors", "errors.py": ""})
     for path in structure.READING_PATH:
         write(tmp_path, {path: "x = 1\n"})
@@ -278,7 +281,7 @@ def test_the_table(tmp_path, capsys):
     assert f"lines of the reading path{len(structure.READING_PATH):>35}  under" in printed
 
 
-# --- the contracts, on a tiny package of all folders ---
+# --- the contracts, on a tiny package with all folders ---
 
 
 FOLDERS = (
@@ -299,6 +302,7 @@ KEPT = {
 
 
 def tiny_layers(folder, files):
+    """Write a tiny package that keeps every contract, plus some files of its own."""
     faces = {f"{name}/__init__.py": "" for name in FOLDERS}
     tiny(folder, {**faces, **KEPT, **files})
     shutil.copy(REPOSITORY / "setup.cfg", folder)
@@ -325,7 +329,7 @@ def test_contracts_are_kept_by_a_tiny_package(tmp_path):
         ("layers", "training/x.py", "from diffusion_jax import ablation"),
         ("layers", "ablation/x.py", "from diffusion_jax import commands"),
         ("layers", "commands.py", "from diffusion_jax import __main__"),
-        ("layers", "helpers.py", ""),  # of no layer
+        ("layers", "helpers.py", ""),  # in no layer
         ("diffusion", "diffusion/x.py", "import scipy.special"),
         ("diffusion", "diffusion/samplers/x.py", "def f():\n    import flax"),
         ("flax", "training/x.py", "from flax import nnx"),
@@ -336,7 +340,7 @@ def test_contracts_are_kept_by_a_tiny_package(tmp_path):
         ("absl", "config/x.py", "from absl import flags"),
     ],
 )
-def test_contracts_can_be_broken(tmp_path, contract, path, code):
+def test_a_broken_contract_is_reported(tmp_path, contract, path, code):
     tiny_layers(tmp_path, {"diffusion/samplers/__init__.py": "", path: code})
     is_kept, report = lint(tmp_path, contract)
     assert not is_kept
@@ -344,5 +348,5 @@ def test_contracts_can_be_broken(tmp_path, contract, path, code):
 
 
 def test_every_contract_is_broken_by_a_case():
-    marks = test_contracts_can_be_broken.pytestmark
+    marks = test_a_broken_contract_is_reported.pytestmark
     assert {case[0] for case in marks[0].args[1]} == set(contracts())

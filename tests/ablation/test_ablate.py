@@ -1,4 +1,4 @@
-"""Ablations against single runs: padded schedules, three ways to run arms, kills, the scores."""
+"""Ablations: padded schedules, three ways to train arms, kills, scores; arms equal single runs."""
 
 import contextlib
 import csv
@@ -63,6 +63,7 @@ def objective(timesteps="uniform", is_vlb=False, variance="posterior"):
 
 
 def half(params, x_t, timestep, label, keys):
+    """A network without parameters."""
     return 0.5 * x_t + 0.01 * timestep[:, None, None]
 
 
@@ -76,7 +77,7 @@ def losses_of(timesteps, is_vlb, schedule, seed):
 
 
 def poisoned(schedule, num_timesteps):
-    """All rows past T made NaN, but what tells T."""
+    """The schedule with NaN in all rows past T, except in the timesteps, which determine T."""
     counts = np.arange(len(schedule)) < num_timesteps
     columns = {
         name: np.where(counts, getattr(schedule, name), np.nan)
@@ -111,7 +112,7 @@ def test_a_schedule_padded_to_its_own_length_is_itself():
 @pytest.mark.parametrize(("timesteps", "is_vlb"), [("uniform", True), ("low_discrepancy", False)])
 @pytest.mark.parametrize("num_timesteps", [1, 10, 24])
 def test_rows_past_T_are_never_seen(num_timesteps, timesteps, is_vlb):
-    """The losses are those of the schedule as it was, to the last bit, whatever these rows hold."""
+    """Losses equal those of the schedule without padding, bit for bit, also for NaN padding."""
     schedule = schedules.cosine(num_timesteps)
     padded = schedules.pad(schedule, 25)
     for seed in range(3):
@@ -120,12 +121,12 @@ def test_rows_past_T_are_never_seen(num_timesteps, timesteps, is_vlb):
         assert len(np.unique(expected.rows)) > num_timesteps // 2
         for other in (padded, poisoned(padded, num_timesteps)):
             ours = losses_of(timesteps, is_vlb, other, seed)
-            for one, wanted in zip(ours, expected):
-                np.testing.assert_array_equal(one, wanted, strict=True)
+            for one, reference in zip(ours, expected):
+                np.testing.assert_array_equal(one, reference, strict=True)
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 2, 10])
-def test_the_clipped_variance_is_that_of_the_schedule_as_it_was(num_timesteps):
+def test_the_clipped_variance_is_that_of_the_schedule_without_padding(num_timesteps):
     schedule = schedules.cosine(num_timesteps)
     expected = schedules.clip_posterior_variance(schedule).posterior_variance
     assert (expected > 0).all()
@@ -135,7 +136,7 @@ def test_the_clipped_variance_is_that_of_the_schedule_as_it_was(num_timesteps):
         np.testing.assert_array_equal(clipped[:num_timesteps], expected)
 
 
-# Three ways to run arms
+# Three ways to train arms
 
 TINY = DIGITS | {
     "train.num_steps": 7,
@@ -175,7 +176,7 @@ def devices():
 
 @pytest.fixture(scope="module")
 def alone(data_dir, digits, devices, tmp_path_factory):
-    """Each arm as a run of its own, trained as `--mode=train` does, on the same devices."""
+    """Each arm trained as a single run, as `--mode=train` does, on the same devices."""
     path = tmp_path_factory.mktemp("alone")
     jobs = create_jobs({}, data_dir)
     for job in jobs:
@@ -192,11 +193,13 @@ SAVE = TrainingRun.save
 
 
 def interrupted_save(self, state):
+    """Save, then send SIGTERM to this process."""
     SAVE(self, state)
     signal.raise_signal(signal.SIGTERM)
 
 
-# Relative in what is logged, absolute in parameters of size 1: measured 1.3e-7 and 1e-6
+# The tolerances are relative for logged numbers and absolute for parameters, which are of size 1;
+# the measured differences are 1.3e-7 and 1e-6
 @pytest.mark.parametrize(
     ("parallel", "per_device", "resumed", "rtol", "atol"),
     [
@@ -205,7 +208,7 @@ def interrupted_save(self, state):
         pytest.param("vmap", 2, [], 1e-5, 1e-5, marks=pytest.mark.slow),
     ],
 )
-def test_arms_are_trained_as_by_themselves_by_one_compiled_step(
+def test_arms_are_trained_like_single_runs_with_one_compiled_step(
     alone,
     data_dir,
     digits,
@@ -219,7 +222,10 @@ def test_arms_are_trained_as_by_themselves_by_one_compiled_step(
     rtol,
     atol,
 ):
-    """Jobs of two lengths; where five share two slots, the third is cut at its first checkpoint."""
+    """The jobs have two lengths of schedule, T = 10 and 14, and share one compiled step.
+
+    With "device" five jobs share two slots, so the third one is cut at its first checkpoint.
+    """
     more = " | schedule.s=0.001 | schedule.name=linear" if parallel == "device" else ""
     caplog.set_level("INFO", "diffusion_jax")
     jobs = create_jobs({"ablate.grid": TINY["ablate.grid"] + more}, data_dir)
@@ -231,7 +237,7 @@ def test_arms_are_trained_as_by_themselves_by_one_compiled_step(
 
     monkeypatch.setattr(slots, "train_step", step)
     inputs = jobs, Site(digits, tmp_path, devices, Parallel(parallel, per_device)), {}
-    if parallel == "sequence":  # stopped after the first checkpoint, the same call goes on
+    if parallel == "sequence":  # stop at the first checkpoint, then resume with the same call
         with monkeypatch.context() as patched:
             patched.setattr(TrainingRun, "save", interrupted_save)
             assert train_jobs(*inputs) == signal.SIGTERM
@@ -243,10 +249,10 @@ def test_arms_are_trained_as_by_themselves_by_one_compiled_step(
         ours, theirs = folder_of(job, tmp_path).path, folder_of(job, alone).path
         logged, expected = records(ours), records(theirs)
         assert [record["step"] for record in logged] == list(range(1, 8))
-        for one, wanted in zip(logged, expected):
-            assert one.keys() == wanted.keys()
-            for name in wanted:
-                np.testing.assert_allclose(one[name], wanted[name], rtol=rtol)
+        for one, reference in zip(logged, expected):
+            assert one.keys() == reference.keys()
+            for name in reference:
+                np.testing.assert_allclose(one[name], reference[name], rtol=rtol)
         assert "7" in {p.name for p in (ours / "checkpoints").iterdir()}
         state, expected = checkpoint(ours), checkpoint(theirs)
         assert state.keys() == expected.keys()
@@ -257,9 +263,9 @@ def test_arms_are_trained_as_by_themselves_by_one_compiled_step(
 
 @pytest.fixture
 def traced(monkeypatch):
-    """Steps that learn nothing and compile at once; the rows that schedules have when traced.
+    """Replace the training step by one that learns nothing and compiles fast.
 
-    The loss of a schedule with T = 3 is not a number.
+    Gives a list of the schedule's number of rows at each tracing. With T = 3 the loss is NaN.
     """
     lengths = []
 
@@ -278,7 +284,7 @@ def site(digits, devices, tmp_path):
     return Site(digits, tmp_path, devices, Parallel("device", 1))
 
 
-def test_static_choices_compile_a_step_each_and_nothing_else_does(traced, data_dir, site):
+def test_a_step_is_compiled_for_each_set_of_static_choices(traced, data_dir, site):
     fields = {"train.num_steps": 1}
     fields["ablate.grid"] = "loss.prediction=eps,v; schedule.num_timesteps=10,14"
     jobs = create_jobs(fields, data_dir)
@@ -286,7 +292,7 @@ def test_static_choices_compile_a_step_each_and_nothing_else_does(traced, data_d
     assert traced == [14, 14]
 
 
-def test_a_job_that_diverges_leaves_its_place_to_the_next(traced, data_dir, site):
+def test_a_job_that_diverges_leaves_its_slot_to_the_next(traced, data_dir, site):
     fields = {"ablate.grid": "schedule.num_timesteps=3,4,5,6", "train.num_steps": 3}
     jobs = create_jobs(fields, data_dir)
     failed = {}
@@ -299,8 +305,8 @@ def test_a_job_that_diverges_leaves_its_place_to_the_next(traced, data_dir, site
         assert checkpoint(folder_of(job, site.path).path)["step"] == 3
 
 
-def test_the_rest_of_a_job_that_diverged_is_not_taken_up(traced, data_dir, site):
-    """Of five jobs on two slots the third is cut, and its loss is not a number."""
+def test_a_cut_job_that_diverged_is_not_resumed(traced, data_dir, site):
+    """Five jobs share two slots: the third job is cut, and its loss is NaN."""
     fields = {"ablate.grid": "schedule.num_timesteps=4,5,3,6,7"}
     jobs = create_jobs(fields, data_dir)
     failed = {}
@@ -329,7 +335,7 @@ def test_a_cut_job_whose_checkpoint_is_damaged_is_named(traced, data_dir, site, 
     assert not folder_of(jobs[1], site.path).checkpoints.joinpath("7").exists()
 
 
-def test_a_signal_during_the_last_save_is_not_forgotten(traced, data_dir, site, monkeypatch):
+def test_a_signal_during_the_last_save_is_returned(traced, data_dir, site, monkeypatch):
     monkeypatch.setattr(TrainingRun, "save", interrupted_save)
     jobs = create_jobs({"ablate.grid": "schedule.s=0", "train.num_steps": 1}, data_dir)
     stopped = train_jobs(jobs, site, {})
@@ -346,8 +352,8 @@ def is_locked(workdir):
         return True
 
 
-def test_a_run_under_way_holds_its_folder(traced, data_dir, site, monkeypatch):
-    """Two calls of one shard may work in the ablation's folder at once, but not in a job's."""
+def test_a_running_job_locks_its_folder(traced, data_dir, site, monkeypatch):
+    """So two processes in the folder of an ablation never train the same job at once."""
     jobs = create_jobs({}, data_dir)
     locked = []
 
@@ -364,14 +370,14 @@ def test_a_run_under_way_holds_its_folder(traced, data_dir, site, monkeypatch):
 
 
 def test_more_arms_than_fit_are_refused(devices, monkeypatch, tmp_path):
-    """Their checkpoints on the disk, their states in the memory."""
+    """Their checkpoints must fit on the disk and their states in the memory."""
     ablation = grid.create_ablation(load({"ablate.parallel": "vmap"}))
     inputs = ablation, Workdir(tmp_path / "new"), devices, choose_parallel(ablation, "vmap", 2)
     ablate.check(*inputs)
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-        said = r"^config\.ablate\.grid = '3 jobs': must be fewer: .* has 1,000$"
-        with pytest.raises(ConfigError, match=said):
+        message = r"^config\.ablate\.grid = '3 jobs': must be fewer: .* has 1,000$"
+        with pytest.raises(ConfigError, match=message):
             ablate.check(*inputs)
     monkeypatch.setattr(os, "sysconf", lambda name: 100)
     with pytest.raises(
@@ -381,13 +387,13 @@ def test_more_arms_than_fit_are_refused(devices, monkeypatch, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_shards_share_a_folder_with_other_shards_alone(tmp_path):
-    workdir, said = Workdir(tmp_path), r"^workdir=.*: in use by another run$"
+def test_only_different_shards_may_use_a_folder_at_once(tmp_path):
+    workdir, message = Workdir(tmp_path), r"^workdir=.*: in use by another run$"
     with workdir.lock("1/2"), workdir.lock("2/2"):
         for same in (None, "1/2"):
-            with pytest.raises(ConfigError, match=said), workdir.lock(same):
+            with pytest.raises(ConfigError, match=message), workdir.lock(same):
                 pass
-    with workdir.lock(), pytest.raises(ConfigError, match=said), workdir.lock("1/2"):
+    with workdir.lock(), pytest.raises(ConfigError, match=message), workdir.lock("1/2"):
         pass
 
 
@@ -412,7 +418,7 @@ SMALL = DIGITS | {
 
 @pytest.fixture(scope="module")
 def classifier(digits, tmp_path_factory):
-    """One that was never trained, which takes 20 s: its features are as good to be compared."""
+    """The file of an untrained classifier: training takes 20 s, and tests only compare features."""
     network = create_classifier(digits.shape, digits.num_classes)
     params = network.init(jax.random.key(0))
     untrained = Classifier(jax.jit(network.apply), params, digits.levels, 1.0, 0.1)
@@ -442,7 +448,7 @@ def workdir(classifier, tmp_path):
 
 
 def ablated(fields, classifier, folder):
-    """The folder of an ablation that nothing stopped, and how it ended."""
+    """The folder and the result of an ablation that nothing interrupted."""
     path = folder / "run"
     path.mkdir()
     shutil.copy(classifier, path)
@@ -462,7 +468,7 @@ def folders(path):
 
 
 def contents(path):
-    """Every file of a folder and when it was written."""
+    """Every file of a folder and the time of its last change."""
     return {p: p.stat().st_mtime_ns for p in path.rglob("*") if p.is_file()}
 
 
@@ -472,7 +478,7 @@ def table(path):
 
 
 def assert_equals(path, expected):
-    """The same runs and scores, bit for bit."""
+    """Assert that two ablations have the same runs and scores, bit for bit."""
     ours, theirs = folders(path), folders(expected)
     assert [p.relative_to(path) for p in ours] == [p.relative_to(expected) for p in theirs]
     for one, other in zip(ours, theirs):
@@ -532,9 +538,9 @@ def test_the_differences_are_those_of_pairs_of_jobs(collected):
         assert first.scores[name].difference is None
         assert first.scores[name].mean == comparison.mean_interval(theirs)
         assert other.scores[name].mean == comparison.mean_interval(ours)
-        wanted = comparison.paired_difference(ours, theirs)
-        assert other.scores[name].difference == wanted
-        assert wanted.value == pytest.approx(ours.mean() - theirs.mean())
+        difference = comparison.paired_difference(ours, theirs)
+        assert other.scores[name].difference == difference
+        assert difference.value == pytest.approx(ours.mean() - theirs.mean())
         assert {"better", "worse", "best", ""} >= {arm.scores[name].mark for arm in collected.arms}
 
 
@@ -547,7 +553,7 @@ def test_the_density_of_a_job_integrates_to_its_bound(collected):
 
 
 def test_the_density_integrates_to_the_sum_of_the_bits():
-    """Whatever the schedule; where it has no timesteps there is none."""
+    """This holds for any schedule; the density is 0 where the schedule has no timesteps."""
     short, long = schedules.cosine(10), schedules.linear(50, 0.01, 0.1)
     edges = collecting.bin_edges([short, long])
     assert (np.diff(edges) == collecting.BIN).all()
@@ -562,13 +568,13 @@ def test_the_density_integrates_to_the_sum_of_the_bits():
         beyond = (edges[:-1] > log_snr.max()) | (edges[1:] < log_snr.min())
         assert (density[beyond] == 0).all()
         assert (density[~beyond] > 0).all()
-    # of one bit spread evenly over [-2, 1] each unit has a third
+    # One bit is spread evenly over [-2, 1], so each unit has a third of it
     density = collecting.density(np.arange(-3.0, 4.0), np.array([1.0, -2.0]), np.array([9.0, 1.0]))
     np.testing.assert_allclose(density, [0, 1 / 3, 1 / 3, 1 / 3, 0, 0], rtol=1e-12)
 
 
-def test_the_error_of_eps_is_a_mean_over_log_snr_whatever_the_timesteps():
-    """A denoiser whose error depends on log SNR alone has one error under every schedule."""
+def test_the_error_of_eps_is_a_mean_over_log_snr_for_every_schedule():
+    """A denoiser whose error depends only on log SNR has the same error under every schedule."""
     chains = [schedules.cosine(1000, s) for s in (0.0, 0.008, 0.1)] + [schedules.linear(500)]
     low, high = collecting.common_range(chains)
     for chain in chains:
@@ -592,21 +598,21 @@ def test_zero_terminal_snr_has_bins():
 
 
 @pytest.mark.slow
-def test_a_job_is_what_a_training_run_is_and_their_folders_are_not_mixed(finished, small, tmp_path):
-    """The same parameters and samples; neither mode takes a folder of the other."""
+def test_a_job_equals_a_training_run_and_their_folders_are_not_mixed(finished, small, tmp_path):
+    """They have the same parameters and samples; each mode refuses a folder of the other."""
     path, _ = finished
     fields = small | {"schedule.s": 0.02, "seed": 1}
     single = tmp_path / "single"
     done = run(arguments(single, fields, "digits"), tmp_path / "log")
     assert done.code == 0, done.stderr
     of_job = path / "arms/schedule.s=0.02/seed_1"
-    for one, wanted in zip(records(of_job), records(single)):
-        assert one.keys() == wanted.keys()
-        for name in wanted:
-            np.testing.assert_allclose(one[name], wanted[name], rtol=1e-4)
-    state, wanted = checkpoint(of_job), checkpoint(single)
-    assert state.keys() == wanted.keys()
-    for name, array in wanted.items():
+    for one, expected in zip(records(of_job), records(single)):
+        assert one.keys() == expected.keys()
+        for name in expected:
+            np.testing.assert_allclose(one[name], expected[name], rtol=1e-4)
+    state, expected = checkpoint(of_job), checkpoint(single)
+    assert state.keys() == expected.keys()
+    for name, array in expected.items():
         np.testing.assert_allclose(state[name], array, rtol=1e-3, atol=1e-4)
     with (
         np.load(of_job / "samples/samples.npz") as ours,
@@ -615,8 +621,8 @@ def test_a_job_is_what_a_training_run_is_and_their_folders_are_not_mixed(finishe
         assert (ours["images"] == theirs["images"]).mean() > 0.98
     refused = run(words(small, single), tmp_path / "log")
     assert refused.code == 2
-    said = f"--workdir={single}: must be a folder for an ablation: a single run is in it"
-    assert refused.stderr.splitlines() == [said]
+    message = f"--workdir={single}: must be a folder for an ablation: a single run is in it"
+    assert refused.stderr.splitlines() == [message]
     assert not (single / "arms").exists()
     before = contents(path)
     refused = run(arguments(path, fields, "digits"), tmp_path / "log")
@@ -625,10 +631,8 @@ def test_a_job_is_what_a_training_run_is_and_their_folders_are_not_mixed(finishe
     assert contents(path) == before
 
 
-@pytest.mark.slow  # test_a_job_that_diverges_leaves_its_place has the cheap half
-def test_added_arms_are_trained_alone_and_one_that_diverges_is_taken_out_again(
-    finished, small, tmp_path
-):
+@pytest.mark.slow  # test_a_job_that_diverges_leaves_its_slot_to_the_next is the quick half
+def test_only_added_arms_are_trained_and_one_that_diverges_is_left_out(finished, small, tmp_path):
     path = shutil.copytree(finished[0], tmp_path / "run")
     before = contents(path / "arms")
     added, bad = ADDED, "optimizer.learning_rate=1e30"
@@ -658,21 +662,21 @@ def test_added_arms_are_trained_alone_and_one_that_diverges_is_taken_out_again(
     rows = table(path)
     assert [row["arm"] for row in rows] == [*ARMS, added]
     old = {(row["arm"], row["seed"]): row for row in table(finished[0])}
-    for row in rows[:2]:  # what does not depend on the other arms
+    for row in rows[:2]:  # these scores do not depend on the other arms
         for name in ("bits_per_dim", "L_0", "config_hash", "training_loss", "quality"):
             assert row[name] == old[row["arm"], row["seed"]][name]
     assert added in (path / "report.html").read_text()
 
 
 def wait_for(started, path, least):
-    """Wait until one of the jobs has a checkpoint of so many steps."""
+    """Wait until one of the jobs has a checkpoint at step ``least`` or later."""
     while not any(int(p.name) >= least for p in path.glob("arms/*/*/checkpoints/[0-9]*[0-9]")):
         assert started.is_running(), started.wait().stderr
         time.sleep(0.01)
 
 
 @pytest.mark.slow
-def test_a_signal_saves_all_jobs_and_the_same_command_goes_on(finished, small, workdir, tmp_path):
+def test_a_signal_saves_all_jobs_and_the_same_command_resumes(finished, small, workdir, tmp_path):
     started = Run(words(small, workdir), tmp_path / "log")
     wait_for(started, workdir, 10)
     started.kill(signal.SIGTERM)
@@ -692,20 +696,20 @@ def test_a_signal_saves_all_jobs_and_the_same_command_goes_on(finished, small, w
 
 @pytest.fixture(scope="module")
 def mixed(small, classifier, tmp_path_factory):
-    """An ablation of two T: its fields and its folder."""
+    """The fields and the folder of an ablation with two values of T."""
     fields = small | {"ablate.grid": f"schedule.s=0.02 | {ADDED}"}
     path, _ = ablated(fields, classifier, tmp_path_factory.mktemp("mixed"))
     return fields, path
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_ends_as_if_it_never_was(mixed, workdir, tmp_path):
+def test_killed_at_random_moments_it_ends_like_an_uninterrupted_one(mixed, workdir, tmp_path):
     chance, moments, codes = random.Random(), [], []
     while len(codes) < 6 and 0 not in codes:
         started = Run(words(mixed[0], workdir), tmp_path / "log")
         moments.append(chance.uniform(3, 14))
         time.sleep(moments[-1])
-        with contextlib.suppress(ProcessLookupError):  # the last one may have ended by itself
+        with contextlib.suppress(ProcessLookupError):  # the last process may have ended by itself
             started.kill()
         killed = started.wait()
         assert killed.code in (-signal.SIGKILL, 0), (moments, killed.stderr)
@@ -717,7 +721,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_was(mixed, workdir, tmp
 
 
 @pytest.mark.slow
-def test_shards_at_once_and_a_last_call_are_one_ablation(mixed, workdir, tmp_path):
+def test_shards_and_a_last_call_equal_one_ablation(mixed, workdir, tmp_path):
     shards = [
         Run(words(mixed[0], workdir, ablate__shard=f"{i}/2"), tmp_path / f"log{i}") for i in (1, 2)
     ]
@@ -739,10 +743,11 @@ def test_shards_at_once_and_a_last_call_are_one_ablation(mixed, workdir, tmp_pat
     assert_equals(workdir, mixed[1])
 
 
-def test_means_two_things_auto_is_decided_once(small, tmp_path):
-    """One job of three cores' worth: a shard, of which only its own jobs count.
+def test_auto_is_chosen_once_for_the_jobs_of_the_shard(small, tmp_path):
+    """The choice counts one job, that of the shard, before CPU cores become devices.
 
-    The batch cannot be shared by two devices and need not be; the lock ends the run after that.
+    So the number of devices fits the batch of 15, which two devices could not share. The lock of
+    the folder, which comes later, ends the run.
     """
     fields = small | {"ablate.grid": "schedule.s=0,0.01,0.02", "ablate.seeds": (0,)}
     fields |= {"ablate.parallel": "auto", "ablate.shard": "1/3", "train.batch_size": 15}
@@ -753,8 +758,8 @@ def test_means_two_things_auto_is_decided_once(small, tmp_path):
     assert done.stderr == f"--workdir={tmp_path}/run: in use by another run\n"
 
 
-def test_files_that_another_mode_has_written_are_scored_anew(finished, small, tmp_path):
-    """Samples by another chain are not compared with those of the other arms."""
+def test_jobs_whose_files_another_mode_has_changed_are_not_finished(finished, small, tmp_path):
+    """So they are scored again, and samples of another chain are not compared with other arms."""
     path = shutil.copytree(finished[0], tmp_path / "run")
     ablation = grid.create_ablation(load(small))
     assert all(is_finished(job, path) for job in ablation.jobs)
@@ -769,10 +774,10 @@ def test_files_that_another_mode_has_written_are_scored_anew(finished, small, tm
 
 @pytest.mark.parametrize("num_steps", [20, 80])
 def test_arms_of_another_length_are_not_mixed_in(finished, small, num_steps, devices):
-    """With a rate that decays they would not even be what a longer run is."""
+    """A run of another length has another decay of its learning rate."""
     ablation = grid.create_ablation(load(small | {"train.num_steps": num_steps}))
-    said = rf"config\.train\.num_steps = {num_steps}: the run in .* has 40"
-    with pytest.raises(ConfigError, match=said):
+    message = rf"config\.train\.num_steps = {num_steps}: the run in .* has 40"
+    with pytest.raises(ConfigError, match=message):
         ablate.check(ablation, Workdir(finished[0]), devices, Parallel("device", 1))
 
 

@@ -1,4 +1,4 @@
-"""Intervals against scipy and longhand, and against known truths; what is said of arms."""
+"""Confidence intervals against scipy, written-out sums and simulations; the marks of arms."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from diffusion_jax.ablation.comparison import (
 )
 from diffusion_jax.evaluation.interval import Interval
 
-TRUTH = 0.7  # how much more the one arm of a simulation has
+TRUTH = 0.7  # the true difference of the two arms of a simulation
 NUM_DRAWS = 350
 
 
@@ -22,7 +22,7 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape)
 
 
-# Against scipy and longhand
+# Against scipy and written-out sums
 
 
 @pytest.mark.parametrize("level", [0.5, 0.95, 0.999])
@@ -39,7 +39,7 @@ def test_numbers_per_seed_have_the_intervals_of_scipy(num_seeds, level):
         assert interval.value == pytest.approx((exact.low + exact.high) / 2)
 
 
-def test_one_seed_is_taken_over_the_images_and_one_image_over_the_seeds():
+def test_intervals_of_one_seed_are_over_the_images_and_of_one_image_over_the_seeds():
     values, reference = normal(2, 9)
     flat = paired_difference(values, reference)
     assert paired_difference(values[None, :], reference[None, :]) == flat
@@ -59,7 +59,7 @@ def test_a_single_number_excludes_nothing(shape):
 
 
 def sums_of_squares(values):
-    """Mean squares of a two-way table with one value in each cell, element by element."""
+    """Mean squares of the two-way analysis of variance with one value in each cell."""
     num_seeds, num_images = values.shape
     seeds = images = residual = 0.0
     for k in range(num_seeds):
@@ -74,7 +74,7 @@ def sums_of_squares(values):
 
 
 def longhand(values):
-    """Variance of the mean and degrees of freedom where no component is estimated below 0."""
+    """Variance of the mean and its degrees of freedom; no variance component is below 0."""
     (num_seeds, num_images), squares = values.shape, sums_of_squares(values)
     assert squares[2] < min(squares[:2])
     freedom = num_seeds - 1, num_images - 1, (num_seeds - 1) * (num_images - 1)
@@ -103,12 +103,12 @@ def test_effects_without_a_residual_add_up():
 
 
 def test_no_component_counts_below_zero():
-    """Without means that differ the residual's variance is left, and the fewest freedoms."""
+    """If all means are equal, the residual's variance counts with the fewest degrees of freedom."""
     values = np.array([[1.0, -1.0], [-1.0, 1.0]])
     assert sums_of_squares(values) == (0, 0, 4)
     half = stats.t.ppf(0.975, 1) * np.sqrt(4 / 4)
     np.testing.assert_allclose(mean_interval(values), (0, -half, half), rtol=1e-10)
-    # of seeds alone: (s_a^2 + s_e^2 / N) / K, as if there were nothing but the seeds
+    # with an effect of seeds alone: (s_a^2 + s_e^2 / N) / K, as if only seeds varied
     values += [[5.0], [-5.0]]
     assert sums_of_squares(values) == (100, 0, 4)
     interval = mean_interval(values)
@@ -116,7 +116,7 @@ def test_no_component_counts_below_zero():
 
 
 def test_the_variance_of_the_mean_is_unbiased():
-    """So that no term is left out or counted twice, where none is cut off often."""
+    """It has every term once; in this simulation few variance components are cut off at 0."""
     values, reference = simulate((0.5, 0.3, 0.2), 5, 20, num_draws=1000)
     variances = [comparison._mean(one).variance for one in values - reference]
     error = np.std(variances) / np.sqrt(len(variances))
@@ -124,7 +124,7 @@ def test_the_variance_of_the_mean_is_unbiased():
     assert np.mean(variances) == pytest.approx(1, abs=4 * error)
 
 
-def test_intervals_move_and_stretch_with_the_values():
+def test_intervals_shift_and_scale_with_the_values():
     values = normal(4, 9)
     interval = mean_interval(values)
     np.testing.assert_allclose(mean_interval(values.T), interval, rtol=1e-9)
@@ -152,19 +152,19 @@ def test_an_arm_does_not_differ_from_itself(shape):
     assert not excludes_zero(paired_difference(values, values))
 
 
-# Against known truths
+# Against simulations with a known difference
 
 
 def shared(num_seeds, num_images):
-    """What seeds and images do to both arms of a simulation, larger than what they differ in."""
+    """The effects of seeds and images that both arms share, larger than their difference."""
     return 3 * (normal(num_seeds, 1, seed=8) + normal(num_seeds, num_images, seed=9))
 
 
 def simulate(shares, num_seeds, num_images, num_draws=NUM_DRAWS, seed=0):
-    """Many arms and the arm they are compared with, [draws, seeds, images] and [seeds, images].
+    """Draws of an arm, [draws, seeds, images], and its reference arm, [seeds, images].
 
-    The difference has effects of seeds, images and a residual whose shares of the variance of its
-    mean are given and add up to 1, so that half-widths are in units of its standard deviation.
+    The difference has effects of seeds, of images, and a residual. ``shares`` are their parts of
+    the variance of its mean. The parts add up to 1, so the standard deviation of the mean is 1.
     """
     source = np.random.default_rng((seed, num_seeds, num_images))
     scales = np.sqrt(np.multiply(shares, (num_seeds, num_images, num_seeds * num_images)))
@@ -175,25 +175,27 @@ def simulate(shares, num_seeds, num_images, num_draws=NUM_DRAWS, seed=0):
 
 
 def intervals(call, values, *others):
+    """The values, low ends and high ends of the intervals of many draws."""
     return np.array([call(one, *others) for one in values]).T
 
 
 def coverage(bounds, truth=TRUTH):
+    """The fraction of intervals that contain the true value."""
     return np.mean((bounds[1] <= truth) & (truth <= bounds[2]))
 
 
 def assert_within(share, low, high, num_draws=NUM_DRAWS):
-    """Within 3.5 standard errors of a share that is truly between low and high."""
+    """Assert a measured share, within 3.5 standard errors of a true share in [low, high]."""
     errors = [3.5 * np.sqrt(p * (1 - p) / num_draws) for p in (low, high)]
     assert low - errors[0] <= share <= high + errors[1], share
 
 
 NOMINAL = (0.945, 0.957)
-# Shares of the variance of the mean that are the seeds', the images' and the residual's, and for
-# each number of seeds what the coverage truly lies between, with 20 to 300 images (from 400,000
-# draws of the sums of squares). Intervals of the residual alone are too wide, one-sidedly: where
-# the seeds' variance is estimated below 0 it counts for 0, but as known from these few seeds
-# only. Satterthwaite's approximation is at its worst in "hardest".
+# Shares of the variance of the mean that belong to seeds, images and the residual, and for each
+# number of seeds the range of the true coverage with 20 to 300 images (from 400,000 draws of the
+# sums of squares). Intervals of the residual alone are too wide and never too narrow: a seed
+# variance that is estimated below 0 counts as 0, but with the few degrees of freedom of the seeds.
+# Satterthwaite's approximation is at its worst in "hardest".
 RATIOS = {
     "seeds": ((0.94, 0.01, 0.05), {2: (0.95, 0.98), 3: NOMINAL, 5: NOMINAL}),
     "images": ((0.01, 0.94, 0.05), {2: NOMINAL, 3: NOMINAL, 5: NOMINAL}),
@@ -206,11 +208,11 @@ RATIOS = {
 @pytest.mark.parametrize("num_images", [20, 300])
 @pytest.mark.parametrize("num_seeds", [2, 3, 5])
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_paired_intervals_hold_the_truth(ratio, num_seeds, num_images):
+def test_paired_intervals_contain_the_true_difference(ratio, num_seeds, num_images):
     shares, truly = RATIOS[ratio]
     bounds = intervals(paired_difference, *simulate(shares, num_seeds, num_images))
     assert_within(coverage(bounds), *truly[num_seeds])
-    # as often as they exclude it, they do so on either side
+    # They miss it equally often on either side
     missed = [np.mean(bounds[1] > TRUTH), np.mean(bounds[2] < TRUTH)]
     assert max(missed) <= (1 - truly[num_seeds][0]) / 2 + 3.5 * np.sqrt(0.05 / NUM_DRAWS)
 
@@ -225,10 +227,10 @@ def test_intervals_of_lognormal_seeds_are_too_narrow(num_seeds, truly):
 
 
 @pytest.mark.parametrize("num_images", [20, 300])
-def test_paired_intervals_of_one_seed_hold_what_that_seed_has(num_images):
-    """Where trainings do not differ: of their spread one seed tells nothing, as its coverage does.
+def test_paired_intervals_of_one_seed_cover_only_the_variation_of_images(num_images):
+    """They contain the true difference if seeds have no effect, and miss it often if they have one.
 
-    Residual and images' effects cannot be told apart and need not be.
+    With one seed the effects of images and the residual cannot be separated, and need not be.
     """
     bounds = intervals(paired_difference, *simulate((0, 0.5, 0.5), 1, num_images))
     assert_within(coverage(bounds), 0.95, 0.95)
@@ -246,23 +248,26 @@ def test_paired_intervals_of_one_seed_hold_what_that_seed_has(num_images):
         ("images", lambda difference: mean_interval(difference.mean(axis=1))),
     ],
 )
-def test_intervals_of_one_kind_of_chance_miss_the_truth(ratio, naive):
-    """All values as independent ones, images alone and seeds alone; both kinds at once do not."""
+def test_intervals_of_one_source_of_variation_miss_the_true_difference(ratio, naive):
+    """The naive intervals take all values as independent, or average over seeds or images first.
+
+    Intervals with both sources contain the true difference.
+    """
     values, reference = simulate(RATIOS[ratio][0], 3, 300, num_draws=200)
     assert coverage(intervals(naive, values - reference)) < 0.85
     assert coverage(intervals(mean_interval, values - reference)) > 0.9
 
 
 @pytest.mark.parametrize("level", [0.5, 0.8, 0.99])
-def test_other_levels_are_kept(level):
+def test_intervals_of_other_levels_have_their_coverage(level):
     values, reference = simulate((0.4, 0.4, 0.2), 5, 20)
     bounds = np.array([paired_difference(one, reference, level) for one in values]).T
     assert_within(coverage(bounds), level - 0.01, level + 0.02 if level < 0.9 else 0.996)
 
 
 @pytest.mark.parametrize("of_seeds", [False, True])
-def test_pairing_narrows_the_intervals_of_arms_with_shared_chance(of_seeds):
-    """The shared effects, ten times as large as the others, cancel in the differences."""
+def test_pairing_narrows_the_intervals_of_arms_with_shared_effects(of_seeds):
+    """Shared effects are ten times as large as the others, and cancel in the differences."""
     source = np.random.default_rng(0)
 
     def effects(size):
@@ -279,11 +284,11 @@ def test_pairing_narrows_the_intervals_of_arms_with_shared_chance(of_seeds):
     assert_within(coverage(paired), 0.94, 0.957)
 
 
-# What is said of arms
+# The marks of arms
 
 
 def arms(**means):
-    """Arms that differ from each other by their means, give or take 0.1."""
+    """Arms of three seeds with these means, whose differences have a noise of 0.1."""
     noise = np.array([-0.1, 0.0, 0.1])
     of_both = np.array([10.0, 20.0, 30.0])
     return {
@@ -301,12 +306,12 @@ def arms(**means):
         ({"r": 0, "a": -5, "b": 5}, {"r": "", "a": "best", "b": "worse"}),
         ({"r": 0, "a": 5, "b": 9}, {"r": "best", "a": "worse", "b": "worse"}),
         ({"a": 5, "r": 0, "b": 9}, {"a": "worse", "r": "best", "b": "worse"}),
-        # one that cannot be told from the reference keeps it from being the best
+        # a reference that is lowest but not significantly so is not the best
         ({"r": 0, "a": 0.02, "b": 9}, {"r": "", "a": "", "b": "worse"}),
-        # nor is it the best itself, though it is lowest
+        # an arm that is lowest but not significantly below the reference is not the best
         ({"r": 0, "a": -0.02, "b": 9}, {"r": "", "a": "", "b": "worse"}),
         ({"r": 0, "a": -0.02, "b": 0.02}, {"r": "", "a": "", "b": ""}),
-        # the lowest is the best though the next is not told apart from it
+        # the lowest is the best even if the next one does not differ significantly from it
         ({"r": 0, "a": -5, "b": -5.01}, {"r": "", "a": "better", "b": "best"}),
         ({"r": 0}, {"r": ""}),
     ],
@@ -350,7 +355,7 @@ def test_not_told_apart(means, expected):
 
 @pytest.mark.parametrize(("shape", "level"), [((3,), 0.95), ((5, 20), 0.95), ((5, 20), 0.8)])
 def test_equal_arms_are_marked_as_often_as_the_level_says(shape, level):
-    """A share of 1 - level of those that are not the reference, half of it to either side."""
+    """Of the arms that are not the reference a share of 1 - level is marked, half as worse."""
     source = np.random.default_rng(0)
 
     def draw():
@@ -358,12 +363,12 @@ def test_equal_arms_are_marked_as_often_as_the_level_says(shape, level):
             return source.normal(size=shape)
         return source.normal(size=(shape[0], 1)) + 2 * source.normal(size=(1, shape[1]))
 
-    said_of_draws = []
+    marks_of_draws = []
     for _ in range(NUM_DRAWS):
-        said = marks({name: draw() for name in ("r", "a", "b")}, "r", level)
-        said_of_draws.append([said["a"], said["b"]])
-    marked = np.array(said_of_draws)
-    # All have the reference in common, so that the arms of one draw count for one.
+        of_arms = marks({name: draw() for name in ("r", "a", "b")}, "r", level)
+        marks_of_draws.append([of_arms["a"], of_arms["b"]])
+    marked = np.array(marks_of_draws)
+    # The arms of one draw share the reference, so they count as one observation
     for share, expected in (
         (np.mean(marked != ""), 1 - level),
         (np.mean(marked == "worse"), (1 - level) / 2),
@@ -419,7 +424,7 @@ HOLED = np.where(X == 5, np.nan, X)
     ],
 )
 @pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
-def test_what_cannot_be_is_refused(call, message):
+def test_impossible_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)

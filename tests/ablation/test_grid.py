@@ -1,4 +1,4 @@
-"""What a grid means, which grids are refused and how, and what two jobs have in common."""
+"""Grids of an ablation: the arms of a grid, refused grids, hashes, and shared compilations."""
 
 import json
 
@@ -16,7 +16,7 @@ S = {"ablate.grid": "schedule.s=0,0.008,0.05"}
 
 @pytest.fixture(autouse=True, scope="module")
 def models_made_once():
-    """A model is 0.2 s of tracing, and most jobs here have the same."""
+    """Create each model once: tracing it takes 0.2 s, and most jobs have the same model."""
     models, create_model = {}, experiment.create_model
 
     def remembered(config, *others, **choices):
@@ -31,7 +31,7 @@ def models_made_once():
 
 
 def create(fields, dataset="digits"):
-    """The ablation of some fields, one seed if they do not say otherwise."""
+    """The ablation with some fields, by default of one seed."""
     base = {"digits": DIGITS, "toy2d": TOY2D}[dataset] | {"ablate.seeds": (0,)}
     overrides = [(name, str(value)) for name, value in (base | fields).items()]
     config = configuration.load(str(REPOSITORY / "configs" / f"{dataset}.py"), overrides)
@@ -89,7 +89,7 @@ def test_a_grid_means_these_arms(text, expected):
 
 
 @pytest.mark.parametrize("text", ["0", "0.0", "0.00", "0e3", " 0 "])
-def test_an_arm_has_one_name_however_it_is_spelt(text):
+def test_an_arm_has_one_name_for_all_spellings_of_a_value(text):
     job = create({"ablate.grid": f"schedule.s={text}"}).jobs[0]
     assert job.arm.name == "schedule.s=0"
     assert job.arm.fields == {"schedule.s": 0.0}
@@ -127,7 +127,7 @@ def test_the_reference_may_be_spelt_as_in_the_grid(text):
     assert create(fields | {"ablate.reference": text}).reference == "schedule.s=0.05"
 
 
-def test_shards_are_all_jobs_once():
+def test_the_shards_together_have_every_job_once():
     fields = S | {"ablate.seeds": (0, 1)}
     whole = create(fields)
     assert not whole.is_shard
@@ -141,7 +141,7 @@ def test_shards_are_all_jobs_once():
 
 
 GRID = "config.ablate.grid"
-# The fields, and what the line must say.
+# The fields of config.ablate, and a part of the message.
 MISTAKES = {
     "unset": ({}, f"{GRID} = None: must be set to ablate"),
     "empty": ({"grid": ""}, f"{GRID}: '' lacks a value"),
@@ -229,7 +229,7 @@ def test_a_mistake_is_one_line(fields, said):
     assert len(line) < 400
 
 
-def test_a_negative_seed_is_said_to_be_one_of_the_seeds():
+def test_the_message_about_a_negative_seed_names_config_ablate_seeds():
     with pytest.raises(ConfigError, match=r"^config\.ablate\.seeds = \(0, -1\)"):
         create(S | {"ablate.seeds": (0, -1)})
 
@@ -243,7 +243,7 @@ def test_an_ablation_edits_no_images_and_is_guided_by_no_other_run(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "image.png")
     task = {"editing.task": "image_to_image", "editing.images": tmp_path / "image.png"}
     task |= {"editing.timestep": 5}
-    for fields, said in (
+    for fields, message in (
         (task, "config.editing.task = 'image_to_image': must be unset in an ablation"),
         ({"distributed": "true"}, "config.distributed = True: must be "),
         (
@@ -253,7 +253,7 @@ def test_an_ablation_edits_no_images_and_is_guided_by_no_other_run(tmp_path):
     ):
         with pytest.raises(ConfigError) as raised:
             create(S | fields)
-        assert str(raised.value).startswith(said)
+        assert str(raised.value).startswith(message)
 
 
 ONE = {"ablate.grid": "schedule.s=0.02"}
@@ -277,7 +277,7 @@ ONE = {"ablate.grid": "schedule.s=0.02"}
     ],
     ids=str,
 )
-def test_the_hash_differs_by_what_scores_depend_on(changes):
+def test_the_hash_changes_with_every_field_that_scores_depend_on(changes):
     one, other = (create(ONE | fields).jobs[0].config_hash for fields in ({}, changes))
     assert one != other
     assert len(one) == len(other) == 12
@@ -290,7 +290,7 @@ def test_the_hash_differs_by_what_scores_depend_on(changes):
         {"compilation_cache": "off"},
         {"dataset.data_dir": "/elsewhere"},
         {"dataset.archives": REPOSITORY},
-        {"seed": 3},  # the job has that of the ablation
+        {"seed": 3},  # a job has a seed of ablate.seeds
         {"ablate.grid": "schedule.s=0.020 | schedule.s=0.1"},
         {"ablate.seeds": (0, 1)},
         {"ablate.reference": "schedule.s=0.02"},
@@ -300,7 +300,7 @@ def test_the_hash_differs_by_what_scores_depend_on(changes):
     ],
     ids=str,
 )
-def test_the_hash_is_the_same_wherever_and_beside_whatever_a_job_runs(changes):
+def test_the_hash_does_not_depend_on_devices_folders_or_other_jobs(changes):
     one, other = (create(ONE | fields).jobs[0].config_hash for fields in ({}, changes))
     assert one == other
 
@@ -340,7 +340,8 @@ def test_other_choices_compile_a_step_each(text):
     assert num_compilations(f"{text}; schedule.s=0,0.1") == 2
 
 
-def test_where_the_state_has_a_part_of_the_schedule_so_has_the_step():
+def test_with_importance_sampling_each_number_of_timesteps_compiles_a_step():
+    # The state then has a history of losses for each timestep
     importance = {"loss__timesteps": "importance"}
     assert num_compilations("schedule.s=0,0.1", **importance) == 1
     assert num_compilations("schedule.num_timesteps=7,9", **importance) == 2

@@ -1,4 +1,4 @@
-"""Runs that take turns: every step once, never two at once, and no slot waits for another."""
+"""Runs that take turns on slots: every step once, no run on two slots, no slot waits."""
 
 import math
 
@@ -9,9 +9,10 @@ from diffusion_jax.ablation.turns import take_turns
 
 
 def play(turns, done, num_slots):
-    """The ticks that it takes, a step each, where a slot takes the next turn of a run that rests.
+    """Simulate the slots; return the number of ticks and the steps that each run has taken.
 
-    Checks that no run is on two slots and that all turns are taken in the end.
+    In a tick each busy slot takes one step. A free slot takes the first waiting turn whose run is
+    on no other slot. All turns must be taken in the end.
     """
     waiting, steps, slots, ticks = list(turns), list(done), {}, 0
     while True:
@@ -50,7 +51,7 @@ def test_all_slots_end_together_or_with_the_longest_run(runs, num_slots):
 
 
 @given(RUNS, st.integers(1, 5), st.integers(1, 40))
-def test_runs_are_cut_at_multiples_only(runs, num_slots, multiple):
+def test_runs_are_cut_only_at_multiples(runs, num_slots, multiple):
     done, lengths = zip(*runs)
     turns = take_turns(done, lengths, num_slots, multiple)
     _, steps = play(turns, done, num_slots)
@@ -61,7 +62,7 @@ def test_runs_are_cut_at_multiples_only(runs, num_slots, multiple):
         assert sorted(turns) == [(index, length) for index, length in enumerate(lengths)]
 
 
-def test_seven_equal_runs_on_two_slots_take_three_and_a_half():
+def test_seven_equal_runs_on_two_slots_take_the_time_of_three_and_a_half():
     turns = take_turns([0] * 7, [150] * 7, 2, 75)
     assert turns[1] == (3, 75)
     assert turns[-1] == (3, 150)

@@ -1,3 +1,5 @@
+"""Configs and command lines: how they are read, overridden, compared and refused."""
+
 import inspect
 import itertools
 import re
@@ -51,7 +53,9 @@ def default(default_path):
 
 
 @pytest.fixture
-def write(tmp_path, default):  # default: the repository is on the module path from here on
+def write(tmp_path, default):  # ``default`` puts the repository on the module path
+    """A function that writes a config file and returns its path."""
+
     def write(source):
         path = tmp_path / "mine.py"
         path.write_text(textwrap.dedent(source))
@@ -61,12 +65,14 @@ def write(tmp_path, default):  # default: the repository is on the module path f
 
 
 def message_of(error):
+    """The message of an error, which must be one line."""
     message = str(error.value)
     assert message.splitlines() == [message]
     return message
 
 
 def leaves(config, prefix=""):
+    """The dotted name and the value of every field of a config."""
     for name, value in config.items():
         if hasattr(value, "items"):
             yield from leaves(value, f"{prefix}{name}.")
@@ -302,7 +308,7 @@ def test_the_fields_of_another_model_take_its_types(write):
         load(path, [("model.layers", "4.0")])
 
 
-def test_a_config_gets_no_new_field_by_a_slip_in_the_code(default):
+def test_code_cannot_add_a_field_to_a_config_by_a_typo(default):
     with pytest.raises(AttributeError):
         default.schedule.nme = "cosine"
 
@@ -335,12 +341,12 @@ def test_every_field_has_a_comment(repository):
         if declared and "#" not in line and not above.strip().startswith("#"):
             bare.append(declared[1].rpartition(".")[2])
     comments = " ".join(line.partition("#")[2] for line in lines)
-    # one comment may be of several fields, which it names
+    # a comment that names several fields is the comment of each of them
     assert [name for name in bare if not re.search(rf"\b{name}\b", comments)] == []
 
 
 def other_than(default):
-    """The text of another value."""
+    """The command line text of a value that is not the default."""
     kind = default if isinstance(default, type) else type(default)
     if kind is bool:
         return str(default is not True)
@@ -348,7 +354,7 @@ def other_than(default):
 
 
 def test_the_effect_of_a_field_decides_what_depends_on_it(default_path, default):
-    """Whether a run goes on, is read, and is scored anew, with another value of one field."""
+    """Its effect says whether a run resumes, is read, and keeps its scores with another value."""
     same = Job(arm=None, seed=0, config=default, experiment=None).relevant_fields()
     for name, field in FIELDS.items():
         config = load(default_path, [(name, other_than(field.default))])
@@ -363,11 +369,13 @@ def test_the_effect_of_a_field_decides_what_depends_on_it(default_path, default)
 
 
 def test_fields_match_whole_names():
-    """A field does not have the effect of one whose name it begins with."""
+    """A field does not get the effect of another field whose name is the start of its own name."""
     assert effect_of("loss.variance") is Effect.MODEL
     assert effect_of("train.batch_size") is Effect.BATCHES
     assert effect_of("train.batch_size_of_another_version") is Effect.NOTHING
-    assert effect_of("model.num_layers") is Effect.MODEL  # of another network than the default's
+    assert (
+        effect_of("model.num_layers") is Effect.MODEL
+    )  # a field of the mlp, not of the default network
     assert effect_of("evaluate.anything") is Effect.NOTHING
 
 
@@ -383,7 +391,7 @@ REGISTRIES = {
     [(section, name) for section, registry in REGISTRIES.items() for name in registry],
 )
 def test_every_argument_of_a_registered_function_is_a_field(default, section, function):
-    """It is unset by default, and of the type that the function declares."""
+    """The field is unset by default and has the type that the function declares."""
     fields = default[section]
     types = {bool: bool, int: int, str: str, float: float}
     for name, parameter in inspect.signature(REGISTRIES[section][function]).parameters.items():
@@ -392,7 +400,7 @@ def test_every_argument_of_a_registered_function_is_a_field(default, section, fu
         assert name in fields, name
         assert fields[name] is None
         reference = fields.get_ref(name)
-        array = "betas"  # in a config the path of its file
+        array = "betas"  # a config has the path of its file
         expected = str if name == array else types.get(parameter.annotation, float)
         assert reference.get_type() is expected, name
 
@@ -418,8 +426,8 @@ def test_differences_name_the_fields_that_changed(default_path, default):
     }
 
 
-def test_differences_take_a_field_that_is_absent_for_the_default(default_path, default):
-    """A run recorded before there was such a field goes on as long as it is what it was."""
+def test_a_field_that_a_record_lacks_counts_as_the_default(default_path, default):
+    """So a run that was recorded before the field existed can resume with its default."""
     recorded = to_record(default)
     del recorded["schedule"]["s"], recorded["loss"]["label_dropout"]
     recorded["old"] = {"field": 1}
@@ -428,7 +436,7 @@ def test_differences_take_a_field_that_is_absent_for_the_default(default_path, d
     assert differences(changed, recorded)["config.loss.label_dropout"] == (0.0, 0.1)
 
 
-def test_choose_gives_the_entry_of_a_registry_or_the_name_in_a_list():
+def test_choose_returns_the_entry_of_a_registry_or_the_name_in_a_list():
     assert choose("config.schedule.name", "b", {"a": 1, "b": 2}, "schedule") == 2
     assert choose("config.loss.prediction", "b", ("a", "b"), "prediction") == "b"
 
@@ -452,15 +460,15 @@ def test_require_names_the_field_the_value_and_what_is_allowed():
     assert message_of(error) == "config.train.batch_size = 0: must be at least 1"
 
 
-# --- values of the right type that no run can have -------------------------------------------
+# --- values that have the right type and that no run can use ---------------------------------
 
 
 def leaves_of_integers(default):
     return [name for name, value in leaves(default) if type(value) in (int, tuple)]
 
 
-def test_count_beyond_int32_is_refused_whatever_it_counts(default_path, default):
-    """jax counts in int32; seeds alone are larger."""
+def test_an_integer_beyond_int32_is_refused_unless_it_is_a_seed(default_path, default):
+    """jax counts in int32."""
     counts = leaves_of_integers(default)
     assert {"optimizer.warmup_steps", "train.num_steps", "sampling.num_images"} <= {*counts}
     for name in counts:
@@ -540,7 +548,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_contradiction_is_refused_by_its_true_cause(repository, tmp_path, name):
+def test_fields_that_contradict_each_other_are_refused_by_the_true_cause(
+    repository, tmp_path, name
+):
     fields, expected = REFUSED[name]
     np.save(tmp_path / "betas.npy", [0.1, 1.0, 0.1])
     if fields.get("schedule.name") == "from_betas":
@@ -551,8 +561,8 @@ def test_contradiction_is_refused_by_its_true_cause(repository, tmp_path, name):
 
 
 @pytest.mark.parametrize("prediction", ["x_0", "v"])
-def test_contradiction_is_none_where_a_network_can_be_trained(repository, tmp_path, prediction):
-    """Zero SNR inside the chain takes nothing from a network that predicts x_0 or v."""
+def test_zero_snr_inside_the_chain_is_allowed_for_x_0_and_v(repository, tmp_path, prediction):
+    """The loss and its gradient are finite for a network that predicts x_0 or v."""
     np.save(tmp_path / "betas.npy", [0.1, 1.0, 0.1])
     fields = ZERO_INSIDE | {
         "schedule.betas": tmp_path / "betas.npy",
@@ -572,14 +582,14 @@ def test_contradiction_is_none_where_a_network_can_be_trained(repository, tmp_pa
         assert np.isfinite(leaf).all()
 
 
-# --- bounds that are computed ----------------------------------------------------------------
+# --- bounds that error messages print --------------------------------------------------------
 
 
 @given(low=st.floats(-1e9, 1e9), high=st.floats(-1e9, 1e9))
 @example(low=1 / 3, high=1 / 3)
 @example(low=2 / 3, high=2 / 3 + 1e-12)
 @example(low=0.0, high=0.0)
-def test_printed_bound_is_allowed(low, high):
+def test_a_printed_bound_is_itself_allowed(low, high):
     low, high = sorted((low, high))
     printed = [float(end) for end in bounds(low, high).strip("[]").split(", ")]
     assert low <= printed[0] <= printed[1] <= high
@@ -590,7 +600,7 @@ def test_printed_bound_is_allowed(low, high):
 
 @pytest.mark.parametrize("spacing", ["log_snr", "karras"])
 @pytest.mark.parametrize("name", ["linear", "cosine", "sigmoid", "quadratic"])
-def test_printed_bound_of_sigma_is_a_sigma_of_the_chain(spacing, name):
+def test_the_printed_bounds_of_sigma_and_log_snr_are_allowed(spacing, name):
     for num_timesteps in (1, 7, 10, 352, 1000):
         full = schedules.SCHEDULES[name](num_timesteps)
         with pytest.raises(ConfigError) as error:
@@ -614,7 +624,7 @@ def test_printed_bound_of_sigma_is_a_sigma_of_the_chain(spacing, name):
 
 
 @pytest.mark.parametrize("tau", [0.007, 0.0123456789, 1 / 30, 0.05])
-def test_printed_bound_of_a_sigmoid_is_one(tau):
+def test_the_printed_bound_of_a_sigmoid_is_allowed(tau):
     for field, ends in (("start", (-50.0, 3.0)), ("end", (-0.1, 50.0))):
         with pytest.raises(ConfigError) as error:
             schedules.sigmoid(4, **dict(zip(("start", "end"), ends)), tau=tau)

@@ -1,3 +1,5 @@
+"""Data sets: archives, downloads, preparation, batches, and the scaling of pixels."""
+
 import contextlib
 import functools
 import gzip
@@ -57,13 +59,14 @@ def digits_dir(tmp_path_factory):
 
 
 def numbered(size, shape=(2, 3, 1)):
-    """A split of which every pixel and label tells which example it is, below 256."""
+    """A split whose pixels and labels are the number of the example, for up to 256 examples."""
     labels = np.arange(size, dtype=np.int32)
     images = np.broadcast_to(labels.reshape(-1, 1, 1, 1), (size, *shape)).astype(np.uint8)
     return Split(images, labels)
 
 
 def take(split, count, batch_size, seed=0, **kwargs):
+    """The first ``count`` batches of a stream."""
     stream = read_batches(split, batch_size, seed, **kwargs)
     return [next(stream) for _ in range(count)]
 
@@ -72,7 +75,7 @@ def labels_of(batches):
     return np.concatenate([batch["label"] for batch in batches])
 
 
-# The sets that are known
+# The data sets of the package
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -95,7 +98,7 @@ def test_digits_are_those_of_scikit_learn(digits_dir):
     assert np.bincount(loaded.test.labels).tolist() == [30] * 10
 
 
-def test_toy2d_is_the_mixture_that_it_names(tmp_path):
+def test_toy2d_is_its_mixture_of_gaussians(tmp_path):
     loaded = load_dataset(choice_of("toy2d", tmp_path))
     again = load_dataset(choice_of("toy2d", tmp_path))
     assert not list(tmp_path.iterdir())
@@ -110,7 +113,7 @@ def test_toy2d_is_the_mixture_that_it_names(tmp_path):
     ):
         points = loaded.train.images[loaded.train.labels == k]
         assert len(points) == pytest.approx(size * weight, abs=5 * np.sqrt(size * weight))
-        # Whitened, the points are standard normal: five standard errors of mean and covariance.
+        # Whitened points are standard normal; allow five standard errors of mean and covariance
         white = np.linalg.solve(np.linalg.cholesky(covariance), (points - mean).T)
         bound = 5 / np.sqrt(len(points))
         np.testing.assert_allclose(white.mean(axis=1), 0, atol=bound)
@@ -168,12 +171,13 @@ def test_a_data_dir_that_cannot_be_written_is_named(tmp_path):
 
 
 def idx_file(array):
+    """The bytes of an IDX file."""
     return struct.pack(f">2xBB{array.ndim}i", 8, array.ndim, *array.shape) + array.tobytes()
 
 
 @pytest.fixture
 def small_mnist(tmp_path, monkeypatch):
-    """A folder of four small IDX files, which are taken for the real ones."""
+    """A folder of four small IDX files whose checksums count as MNIST's, and their arrays."""
     random = np.random.default_rng(0)
     arrays = [
         random.integers(0, 256, (24, 28, 28), np.uint8),
@@ -260,7 +264,7 @@ def test_kmnist_is_compared_with_the_sums_of_the_compressed_files(small_mnist, t
 
 @pytest.fixture
 def small_cifar10(monkeypatch):
-    """The contents of six small batches, which are taken for the real ones, and their arrays."""
+    """Six small batches in both formats whose checksums count as CIFAR-10's, and their arrays."""
     random = np.random.default_rng(0)
     files, binary, arrays = {}, {}, {}
     for name in [batch for batches in cifar10.BATCHES.values() for batch in batches]:
@@ -336,12 +340,12 @@ def test_pickles_of_cifar10_can_call_nothing(small_cifar10, tmp_path, monkeypatc
         cifar10.read(tmp_path)
 
 
-# The network
+# Downloads
 
 
 @pytest.fixture
 def mnist_at(monkeypatch):
-    """Lets the archives of MNIST be fetched from elsewhere."""
+    """A function that makes another URL the source of MNIST's archives."""
     monkeypatch.setenv("no_proxy", "*")
 
     def move(url):
@@ -354,6 +358,8 @@ def mnist_at(monkeypatch):
 
 @contextlib.contextmanager
 def serve(folder):
+    """An HTTP server of a folder on this machine; gives its URL."""
+
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
             pass
@@ -365,7 +371,7 @@ def serve(folder):
         server.shutdown()
 
 
-def test_archives_are_fetched(small_mnist, mnist_at, tmp_path):
+def test_archives_are_downloaded(small_mnist, mnist_at, tmp_path):
     folder, arrays = small_mnist
     with serve(folder) as url:
         mnist_at(url)
@@ -384,7 +390,7 @@ def test_a_bad_download_is_named_and_nothing_written(damage, small_mnist, mnist_
     assert not (tmp_path / "sets").exists()
 
 
-def test_without_a_network_the_way_out_is_named_at_once(mnist_at, tmp_path):
+def test_without_a_network_the_message_names_the_files_and_the_field(mnist_at, tmp_path):
     mnist_at("http://127.0.0.1:9")
     with pytest.raises(ConfigError) as caught:
         load_dataset(choice_of("mnist", tmp_path / "sets"))
@@ -394,7 +400,7 @@ def test_without_a_network_the_way_out_is_named_at_once(mnist_at, tmp_path):
     assert not (tmp_path / "sets").exists()
 
 
-def test_a_server_that_never_answers_is_left(mnist_at, tmp_path, monkeypatch):
+def test_a_server_that_never_answers_is_an_error_after_a_timeout(mnist_at, tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "ANSWER_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         mnist_at(f"http://127.0.0.1:{server.getsockname()[1]}")
@@ -436,7 +442,7 @@ builder.ImageBuilder._generate_examples = die
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a script where tensorflow seems to be installed and must not be imported."""
+    """A function that starts a script with a fake tensorflow whose import fails."""
     fake = tmp_path / "packages" / "tensorflow"
     fake.mkdir(parents=True)
     (fake / "__init__.py").write_text("raise AssertionError('something imports tensorflow')")
@@ -458,14 +464,14 @@ def test_two_processes_may_start_at_once_and_neither_needs_tensorflow(start, tmp
     original = int(sklearn.datasets.load_digits().data.sum())
     test = int(load_dataset(choice_of("digits", tmp_path / "sets")).test.images.sum())
     assert [int(out) for out, _ in outputs] == [original - test] * 2
-    said = "".join(err for _, err in outputs)
-    assert said.count("preparing digits") == said.count("decoding digits") == 1
+    log = "".join(err for _, err in outputs)
+    assert log.count("preparing digits") == log.count("decoding digits") == 1
 
 
 def test_preparing_that_was_killed_is_done_again(start, tmp_path):
     process = start(LOAD.replace("loaded =", f"{DIE}\nloaded ="), tmp_path)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL, said
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, log
     assert list((tmp_path / "digits").glob("incomplete*"))
     assert len(load_dataset(choice_of("digits", tmp_path)).train) == 1497
     assert not list((tmp_path / "digits").glob("incomplete*"))
@@ -477,13 +483,13 @@ def test_decoded_arrays_are_kept_until_the_set_changes(digits_dir, tmp_path):
     folder = tmp_path / "digits" / VERSION
     load_dataset(choice)
     (decoded,) = folder.glob("decod*")
-    kept = np.load(decoded / "train_images.npy")
-    np.save(decoded / "train_images.npy", 16 - kept)
-    np.testing.assert_array_equal(load_dataset(choice).train.images, 16 - kept)
+    pixels = np.load(decoded / "train_images.npy")
+    np.save(decoded / "train_images.npy", 16 - pixels)
+    np.testing.assert_array_equal(load_dataset(choice).train.images, 16 - pixels)
 
-    (folder / "decoding-1").mkdir()  # what a process that was killed leaves
+    (folder / "decoding-1").mkdir()  # as a killed process leaves it
     os.utime(next(folder.glob("*-train.array_record*")), ns=(0, 0))
-    np.testing.assert_array_equal(load_dataset(choice).train.images, kept)
+    np.testing.assert_array_equal(load_dataset(choice).train.images, pixels)
     (anew,) = folder.glob("decod*")
     assert anew != decoded
 
@@ -515,7 +521,7 @@ def test_a_set_too_large_for_the_memory_gives_the_same_batches(digits_dir, tmp_p
         np.testing.assert_array_equal(ours["label"], theirs["label"])
 
 
-# Sets that were prepared by other means
+# Data sets that tfds prepared
 
 
 class Stripes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -554,7 +560,7 @@ def test_a_set_that_tfds_prepared_is_found_by_its_name(tmp_path):
     shutil.copytree(old, old.with_name("1.10.0"))
     shutil.rmtree(next(old.with_name("1.10.0").glob("decoded-*")))
     load_dataset(choice_of("stripes", tmp_path))
-    assert list(old.with_name("1.10.0").glob("decoded-*"))  # the newest, as numbers go
+    assert list(old.with_name("1.10.0").glob("decoded-*"))  # 1.10.0 is newer than 1.9.0
     load_dataset(choice_of("stripes:1.9.0", tmp_path))
 
 
@@ -597,7 +603,9 @@ def test_a_set_of_images_of_many_sizes_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("LA", 2), ("RGBA", 4)])
-def test_contradiction_of_channels_and_drawing_is_refused_at_once(mode, channels, tmp_path):
+def test_images_with_a_number_of_channels_that_cannot_be_drawn_are_refused(
+    mode, channels, tmp_path
+):
     class Transparent(Stripes, skip_registration=True):
         features = {  # noqa: RUF012
             "image": tfds.features.Image(shape=(4, 6, channels), encoding_format="png")
@@ -643,13 +651,13 @@ def test_a_batch_is_a_function_of_the_seed_and_the_step(flip, start_step):
 
 
 def test_starting_at_a_late_step_takes_no_longer():
-    """Walking there would take years."""
+    """Reading all batches before step 10^12 would take years."""
     assert len(take(numbered(30), 1, 8, start_step=10**12)) == 1
 
 
 @pytest.mark.parametrize("seeds", [(0, 1), (5, 2**40), (-1, 1)])
 def test_seeds_differ_in_every_epoch(seeds):
-    # Shuffling epoch e with seed + e would make epoch 1 of seed 0 epoch 0 of seed 1.
+    # With seed + e for epoch e, epoch 1 of seed 0 would equal epoch 0 of seed 1
     split = numbered(50)
     epochs = [labels_of(take(split, 4, 50, seed=seed)).reshape(4, 50) for seed in seeds]
     assert len(np.unique(np.concatenate(epochs), axis=0)) == 8
@@ -708,14 +716,14 @@ def test_every_level_survives_the_way_to_x_0_and_back(levels, wrap):
     written = to_uint8(x_0, levels)
     assert written.dtype == np.uint8
     np.testing.assert_array_equal(written, np.round(image * 255.0 / (levels - 1)))
-    # Anything nearer to a level than to its neighbours is that level; what is beyond is clipped.
+    # A value rounds to its nearest level; values outside [-1, 1] are clipped
     for noise in (-0.99, 0.99):
         np.testing.assert_array_equal(to_uint8(x_0 + noise / (levels - 1), levels), written)
     assert to_uint8(wrap(np.float32([-3, 3])), levels).tolist() == [0, 255]
 
 
 @pytest.mark.parametrize("levels", LEVELS)
-def test_both_ways_can_be_traced(levels):
+def test_scaling_and_its_inverse_can_be_traced(levels):
     image = np.arange(levels, dtype=np.uint8)
 
     def there_and_back(image):

@@ -1,4 +1,4 @@
-"""What a user hands in, whole and damaged: pictures, arrays, records, paths."""
+"""Files of the user, intact and damaged: pictures, arrays, records of runs, and paths."""
 
 import io
 import json
@@ -33,6 +33,7 @@ LUMA = np.asarray(PIL.Image.fromarray(RGB).convert("L"))
 
 
 def opaque(pixels, alpha=255):
+    """The pixels with an alpha channel of one value."""
     channels = np.atleast_3d(pixels)
     return np.concatenate([channels, np.full((8, 8, 1), alpha, np.uint8)], axis=-1)
 
@@ -95,7 +96,7 @@ NO_PICTURES = {
 
 
 @pytest.mark.parametrize("name", NO_PICTURES)
-def test_what_is_no_picture_is_one_line(tmp_path, name):
+def test_a_file_that_is_no_picture_is_one_line(tmp_path, name):
     (tmp_path / "file").write_bytes(NO_PICTURES[name])
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
         read_picture(tmp_path / "file", 1)
@@ -108,7 +109,7 @@ def test_a_picture_that_is_not_there_is_one_line(tmp_path, path):
 
 
 def array(value, name="x", compressed=False):
-    """The bytes of a .npy file, or of an .npz file."""
+    """The bytes of an .npz file with an array, or of a .npy file if ``name`` is None."""
     file = io.BytesIO()
     if name is None:
         np.save(file, value)
@@ -122,7 +123,7 @@ BETAS = np.linspace(1e-4, 0.02, 50)
 
 @pytest.mark.parametrize("content", [array(BETAS, None), array(BETAS), array(BETAS, "x", True)])
 @pytest.mark.parametrize("end", ["", ".npy", ".npz"])
-def test_an_array_is_read_by_its_contents(tmp_path, content, end):
+def test_an_array_is_read_whatever_the_ending_of_its_file_name(tmp_path, content, end):
     (tmp_path / f"file{end}").write_bytes(content)
     np.testing.assert_array_equal(read_array(tmp_path / f"file{end}", "x"), BETAS, strict=True)
 
@@ -156,7 +157,7 @@ NO_ARRAYS = {
 
 
 @pytest.mark.parametrize("name", NO_ARRAYS)
-def test_what_is_no_array_is_one_line(tmp_path, name):
+def test_a_file_that_is_no_array_is_one_line(tmp_path, name):
     (tmp_path / "file").write_bytes(NO_ARRAYS[name])
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
         read_array(tmp_path / "file", "x")
@@ -169,7 +170,7 @@ def test_an_array_that_is_not_there_is_one_line(tmp_path, path):
 
 
 @pytest.mark.parametrize("name", ["cut", "empty", "npy", "float", "shape", "none"])
-def test_images_to_edit_are_images_of_the_set(tmp_path, name):
+def test_a_file_without_images_of_the_data_set_is_one_line(tmp_path, name):
     images = np.zeros((2, 8, 8, 1), np.uint8)
     content = {
         "cut": array(images, "images")[:-40],
@@ -206,7 +207,7 @@ BAD_BETAS = {
 
 
 @pytest.mark.parametrize("name", BAD_BETAS)
-def test_betas_that_are_none_are_named(tmp_path, name):
+def test_a_file_without_valid_betas_is_named(tmp_path, name):
     (tmp_path / "betas").write_bytes(BAD_BETAS[name])
     config = config_of(
         schedule__name="from_betas",
@@ -227,7 +228,7 @@ def test_a_damaged_record_is_one_line(tmp_path, text):
         Workdir(tmp_path).read_record()
 
 
-def test_a_record_that_is_no_text_is_one_line(tmp_path):
+def test_a_record_that_is_not_utf_8_is_one_line(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(WorkdirError, match=r"^[^\n]*config.json is damaged: [^\n]*$"):
         Workdir(tmp_path).read_record()
@@ -245,7 +246,7 @@ def test_a_record_without_its_sections_is_one_line(change):
         require_same(config, record, OF_THE_MODEL, "there")
 
 
-def test_the_home_directory_is_known_everywhere(tmp_path, monkeypatch):
+def test_a_tilde_is_expanded_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = config_of(dataset__data_dir="~/sets", editing__mask="~", schedule__betas="b~.npy")
     assert config.dataset.data_dir == f"{tmp_path}/sets"
@@ -254,7 +255,7 @@ def test_the_home_directory_is_known_everywhere(tmp_path, monkeypatch):
     assert expand("--workdir", "~/runs/x") == f"{tmp_path}/runs/x"
 
 
-def test_no_such_home_directory_is_one_line():
+def test_the_home_directory_of_an_unknown_user_is_one_line():
     with pytest.raises(
         ConfigError, match=r"^--workdir = '~nosuchuser/x': must be without ~: [^\n]+$"
     ):

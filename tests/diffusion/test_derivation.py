@@ -1,4 +1,4 @@
-"""docs/derivation.md: its functions exist, its identities hold, its numbers are computed here."""
+"""docs/derivation.md: its functions exist, its identities hold, and its numbers are right."""
 
 import functools
 import importlib
@@ -29,6 +29,7 @@ MODULES = {
 
 
 def dotted_names(text):
+    """The names in backticks that have a dot, such as `process.posterior`."""
     return re.findall(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)`", text)
 
 
@@ -82,7 +83,8 @@ def test_formula_is_balanced_and_survives_github(formula):
     for opening, closing in ["()", "[]"]:
         half_open = r"U[0, 1)" in formula
         assert half_open or formula.count(opening) == formula.count(closing)
-    # Markdown reads these before the mathematics: emphasis, HTML, escapes, forbidden macros
+    # Markdown would change these before the mathematics is read: emphasis, HTML and escapes;
+    # GitHub forbids \operatorname
     assert not re.search(r"[^\w\s]_\w|\*|[<>|]|\\[^A-Za-z]|\\operatorname", formula)
 
 
@@ -94,7 +96,7 @@ def test_document_is_short():
 
 
 def parse(cell):
-    """The value of a cell and the largest error its digits allow (exact if fewer than three)."""
+    """The value of a cell and the error that its digits allow; under three digits mean exact."""
     digits, _, percent = cell.partition(" ")
     assert percent in ("", "%")
     mantissa, _, exponent = digits.partition("e")
@@ -106,7 +108,7 @@ def parse(cell):
 
 
 def stated():
-    """What the document says: {check: its cells}."""
+    """The tables of misprints in the document: {name of a check: its other cells}."""
     lines = TEXT.partition("\n## Misprints")[2].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
     rows = [row for row in rows if row[0] != "Check" and not row[0].startswith("---")]
@@ -154,7 +156,7 @@ def posterior_mean_checks():
     yield "weight of x_0 in the mean of x_499, t = 500", (np.sqrt(alpha_bar_499), *averaged)
 
     def sampled(of_x_t):
-        """For data N(0, 1) the best x_0 is sqrt(alpha_bar) x_t: every step is linear in x_t."""
+        """The variance of samples of N(0, 1) data, where E[x_0 | x_t] = sqrt(alpha_bar) x_t."""
         variance = 1.0
         gain = of_x_0 * np.sqrt(row.alpha_bar) + of_x_t
         for g, added in zip(gain[::-1], row.posterior_variance[::-1]):
@@ -223,13 +225,13 @@ def lower_clip_checks():
 
 
 def stable_diffusion_checks():
-    # 14.6146: sigma_max of Stable Diffusion in k-diffusion and in diffusers' documentation
+    # 14.6146 is sigma_max of Stable Diffusion in k-diffusion and in the documentation of diffusers
     sigma = [float(make(1000).sigma[-1]) for make in (schedules.scaled_linear, schedules.cosine)]
     yield "largest sigma", (14.6146, *sigma)
 
 
 def float32_cosine_beta_1(num_timesteps, s):
-    """The formula as printed; each operation rounds to float32, the cosine too."""
+    """beta_1 by the printed formula, where every operation rounds to float32, the cosine too."""
     f32 = np.float32
 
     def f(t):
@@ -256,11 +258,11 @@ def float32_checks():
         (0, float(ours) / mpf("0.001") - 1, misprint / mpf("0.001") - 1),
     )
 
-    log = mpf(-40) - mpf(2) ** -19  # between two neighbours in float32
+    log = mpf(-40) - mpf(2) ** -19  # halfway between two float32 numbers
     chain = schedules.from_betas(np.full(40, float(-mp.expm1(log / 40))))
-    kept = float(chain.alpha_bar[-1]) / mp.exp(log) - 1
+    ours = float(chain.alpha_bar[-1]) / mp.exp(log) - 1
     from_log = mp.exp(float(np.float32(float(log)))) / mp.exp(log) - 1
-    yield "relative error of alpha_bar near exp(-40), as float32 or as its log", (0, kept, from_log)
+    yield "relative error of alpha_bar near exp(-40), as float32 or as its log", (0, ours, from_log)
 
 
 @functools.cache
@@ -277,8 +279,9 @@ def computed():
     return {name: [float(v) for v in values] for name, values in itertools.chain(*groups)}
 
 
-# How far ours may be from what it should be, where that is not float32's 1e-5 relative or, of
-# a zero, 1e-7: the chain's own shortfall, a published number's digits, a traced formula.
+# The allowed error of our value. By default it is 1e-5 relative, or 1e-7 where the value should be
+# 0. The exceptions: the ancestral chain's own loss of variance, a published number with few digits,
+# and traced formulas.
 TOLERANCES = {
     "variance of samples, ancestral, data N(0, 1)": 0.02,
     "largest sigma": 5e-5,
@@ -320,7 +323,7 @@ def close(left, right):
 
 
 class Draw:
-    """Random arguments: a chain of T betas, its alpha_bar (from t = 0), a timestep t >= 2."""
+    """Random arguments: T betas, alpha_bar_0 .. alpha_bar_T, and a timestep t >= 2."""
 
     def __init__(self, seed):
         self.random = random.Random(seed)
@@ -342,7 +345,7 @@ class Draw:
         return self.beta[t], self.alpha[t], ab, ab_prev, variance
 
     def example(self):
-        """x_0, eps and the x_t they make."""
+        """x_0, eps and their x_t."""
         x_0, eps = self.uniform(-2, 2), self.uniform(-2, 2)
         ab = self.alpha_bar[self.t]
         return x_0, eps, mp.sqrt(ab) * x_0 + mp.sqrt(1 - ab) * eps
@@ -382,8 +385,8 @@ def cosine(d):
     yield mp.cos(a) ** 2 - mp.cos(b) ** 2, mp.sin(b + a) * mp.sin(b - a)
     beta = mp.sin(theta[t] + theta[t - 1]) * mp.sin(step) / mp.cos(theta[t - 1]) ** 2
     yield beta, 1 - f[t] / f[t - 1]
-    gone = mp.sin(theta[t] + theta[0]) * mp.sin(t * step) / mp.cos(theta[0]) ** 2
-    yield gone, 1 - f[t] / f[0]
+    one_minus = mp.sin(theta[t] + theta[0]) * mp.sin(t * step) / mp.cos(theta[0]) ** 2
+    yield one_minus, 1 - f[t] / f[0]
 
 
 def sigmoid(d):
@@ -472,7 +475,7 @@ def predictions(d):
     yield (mu - d.mean(0, x_t)) / d.mean(1, 0), x_0
     yield (x_t - beta / noise * eps) / mp.sqrt(alpha), mu
     score = mp.diff(lambda x: -((x - signal * x_0) ** 2) / (2 * noise**2), x_t)
-    # the derivative is numerical: half of the digits
+    # The derivative is numerical, so half of the digits are right
     yield mp.nint(score * 10**15), mp.nint(-eps / noise * 10**15)
 
 
@@ -496,9 +499,9 @@ def weights_of_the_kl(d):
 def ddim(d):
     beta, alpha, ab, ab_prev, variance = d.row
     eta = d.uniform(0, 1)
-    kept = alpha * (1 - ab_prev) / (1 - ab)
-    yield beta / (1 - ab), 1 - kept
-    yield 1 - ab_prev - eta**2 * variance, (1 - ab_prev) * (1 - eta**2 + eta**2 * kept)
+    share = alpha * (1 - ab_prev) / (1 - ab)
+    yield beta / (1 - ab), 1 - share
+    yield 1 - ab_prev - eta**2 * variance, (1 - ab_prev) * (1 - eta**2 + eta**2 * share)
     at_one = alpha * (1 - ab_prev) ** 2 / (1 - ab)
     yield 1 - ab_prev - variance, at_one
     x_0, eps, x_t = d.example()

@@ -1,4 +1,4 @@
-"""Edited images against Gaussian data, for which everything is known in closed form."""
+"""Image editing with Gaussian data, for which the results are known in closed form."""
 
 import itertools
 from functools import partial
@@ -25,6 +25,7 @@ SCHEDULE = schedules.cosine(8)
 
 
 def split(number, count, key=KEY):
+    """``count`` keys, different for each ``number``."""
     return jax.random.split(jax.random.fold_in(key, number), count)
 
 
@@ -39,7 +40,7 @@ def latent_of(schedule, x_0):
 
 
 def check_moments(found, mean, variance):
-    """A sample's mean and variance have deviations sqrt(v / n) and v sqrt(2 / n): 4.5 of them."""
+    """Assert a sample's mean and variance within 4.5 deviations, sqrt(v / n) and v sqrt(2 / n)."""
     found = np.asarray(found, np.float64)
     assert abs(found.mean() - mean) < 4.5 * np.sqrt(variance / found.size)
     assert abs(found.var() / variance - 1) < 4.5 * np.sqrt(2 / found.size)
@@ -62,14 +63,14 @@ def test_a_path_written_out_by_hand():
     assert path.tolist() == [6, 5, 4, 3, 4, 5, 4, 3, 2, 1, 2, 3, 2, 1, 0]
 
 
-def test_jumps_of_one_state_are_algorithm_1():
-    # for t = T .. 1: U times x_t -> x_{t-1}, and between them x_{t-1} -> x_t unless t = 1
+def test_jumps_of_length_1_are_algorithm_1_of_repaint():
+    # For t = T .. 1: U times x_t -> x_{t-1}, with x_{t-1} -> x_t in between unless t = 1
     path, _ = path_of(num_steps=4, jump_length=1, num_resamples=3)
     assert path.tolist() == [4, 3, 4, 3, 4, 3, 2, 3, 2, 3, 2, 1, 2, 1, 2, 1, 0]
 
 
 @pytest.mark.parametrize("num_steps", LENGTHS)
-def test_every_path_is_one_of_repaint(num_steps):
+def test_every_path_has_the_transitions_of_repaint(num_steps):
     for n, jump_length, num_resamples in PATHS:
         if n != num_steps:
             continue
@@ -77,8 +78,8 @@ def test_every_path_is_one_of_repaint(num_steps):
         steps = np.diff(path)
         assert (path[0], path[-1]) == (num_steps, 0)
         assert np.isin(steps, (-1, 1)).all()
-        assert (path == 0).sum() == 1  # from x_0 no chain goes up
-        # transitions between states i and i + 1: of whole jumps as often as asked, others once
+        assert (path == 0).sum() == 1  # no path goes up from x_0
+        # Between states i and i + 1: num_resamples downward moves inside a jump, else one
         top = 1 + (num_steps - 1) // jump_length * jump_length
         i = np.arange(num_steps)
         jumped = (i >= 1) & (i < top)
@@ -86,17 +87,18 @@ def test_every_path_is_one_of_repaint(num_steps):
         up = np.bincount(path[:-1][steps > 0], minlength=num_steps)
         np.testing.assert_array_equal(down, np.where(jumped, num_resamples, 1))
         np.testing.assert_array_equal(up, np.where(jumped, num_resamples - 1, 0))
-        # upward moves come as whole jumps, or as several of them
+        # Upward moves come as one or several whole jumps
         runs = "".join("+" if step > 0 else "-" for step in steps).split("-")
         assert all(len(run) % jump_length == 0 for run in runs)
         assert wrapped.num_evaluations(num_steps) == down.sum()
 
 
 def published_times(num_steps, jump_length, num_resamples):
-    """The times of RePaint's published schedule (get_schedule_jump with its first kind of jumps).
+    """The times of RePaint's published schedule (get_schedule_jump, only its first kind of jump).
 
-    They count from T - 1, where the chain begins, down to 0, and end with -1. At each of the times
-    0, j, 2j, ... below T - j the chain goes j times up and down again, num_resamples - 1 times.
+    They begin at T - 1, go down to 0 and end with -1. At each of the times 0, j, 2j, ... below
+    T - j the chain goes j times up and j times down again, and repeats that num_resamples - 1
+    times in all.
     """
     times = [num_steps - 1]
     for place in reversed(range(0, num_steps - jump_length, jump_length)):
@@ -111,12 +113,12 @@ def published_times(num_steps, jump_length, num_resamples):
     [(250, 10, 10), (250, 10, 1), (100, 7, 3), (51, 10, 2), (50, 10, 2), (20, 19, 4), (5, 1, 5)],
 )
 def test_the_states_are_those_of_the_published_schedule(num_steps, jump_length, num_resamples):
-    """The published times are one less than our states: there x_0 is -1, here it is 0."""
+    """A published time is one less than our state: x_0 is -1 there and 0 here."""
     path, wrapped = path_of(num_steps, jump_length, num_resamples)
     times = published_times(num_steps, jump_length, num_resamples)
     np.testing.assert_array_equal(path - 1, times)
-    if (num_steps, jump_length, num_resamples) == (250, 10, 10):  # the paper's own setting
-        # 24 places to jump from, 9 times 10 states up and down again, beside the 250 states down
+    if (num_steps, jump_length, num_resamples) == (250, 10, 10):  # the setting of the paper
+        # 250 moves down, and from 24 places 9 jumps of 10 states up and down again
         assert len(times) == 251 + 24 * 9 * 20
         assert wrapped.num_evaluations(num_steps) == 250 + 24 * 9 * 10
 
@@ -134,18 +136,18 @@ def test_one_resample_is_the_plain_path(num_steps, jump_length):
 STATES = {name: SAMPLERS[name]().init(jnp.zeros((1, 1)), SCHEDULE, SCHEDULE) for name in SAMPLERS}
 NO_MEMORY = [name for name, state in STATES.items() if state == ()]
 KINDS = list({type(SAMPLERS[name]()): SAMPLERS[name]() for name in NO_MEMORY}.values())
-HALF = jnp.arange(6).reshape(1, 6) < 3  # the first three of six pixels are made anew
+HALF = jnp.arange(6).reshape(1, 6) < 3  # a mask: the first three of six pixels are unknown
 
 
 @pytest.mark.parametrize("sampler", KINDS, ids=lambda sampler: type(sampler).__name__)
-def test_the_known_part_ends_as_it_is_and_upward_moves_call_no_network(sampler):
+def test_the_known_pixels_stay_and_upward_moves_do_not_call_the_network(sampler):
     calls = []
 
     def predict(x_t, row):
         jax.debug.callback(lambda: calls.append(()))
         return DATA(x_t, row)
 
-    x_0 = jax.random.normal(KEY, (2, 6)).at[0, 4].set(100.0)  # far from the data, too
+    x_0 = jax.random.normal(KEY, (2, 6)).at[0, 4].set(100.0)  # one pixel far from the data
     wrapped = inpaint(sampler, x_0, HALF, num_resamples=2, jump_length=2)
     found = np.asarray(
         jax.jit(lambda schedule: sample(KEY, predict, schedule, wrapped, (2, 6)))(SCHEDULE)
@@ -158,7 +160,7 @@ def test_the_known_part_ends_as_it_is_and_upward_moves_call_no_network(sampler):
     assert wrapped.needs_signal == sampler.needs_signal
 
 
-def test_a_step_down_and_one_up_are_the_papers():
+def test_a_downward_and_an_upward_step_are_those_of_repaint():
     lower, upper = SCHEDULE[3], SCHEDULE[4]
     x_0 = jax.random.normal(KEY, (300, 6))
     x_t = jnp.broadcast_to(jnp.linspace(-1.0, 1.0, 6)[None], x_0.shape)
@@ -179,16 +181,16 @@ def test_a_step_down_and_one_up_are_the_papers():
     ]
     for noise in noises:
         check_moments(noise, 0, 1)
-    # of the sampler, of the known part and of the way up: each its own
+    # The noises of the sampler, of the known pixels and of the upward move are independent
     correlation = np.corrcoef([np.ravel(noise) for noise in noises]) - np.eye(3)
     assert np.abs(correlation).max() < 4.5 / np.sqrt(x_0.size)
-    # and the mask takes from the one or the other
+    # The mask selects between sampled and known pixels
     both = jnp.where(HALF, step(everything, upper, lower), step(nothing, upper, lower))
     np.testing.assert_array_equal(step(HALF, upper, lower), both)
 
 
 def test_nothing_known_and_no_resampling_is_the_sampler_itself():
-    # but for its keys, which a chain without noise does not use
+    # The keys differ, but DDIM without noise does not use them
     x_T = jax.random.normal(KEY, (2, 6))
     wrapped = inpaint(ddim(), x_T, jnp.ones((2, 6)), 1, 1)
     np.testing.assert_array_equal(
@@ -206,8 +208,8 @@ def test_an_inpainted_image_depends_on_its_number_alone():
     assert len(np.unique(found[:, :3])) == 12
 
 
-# Two correlated pixels, the first known: the chain's own moments in float64, and the exact
-# conditional N(m_2 + C_21 / C_11 (x_1 - m_1), C_22 - C_21^2 / C_11).
+# Two correlated pixels, of which the first is known. Both are computed in float64: the moments of
+# RePaint's chain, and the exact conditional N(m_2 + C_21 / C_11 (x_1 - m_1), C_22 - C_21^2 / C_11).
 
 PAIR_MEAN = np.array([0.1, -0.2])
 COVARIANCE = 0.25 * np.array([[1.0, 0.9], [0.9, 1.0]])
@@ -228,11 +230,11 @@ def predict_pair(x_t, row):
 
 
 def exact_moments(betas, path):
-    """Mean and variance of the unknown pixel at the end of RePaint's chain, each move linear."""
+    """Mean and variance of the unknown pixel at the end of RePaint's chain of linear moves."""
     table = rows(betas)
     mean, covariance = np.zeros(2), np.eye(2)
     for state, following in itertools.pairwise(path):
-        row = table[max(state, following) - 1]  # of the transition between the two
+        row = table[max(state, following) - 1]  # the row of the transition between the states
         if following > state:
             mean = np.sqrt(row.alpha) * mean
             covariance = row.alpha * covariance + row.beta * np.eye(2)
@@ -253,7 +255,7 @@ def exact_moments(betas, path):
 @pytest.mark.parametrize(("num_resamples", "jump_length"), [(5, 1), (3, 4)])
 def test_moments_of_the_inpainted_pixel_follow_the_recursion(num_resamples, jump_length):
     betas = cosine_betas(20)
-    x_0 = jnp.broadcast_to(jnp.array([[KNOWN, 50.0]]), (4096, 2))  # the unknown one is not used
+    x_0 = jnp.broadcast_to(jnp.array([[KNOWN, 50.0]]), (4096, 2))  # 50.0 is masked out
     wrapped = inpaint(ancestral("posterior"), x_0, jnp.array([[0, 1]]), num_resamples, jump_length)
     found = jax.jit(lambda schedule: sample(KEY, predict_pair, schedule, wrapped, x_0.shape))(
         schedules.from_betas(betas)
@@ -262,24 +264,24 @@ def test_moments_of_the_inpainted_pixel_follow_the_recursion(num_resamples, jump
 
 
 def bias(num_steps, num_resamples, jump_length):
-    """The error of the mean, in the conditional's deviations, and its variance's ratio."""
+    """The error of the mean in deviations of the conditional, and the ratio of the variances."""
     path, _ = path_of(num_steps, jump_length, num_resamples)
     mean, variance = exact_moments(cosine_betas(num_steps), path)
     return abs(mean - EXACT_MEAN) / np.sqrt(EXACT_VARIANCE), variance / EXACT_VARIANCE
 
 
 @pytest.mark.parametrize("num_steps", [50, 250])
-def test_resampling_brings_the_image_nearer_to_the_conditional(num_steps):
+def test_more_resampling_brings_the_pixel_nearer_to_its_conditional(num_steps):
     errors = [bias(num_steps, num_resamples, 1)[0] for num_resamples in (1, 2, 5, 20)]
-    assert errors[0] > 1  # plain replacement: off by more than a standard deviation
+    assert errors[0] > 1  # plain replacement is off by more than a standard deviation
     assert (np.diff(errors) < 0).all()
     assert errors[-1] < 0.15 * errors[0]
 
 
-def test_with_many_steps_and_resamples_the_mean_is_the_conditionals():
+def test_with_many_steps_and_resamples_the_mean_is_that_of_the_conditional():
     error, ratio = bias(num_steps=400, num_resamples=40, jump_length=1)
     assert error < 0.03
-    # the ancestral chain's own shortfall of the variance, which resampling repeats
+    # The ancestral chain itself loses some variance, and resampling repeats that
     assert 0.8 < ratio < 1
 
 
@@ -316,7 +318,7 @@ def test_images_and_masks_may_be_traced():
     np.testing.assert_array_equal(found[:, 0, 3:], x_0[:, 3:])
 
 
-def test_plain_replacement_has_frames():
+def test_inpainting_without_resampling_can_return_frames():
     x_0 = jax.random.normal(KEY, (2, 6))
     wrapped = inpaint(ancestral(), x_0, HALF, num_resamples=1, jump_length=1)
     run = jax.jit(partial(trajectory, KEY, DATA, shape=(2, 6), num_frames=len(SCHEDULE) + 1))
@@ -342,9 +344,9 @@ def test_until_keeps_the_rows_up_to_the_timestep():
         (short, 60, 6),
         (short, 100, 10),
     ]:
-        kept = until(schedule, timestep)
-        assert len(kept) == length
-        jax.tree.map(np.testing.assert_array_equal, kept, schedule[:length])
+        lower = until(schedule, timestep)
+        assert len(lower) == length
+        jax.tree.map(np.testing.assert_array_equal, lower, schedule[:length])
 
 
 @pytest.mark.parametrize("timestep", [1, 30, 100])
@@ -362,17 +364,17 @@ def test_sdedit_of_data_gives_data():
     lower = until(schedules.cosine(400), 160)
     x_t = diffuse(split(0, len(x_0)), lower[-1], x_0)
     edited = np.asarray(draw(ddim(), lower, x_0, jax.random.key(1), x_t), np.float64)
-    # the chain's own error is a percent or two of the variance
+    # The chain's own error is a percent or two of the variance
     assert abs(edited.mean() - MEAN) < 0.05 * np.sqrt(VARIANCE)
     assert abs(edited.var() / VARIANCE - 1) < 0.03
 
 
 def chain_below(timestep):
-    """Five steps from there, so that all are compiled once."""
+    """A chain of five steps from a timestep; all have one length and so are compiled once."""
     return schedules.respace(until(schedules.cosine(100), timestep), 5)
 
 
-def test_less_noise_leaves_more_of_the_drawing():
+def test_sdedit_with_less_noise_keeps_more_of_the_drawing():
     drawing = jnp.linspace(-3, 3, 64).reshape(8, 8)
     distances = []
     for timestep in (5, 30, 60, 100):
@@ -390,7 +392,7 @@ arc = jax.jit(slerp)
 FRACTIONS = jnp.array([0.0, 0.25, 1 / 3, 1.0])
 
 
-def test_slerp_goes_round_the_circle():
+def test_slerp_follows_the_circle():
     x, y = jnp.array([[[3.0, 0.0]], [[1.0, 0.0]]]), jnp.array([[[0.0, 3.0]], [[0.5, 0.75**0.5]]])
     found = arc(x, y, FRACTIONS)
     assert found.shape == (4, 2, 1, 2)
@@ -431,7 +433,7 @@ def test_slerp_begins_and_ends_exactly(name):
 
 
 def test_slerp_of_close_latents_is_accurate():
-    # the arc cosine of float32 knows no angle below 3e-4
+    # arccos in float32 cannot represent angles below 3e-4
     angle = 1e-4
     x, y = jnp.array([[1.0, 0.0]]), jnp.array([[np.cos(angle), np.sin(angle)]])
     found = arc(x, jnp.float32(y), jnp.array([0.3]))[0, 0, 1]
@@ -454,7 +456,7 @@ def test_images_come_back_from_the_ends_of_an_interpolation():
 @pytest.mark.parametrize("strength", [0.0, 0.2, 0.5, 1.0])
 @pytest.mark.parametrize("timestep", [1, 20, 60, 100])
 def test_variations_keep_the_distribution_of_x_t(timestep, strength):
-    variance = 0.5  # of the data, so that more than the noise is seen
+    variance = 0.5  # of the data: large enough to show beside the noise
     row = schedules.cosine(100)[timestep - 1]
     exact = rows(cosine_betas(100))[timestep - 1]
     total = exact.alpha_bar * variance + exact.noise
@@ -466,11 +468,11 @@ def test_variations_keep_the_distribution_of_x_t(timestep, strength):
     left = variance * exact.noise / total
     shortfall = (1 - np.cos(strength * np.pi / 2)) ** 2 * exact.alpha_bar * left
     check_moments(varied, centre, total - shortfall)
-    if timestep == 100:  # all noise: the rotation, whatever the strength
+    if timestep == 100:  # x_T is noise, and a rotation of noise is noise
         check_moments(varied, 0, 1)
 
 
-def test_no_strength_is_x_t_and_all_is_fresh_noise():
+def test_strength_0_returns_x_t_and_strength_1_draws_new_noise():
     row, keys = SCHEDULE[3], split(2, 3)
     x_t = jax.random.normal(KEY, (3, 4))
     prediction = DATA(x_t, row)
@@ -526,7 +528,7 @@ def test_samplers_with_a_memory_are_refused(name):
         ("strength", lambda: vary(split(0, 2), SCHEDULE[0], IMAGE, DATA(IMAGE, SCHEDULE[0]), -1.0)),
     ],
 )
-def test_refused(field, call):
+def test_an_impossible_argument_is_named(field, call):
     with pytest.raises(ConfigError, match=rf"^{field} = .*: must be ") as error:
         call()
     assert "\n" not in str(error.value)

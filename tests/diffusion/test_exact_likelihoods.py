@@ -1,4 +1,4 @@
-"""Likelihoods that are known to many digits: a law of five levels, L_0 in far tails, a flow."""
+"""Likelihoods known to many digits: data of five levels, L_0 in far tails, a Gaussian's flow."""
 
 import functools
 
@@ -15,17 +15,17 @@ from diffusion_jax.diffusion.process import Prediction
 from diffusion_jax.diffusion.samplers.ancestral import ancestral
 from diffusion_jax.diffusion.variances import VARIANCES
 
-# --- a law of five levels -------------------------------------------------------------------
+# --- data of five levels --------------------------------------------------------------------
 
-# x_0 is one of five levels, and the network is E[x_0 | x_t] itself. Nothing has to be estimated:
-# the bound is a sum of integrals over eps, and log p(x_0) is known too, because the density of
-# x_{t-1} is an integral over that of x_t.
+# x_0 is one of five levels, and E[x_0 | x_t] itself takes the place of a network. Then the bound is
+# a sum of integrals over eps. log p(x_0) is known as well, because the density of x_{t-1} is an
+# integral over that of x_t. All integrals are sums on a grid.
 
 LAW = np.array([0.1, 0.35, 0.05, 0.3, 0.2])
 LEVELS = np.linspace(-1, 1, len(LAW))
 NUM_TIMESTEPS = 8
 ENTROPY = 2.0639  # bits
-KNOWN = {  # the variance: bits of -E log2 p(x_0), and of the bound
+KNOWN = {  # for each variance: -E log2 p(x_0) and the bound, in bits
     "posterior": (2.13881, 3.09193),
     "beta": (2.12986, 2.31633),
 }
@@ -34,7 +34,7 @@ EXACT = mixture(LAW, LEVELS[:, None], 0.0)
 POINTS = np.linspace(-7, 7, 701)  # the grid of x_t
 EPS = np.linspace(-8, 8, 401)
 EPS_MASS = stats.norm.pdf(EPS) / stats.norm.pdf(EPS).sum()
-# from the middle between two levels to the next
+# the ends of the bins: halfway between two levels
 EDGES = np.concatenate([[-np.inf], (LEVELS[1:] + LEVELS[:-1]) / 2, [np.inf]])
 
 
@@ -47,7 +47,7 @@ def expected_x_0(row, t, x_t):
 
 
 def variances_of_p(row, variance):
-    """sigma_t^2, its first the posterior's of t = 2, as in the code of DDPM and iDDPM."""
+    """sigma_t^2; at t = 1 the posterior variance of t = 2, as in the code of DDPM and iDDPM."""
     posterior = row.posterior_variance
     first = posterior[1]
     sigma2 = posterior if variance == "posterior" else row.beta.copy()
@@ -56,7 +56,7 @@ def variances_of_p(row, variance):
 
 
 def masses(mean, deviation):
-    """The mass of N(mean, deviation^2) in the bin of each level, from the tail with the digits."""
+    """The mass of N(mean, deviation^2) in the bin of each level, from its smaller tail."""
     normal = stats.norm(mean[:, None], deviation)
     low, high = EDGES[:-1][None], EDGES[1:][None]
     above = mean[:, None] < LEVELS[None]
@@ -64,7 +64,7 @@ def masses(mean, deviation):
 
 
 def nll_by_hand(variance):
-    """-E log2 p(x_0): the densities of x_T .. x_1 on a grid, all from the papers in float64."""
+    """-E log2 p(x_0) from the papers' formulas in float64, with densities of x_t on a grid."""
     row = columns(cosine_betas(NUM_TIMESTEPS))
     sigma2, step = variances_of_p(row, variance), POINTS[1] - POINTS[0]
     density = stats.norm.pdf(POINTS)
@@ -79,7 +79,7 @@ def nll_by_hand(variance):
 
 
 def bound_by_hand(variance):
-    """L_T, the KLs and L_0 in bits, each an integral over eps and a sum over x_0, in float64."""
+    """The bound in bits by the papers' formulas in float64: integrals over eps, sums over x_0."""
     row = columns(cosine_betas(NUM_TIMESTEPS))
     sigma2, posterior = variances_of_p(row, variance), row.posterior_variance
     total = 0.0
@@ -101,9 +101,9 @@ def bound_by_hand(variance):
 
 
 def nll_of_the_chain(variance):
-    """-E log2 p(x_0) of the chain that ``ancestral`` runs, with the library's L_0 at its end.
+    """-E log2 p(x_0) of the chain that the sampler ``ancestral`` runs, with the library's L_0.
 
-    A step of the sampler at two keys gives mean and deviation at each point of the grid.
+    The results of a step with two keys give its mean and deviation at each point of the grid.
     """
     points, keys = POINTS[:, None], jax.random.split(jax.random.key(0), (2, len(POINTS)))
     with jax.enable_x64(True):
@@ -172,7 +172,7 @@ def test_the_bound_of_five_levels(variance):
 
 
 @pytest.mark.parametrize("variance", KNOWN)
-def test_the_bound_is_above_the_likelihood_and_that_above_the_entropy(variance):
+def test_entropy_negative_log_likelihood_and_bound_are_in_this_order(variance):
     entropy = -LAW @ np.log2(LAW)
     assert abs(entropy - ENTROPY) < 5e-5
     assert entropy < nll_by_hand(variance) < bound_of_the_terms(variance)
@@ -186,7 +186,7 @@ def log_mass(x_0, mean, deviation, levels):
     with mpmath.workdps(40):
         x_0, mean, deviation = (mpmath.mpf(float(value)) for value in (x_0, mean, deviation))
         half = mpmath.mpf(1) / (levels - 1)
-        # erfc of the tail, where both ends of the bin are on one side of the mean
+        # Both ends of the bin are on one side of the mean, so erfc of that tail has all digits
         ends = [(abs(x_0 - mean) + sign * half) / deviation for sign in (-1, 1)]
         low, high = (mpmath.erfc(end / mpmath.sqrt(2)) / 2 for end in ends)
         return float(mpmath.log(low - high))
@@ -206,7 +206,7 @@ def test_l_0_has_its_digits_in_the_far_tails(bins, known, side):
         np.testing.assert_allclose(found, exact, rtol=1e-12)
     single = [np.float32(value) for value in (x_0, mean, log_variance)]
     found = likelihood.decoder_log_likelihood(*map(jnp.asarray, single), levels)
-    # of the numbers as they are rounded to float32: their rounding is no error of L_0
+    # Compare at the rounded float32 inputs: rounding the inputs is not an error of L_0
     rounded = np.exp(np.float64(single[2]) / 2)
     np.testing.assert_allclose(found, log_mass(*single[:2], rounded, levels), rtol=2e-6)
 
@@ -219,7 +219,7 @@ COVARIANCE = FACTOR @ FACTOR.T
 
 
 def predict(x_t, row):
-    """The score of N(sqrt(ab) m, ab C + (1 - ab) I), as eps."""
+    """The prediction of eps from the score of N(sqrt(ab) m, ab C + (1 - ab) I)."""
     total = row.alpha_bar * COVARIANCE + row.one_minus_alpha_bar * np.eye(3)
     centred = (x_t - (jnp.sqrt(row.alpha_bar) * MEAN)[None]) @ jnp.linalg.inv(total)
     eps = jnp.sqrt(row.one_minus_alpha_bar) * centred
@@ -233,9 +233,9 @@ def flow(schedule, keys, x_0, divergence):
 
 
 def flow_by_hand(alpha_bar, x_0):
-    """log p(x_0) of the flow, and half the log of its Jacobian's square: both exact, in float64.
+    """The exact log p(x_0) of the flow and the matrix log J of its Jacobian J, in float64.
 
-    Along an eigenvector of C with the eigenvalue c, y - m grows as sqrt(c + sigma^2).
+    Along an eigenvector of C with eigenvalue c, y - m grows as sqrt(c + sigma^2).
     """
     first, last = ((1 - ab) / ab for ab in (alpha_bar[0], alpha_bar[-1]))  # sigma^2
     eigenvalues, vectors = np.linalg.eigh(COVARIANCE)
@@ -256,20 +256,23 @@ def points():
     ("betas", "is_noise_at_last"), [(cosine_betas(100), True), (linear_betas(100), False)]
 )
 def test_the_flow_of_a_correlated_gaussian(betas, is_noise_at_last, points):
-    """On linear at T = 100 the prior is not the marginal at T: the density is the flow's own."""
+    """The density is that of the flow; where q(x_T) is N(0, I) it is also the density of the data.
+
+    On the linear schedule with T = 100, q(x_T) is not N(0, I).
+    """
     alpha_bar = columns(betas).alpha_bar
     keys = jax.random.split(jax.random.key(0), len(points))
     found = flow(schedules.from_betas(betas), keys, jnp.float32(points), "exact")
     expected, _ = flow_by_hand(alpha_bar, points)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
-    # the density of the data, but for the noise of the first row, where the prior is their own
-    seen = COVARIANCE + (1 / alpha_bar[0] - 1) * np.eye(3)
-    density = stats.multivariate_normal(MEAN, seen).logpdf(points)
+    # the density of the data with the noise of the first row
+    noisy = COVARIANCE + (1 / alpha_bar[0] - 1) * np.eye(3)
+    density = stats.multivariate_normal(MEAN, noisy).logpdf(points)
     assert (np.abs(expected - density).max() < 1e-3) == is_noise_at_last
 
 
 def test_a_probe_of_signs_adds_the_correlations_of_the_flow(points):
-    """z . log(J) z in place of its trace; the mean over all signs z is exact."""
+    """A probe z gives z . log(J) z in place of tr log(J); the mean over all z is the trace."""
     betas = cosine_betas(100)
     keys = jax.random.split(jax.random.key(1), 64)
     x_0 = np.broadcast_to(points[0], (64, 3))

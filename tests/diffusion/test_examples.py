@@ -1,4 +1,4 @@
-"""Examples: their shapes are checked, and they are a pytree all the same."""
+"""Examples: a pytree whose shapes and types are checked."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def test_examples_that_fit_are_accepted(label):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("x_0", jnp.zeros((3, 3, 2))),  # as many as there are indices
+        ("x_0", jnp.zeros((3, 3, 2))),  # there are four indices
         ("x_0", jnp.zeros((4, 3, 2), jnp.int32)),
         ("x_0", jnp.zeros(())),
         ("label", jnp.arange(5)),
@@ -44,14 +44,14 @@ def test_examples_that_fit_are_accepted(label):
 def test_shapes_and_types_are_checked(field, value):
     with pytest.raises(TypeCheckError):
         Examples(**FIELDS | {field: value})
-    # under a transformation too, where they are built in training
+    # Under a transformation too, because training builds them inside one
     if hasattr(value, "shape") and field != "batch_size":
         arrays = {name: FIELDS[name] for name in ("x_0", "label", "indices")} | {field: value}
         with pytest.raises(TypeCheckError):
             jax.eval_shape(lambda arrays: Examples(**arrays, batch_size=8), arrays)
 
 
-def test_fields_go_by_name_and_stay():
+def test_fields_are_keyword_only_and_frozen():
     with pytest.raises(TypeError, match="positional"):
         Examples(*FIELDS.values())
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -65,7 +65,7 @@ def test_examples_are_a_pytree_with_a_static_batch_size():
     again = jax.tree.unflatten(structure, leaves)
     assert (type(again), again.batch_size) == (Examples, 8)
     assert structure != jax.tree.structure(Examples(**FIELDS | {"batch_size": 4}))
-    # jax also has shapes and axes for leaves
+    # jax also makes Examples whose leaves are shapes or axes
     shapes = jax.eval_shape(lambda examples: examples, examples)
     assert shapes.x_0.shape == (4, 3, 2)
     axes = jax.tree.map(lambda leaf: 0, examples)

@@ -1,4 +1,4 @@
-"""Guidance against closed forms: guided Gaussians are Gaussians, with means that one can name."""
+"""Guidance against closed forms: guided Gaussian data are Gaussian with a known mean."""
 
 from functools import partial
 
@@ -29,7 +29,7 @@ def x_of(seed=0, shape=(BATCH, DIMS)):
 
 
 def large(x_t, row):
-    """A network whose x_0 leave [-1, 1], in one example by far, and which learns its variance."""
+    """A network with a learned variance whose x_0 leaves [-1, 1], by far in the last example."""
     x_0 = x_t * jnp.arange(1, len(x_t) + 1)[:, None]
     return Prediction(x_0, process.eps_of_x_0(row, x_t, x_0), 0.1 * x_t)
 
@@ -55,12 +55,12 @@ def _along(predict, x_t, schedule):
 
 
 def along(predict, x_t=None, schedule=SCHEDULE):
-    """What is predicted at each row of a schedule: [row, example, ...]."""
+    """The predictions at each row of a schedule: [row, example, ...]."""
     return _along(predict, x_of() if x_t is None else x_t, schedule)
 
 
 def assert_equal(found, expected):
-    """The same numbers, bit for bit."""
+    """Assert that two pytrees are equal, bit for bit."""
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -86,7 +86,7 @@ def test_x_0_and_eps_belong_together_and_the_variance_stays(name):
     size = (np.abs(found.x_0) + np.abs(found.eps)).max(axis=(1, 2), keepdims=True)
     assert (np.abs(again - x_t[None]) < 2e-6 * size).all()
     np.testing.assert_array_equal(found.log_variance, along(Partial(large), x_t).log_variance)
-    # and no example sees the others
+    # No example depends on the others
     others = along(EVERY[name], x_t.at[1:].set(5.0))
     assert_equal(*(jax.tree.map(lambda leaf: leaf[:, :1], which) for which in (found, others)))
 
@@ -109,13 +109,13 @@ def test_numbers_change_without_another_compilation():
     for chosen, compiled in zip(numbers, found):
         assert_close(compiled, every(*chosen)(x_of(), SCHEDULE[4]))
         assert np.abs(compiled.x_0 - large(x_of(), SCHEDULE[4]).x_0).max() > 1e-2
-    # traced numbers make the same functions, and are not checked
+    # Traced numbers give the same results; their ranges are not checked
     traced = jax.jit(lambda *chosen: every(*chosen)(x_of(), SCHEDULE[4]))(*numbers[1])
     assert_close(traced, found[1])
 
 
-def test_what_is_guided_keeps_its_arrays():
-    # a network that is a pytree: its labels stay integers, and are an argument still
+def test_guidance_keeps_the_arrays_of_its_networks():
+    # The networks are pytrees: their labels stay integers and arguments of the compiled function
     def network(label, x_t, row):
         return gaussian(jnp.array([MEAN, OTHER])[label][:, None], VARIANCE)(x_t, row)
 
@@ -182,13 +182,13 @@ def test_the_guided_score_is_that_of_the_weighted_densities(weight):
         eps = -np.sqrt(row.noise) * np.stack(score, axis=-1)
         x_0 = (x - np.sqrt(row.noise) * eps) / np.sqrt(row.alpha_bar)
         np.testing.assert_allclose(found.eps[i], eps, rtol=1e-4, atol=1e-5)
-        # where sqrt(alpha_bar) is small x_0 is so much more sensitive than eps
+        # x_0 is 1 / sqrt(alpha_bar) times as sensitive as eps
         np.testing.assert_allclose(found.x_0[i], x_0, rtol=1e-4, atol=1e-5 / np.sqrt(row.alpha_bar))
 
 
 @pytest.mark.parametrize("weight", [0.0, 2.5])
 def test_guided_gaussians_are_a_gaussian(weight):
-    # log p_weak + w (log p - log p_weak) of equal variances is quadratic: its mean is extrapolated
+    # log p_weak + w (log p - log p_weak) is quadratic for equal variances; its mean is extrapolated
     extrapolated = gaussian(OTHER + weight * (MEAN - OTHER), VARIANCE)
     guided = guide(STRONG, WEAK, weight)
     assert_close(along(guided), along(Partial(extrapolated)))
@@ -196,7 +196,7 @@ def test_guided_gaussians_are_a_gaussian(weight):
     np.testing.assert_allclose(*chains, rtol=1e-4, atol=1e-4)
 
 
-def test_where_there_is_nothing_to_guide_nothing_changes():
+def test_weight_1_and_guidance_by_the_same_network_change_nothing():
     alone = along(Partial(large))
     assert_equal(along(guide(large, WEAK, 1)), alone)
     assert_equal(along(guide(large, WEAK, 1, rescale=0.7)), alone)
@@ -206,7 +206,7 @@ def test_where_there_is_nothing_to_guide_nothing_changes():
 
 
 def test_the_interval_is_closed_and_of_timesteps():
-    # rows of a shorter chain keep their timesteps: 2, 4, 6, 8
+    # The rows of the shorter chain have the timesteps 2, 4, 6, 8
     for schedule in (SCHEDULE, schedules.respace(SCHEDULE, 4)):
         found = along(guide(large, WEAK, 3.0, (3, 6), 0.5), schedule=schedule)
         guided = along(guide(large, WEAK, 3.0, rescale=0.5), schedule=schedule)
@@ -239,7 +239,7 @@ def test_outside_the_interval_the_weak_network_is_not_evaluated():
 
 @pytest.mark.parametrize("phi", [0.0, 0.7, 1.0])
 def test_rescaling_is_algorithm_2_of_lin_et_al_on_v(phi):
-    def network(c, x_t, row):  # of v, which is finite at alpha_bar = 0, too
+    def network(c, x_t, row):  # predicts v, which can be decoded at alpha_bar = 0 too
         return PREDICTIONS["v"].decode(row, x_t, jnp.sin(c * x_t) + c - 1)
 
     schedule = schedules.zero_terminal_snr(SCHEDULE)
@@ -306,7 +306,7 @@ def test_dynamic_thresholding_is_that_of_imagen(percentile):
 
 
 def test_the_gradient_of_a_likelihood_gives_the_posterior():
-    """y = x_0 + n, n ~ N(0, r): p(x_0 | y) is Gaussian, and p(y | x_t) is, by E[x_0 | x_t]."""
+    """For y = x_0 + n with n ~ N(0, r), p(x_0 | y) and p(y | x_t) are Gaussian."""
     y, r = jnp.linspace(-1.0, 1.0, DIMS)[None], 0.2
 
     def log_likelihood(x_t, row):

@@ -1,4 +1,4 @@
-"""VDM's learned schedule: monotone, differentiable, its loss the bound in continuous time."""
+"""VDM's learned schedule is monotone and differentiable, and its loss is the continuous bound."""
 
 import json
 
@@ -24,7 +24,7 @@ MEAN, VARIANCE = 0.3, 0.2
 
 
 def some_params(seed=0, size=0.5):
-    """Parameters that training may have moved anywhere."""
+    """Random parameters, as after some training."""
     params = learned_schedule.init(RECIPE, jax.random.key(seed))
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
@@ -37,7 +37,7 @@ def along(params, u):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_log_snr_falls_from_end_to_end(seed):
+def test_log_snr_falls_between_its_two_ends(seed):
     params = some_params(seed)
     found = np.asarray(along(params, jnp.linspace(0, 1, 300)).log_snr)
     assert np.all(np.diff(found) < 0)
@@ -45,7 +45,7 @@ def test_log_snr_falls_from_end_to_end(seed):
     np.testing.assert_allclose(found[[0, -1]], [params["start"], params["start"] - gap], rtol=1e-5)
 
 
-def test_it_begins_at_the_ends_that_are_asked_for_and_all_but_linear():
+def test_at_initialisation_it_has_the_requested_ends_and_is_nearly_linear():
     params = learned_schedule.init(RECIPE, jax.random.key(0))
     u = jnp.linspace(0, 1, 101)
     found = along(params, u).log_snr
@@ -61,8 +61,8 @@ def test_the_rate_is_the_derivative():
         np.testing.assert_allclose(rate, (behind - ahead) / (2 * h), rtol=5e-3)
 
 
-def test_means_two_things_times_of_64_bits_are_times_too():
-    """Where jax's 64-bit types are on, an array without a dtype is not of the dtype of u."""
+def test_moment_at_is_the_same_in_64_bit_mode():
+    """In 64-bit mode arrays without an explicit dtype and a float32 u have different dtypes."""
     params = some_params()
     narrow = learned_schedule.moment_at(RECIPE, params, jnp.float32(0.3))
     with jax.enable_x64(True):
@@ -72,7 +72,7 @@ def test_means_two_things_times_of_64_bits_are_times_too():
             np.testing.assert_allclose(wide.rate, narrow.rate, rtol=1e-5)
 
 
-def test_cut_into_timesteps_it_is_a_schedule_like_any_other():
+def test_discretised_it_is_a_valid_schedule():
     params = some_params()
     schedule = learned_schedule.discretise(RECIPE, params)
     assert len(schedule) == 50
@@ -82,7 +82,7 @@ def test_cut_into_timesteps_it_is_a_schedule_like_any_other():
     alpha_bar = np.cumprod(1 - np.float64(schedule.beta))
     np.testing.assert_allclose(schedule.alpha_bar, alpha_bar, rtol=2e-5)
     np.testing.assert_allclose(schedule.beta + schedule.alpha, 1, rtol=1e-6)
-    # the same moments as in continuous time, told to the network in the same way
+    # Continuous time has the same noise levels and gives the network the same timesteps
     for i in (0, 20, 49):
         moment = learned_schedule.moment_at(RECIPE, params, jnp.float32(i / 49))
         row = learned_schedule.row_at(moment)
@@ -91,8 +91,8 @@ def test_cut_into_timesteps_it_is_a_schedule_like_any_other():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_lost_to_rounding_drops_between_neighbours_of_a_learned_schedule(seed):
-    """Against the same formulas in float64, where log SNR falls by thousandths."""
+def test_the_columns_of_a_learned_schedule_are_exact_where_log_snrs_are_close(seed):
+    """They agree with the same formulas in float64; neighbours differ by thousandths."""
     params = some_params(seed)
     recipe = RECIPE._replace(num_timesteps=1000)
     found = learned_schedule.discretise(recipe, params)
@@ -126,7 +126,7 @@ def objective(levels=None, kind="eps"):
 def batch_losses(params, x_0, apply, seed=0, indices=None, kind="eps", levels=None):
     size = 64
     indices = jnp.arange(size) if indices is None else indices
-    schedule = schedules.cosine(RECIPE.num_timesteps)  # not looked at
+    schedule = schedules.cosine(RECIPE.num_timesteps)  # not used
     examples = Examples(x_0=x_0, label=None, indices=indices, batch_size=size)
     inputs = LossInputs(schedule, (), jax.random.key(seed), examples)
     losses_of = learned_schedule.continuous_time(objective(levels, kind), apply, RECIPE)
@@ -134,7 +134,7 @@ def batch_losses(params, x_0, apply, seed=0, indices=None, kind="eps", levels=No
 
 
 def exact(params, kind="eps"):
-    """The denoiser of Gaussian data as a network, which is told the timestep."""
+    """The exact denoiser of Gaussian data as a network, which gets the timestep."""
     predict = gaussian(MEAN, VARIANCE)
 
     def apply(_, x_t, timestep, label, keys):
@@ -151,7 +151,7 @@ def exact(params, kind="eps"):
 
 @pytest.mark.parametrize("kind", ["eps", "x_0", "v", "score"])
 def test_the_loss_of_the_exact_denoiser_is_the_bound(kind):
-    """Entropy of p(x_0|z_0)'s part, of the mmse over the SNR, and of the prior, in closed form."""
+    """The bound is known in closed form: reconstruction, integral of the MMSE, and prior."""
     params = some_params()
     dims, repeats = 400, 40
     totals = []
@@ -175,11 +175,11 @@ def test_the_loss_of_the_exact_denoiser_is_the_bound(kind):
 
 
 def test_reconstruction_is_a_distribution_over_the_levels():
-    """Its probabilities sum to 1, and with little noise the right level has all of it."""
+    """The probabilities of the levels sum to 1; with little noise the right level has them all."""
     values = jnp.linspace(-1, 1, 17)
     for log_snr in (10.0, 4.0, 0.0):
         row = schedules.from_log_snr(jnp.array([log_snr]), jnp.array([1.0]))[0]
-        z = 0.31  # of z_0 / sqrt(alpha_bar); the eps that takes each level there
+        z = 0.31  # z_0 / sqrt(alpha_bar); below, eps is chosen so that each level leads to it
         nats = [
             learned_schedule.reconstruction_term(row, x, (z - x) / row.sigma, 17) for x in values
         ]
@@ -198,8 +198,8 @@ def test_losses_do_not_depend_on_how_the_batch_is_split():
     np.testing.assert_array_equal(split.rows, whole.rows[part])
 
 
-def test_ends_are_trained_by_the_bound_and_the_way_between_by_its_variance():
-    """The gradients of a batch against those of its mean loss and its mean squared loss."""
+def test_the_ends_are_trained_by_the_bound_and_the_shape_by_its_variance():
+    """The shape parameters have the gradient of the mean squared loss, as in VDM."""
     params = some_params()
     x_0 = MEAN + np.sqrt(VARIANCE) * jax.random.normal(jax.random.key(5), (64, 3))
     network = exact(params)
@@ -207,7 +207,7 @@ def test_ends_are_trained_by_the_bound_and_the_way_between_by_its_variance():
     def found(schedule):
         return jnp.mean(batch_losses(schedule, x_0, network).losses)
 
-    # the same numbers without any rule of gradients: the moments at which the noise is drawn
+    # the same losses without custom gradients, from the same times and the same noise
     common_key, example_key = jax.random.split(jax.random.key(0))
     u = timesteps.spread(common_key, jnp.arange(64), 64)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(example_key, jnp.arange(64))
@@ -226,9 +226,9 @@ def test_ends_are_trained_by_the_bound_and_the_way_between_by_its_variance():
 
     gradient = jax.jit(jax.grad(found))(params)
     expected = jax.jit(jax.grad(lambda schedule: jnp.mean(diffusion(schedule) ** 2)))(params)
-    # As the way is all but linear, terms like the gap's all but cancel in its slope's gradient.
-    # They come to some four times the gap's; 64 of them are rounded by 8 sqrt(64) units at most,
-    # but with a probability of exp(-8^2 / 2).
+    # The schedule is nearly linear, so terms like those of the gap nearly cancel in the gradient of
+    # "linear". They are about four times those of the gap. Except with probability exp(-8^2 / 2),
+    # rounding 64 of them costs at most 8 sqrt(64) units.
     terms = 4 * np.abs(expected["gap"]) * jax.nn.softplus(params["gap"])
     rounded = {"linear": 64 * UNIT * terms}
     for name in set(gradient) - set(learned_schedule.ENDS):
@@ -241,8 +241,8 @@ def test_ends_are_trained_by_the_bound_and_the_way_between_by_its_variance():
 
 
 @pytest.mark.slow
-def test_a_bent_schedule_learns_to_vary_less():
-    """Whatever its way between the ends the bound is the same; trained, it varies less."""
+def test_training_the_shape_lowers_the_variance_of_the_loss():
+    """The bound does not depend on the shape between the ends; its variance does."""
     bent = learned_schedule.init(RECIPE, jax.random.key(0))
     bent |= {"weight_out": jnp.full(learned_schedule.HIDDEN, -2.0), "bias": bent["bias"] * 3}
     bent["weight_in"] = bent["weight_in"] * 3
@@ -265,11 +265,11 @@ def test_a_bent_schedule_learns_to_vary_less():
 
     inner = {name: bent[name] for name in bent if name not in learned_schedule.ENDS}
     params, state = bent, optimizer.init(inner)
-    seen = []
+    moments = []
     for seed in range(150):
         params, state, found = step(params, state, seed)
-        seen.append((float(found.mean()), float(found.var())))
-    before, after = np.mean(seen[:10], axis=0), np.mean(seen[-10:], axis=0)
+        moments.append((float(found.mean()), float(found.var())))
+    before, after = np.mean(moments[:10], axis=0), np.mean(moments[-10:], axis=0)
     assert after[1] < 0.7 * before[1]
     assert abs(after[0] - before[0]) < 0.05
 
@@ -308,7 +308,7 @@ def test_a_run_learns_its_schedule_and_is_evaluated_and_sampled_with_it(tmp_path
         ("schedule.log_snr_end", 14.0),
     ],
 )
-def test_what_a_learned_schedule_cannot_have_is_one_line(tmp_path, field, value):
+def test_a_field_that_does_not_fit_a_learned_schedule_is_one_line(tmp_path, field, value):
     fields = TOY2D | {"schedule.name": "learned", "loss.weighting": "vlb", field: value}
     done = run(arguments(tmp_path / "run", fields), tmp_path / "log")
     assert done.code == 2

@@ -34,7 +34,7 @@ def decoder(x_0, mean, variance, levels):
     normal = stats.norm(mean, np.sqrt(variance))
     low = np.where(x_0 < -0.999, -np.inf, x_0 - 1 / (levels - 1))
     high = np.where(x_0 > 0.999, np.inf, x_0 + 1 / (levels - 1))
-    # the tail where the digits are
+    # Use the tail that is smaller, so that the difference keeps its digits
     upper = x_0 > mean
     with np.errstate(divide="ignore"):
         return np.log(
@@ -43,7 +43,7 @@ def decoder(x_0, mean, variance, levels):
 
 
 def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
-    """iDDPM's code has it in these terms."""
+    """KL of two Gaussians in terms of their log variances, as in the code of iDDPM."""
     gap = log_variance_2 - log_variance_1
     return (gap - 1 + np.exp(-gap) + (mean_1 - mean_2) ** 2 * np.exp(-log_variance_2)) / 2
 
@@ -52,7 +52,7 @@ def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("levels", [17, 256])
 def test_terms_are_those_of_iddpm(name, variance, levels):
-    """Random data, guesses and variances at every t, one at a time, in bits per dimension."""
+    """At every t, random data, predictions and variances give iDDPM's term in bits/dim."""
     betas = BETAS[name](200)
     row, schedule = columns(betas), schedules.from_betas(betas)
     draws = np.random.default_rng(0)
@@ -63,7 +63,7 @@ def test_terms_are_those_of_iddpm(name, variance, levels):
     output = draws.uniform(-1, 1, x_0.shape)
 
     posterior = row.posterior_variance
-    posterior[0] = posterior[1]  # iDDPM clips its logarithm there
+    posterior[0] = posterior[1]  # as iDDPM clips the log variance at t = 1
     by_row = {name: column[:, None] for name, column in row._asdict().items()}
     log_beta, log_posterior = np.log(by_row["beta"]), np.log(posterior)[:, None]
     f = (output + 1) / 2
@@ -109,15 +109,15 @@ def test_the_prior_term_is_that_of_iddpm(name):
 
 @pytest.mark.parametrize("beta", [1e-8, 1e-6, 1e-3, 0.3, 0.6, 0.95, 0.999])
 @pytest.mark.parametrize("num_timesteps", [1, 2, 9])
-def test_lost_to_rounding_prior_term_of_any_noise(beta, num_timesteps):
-    """Against 40 digits: from almost no noise, where it is large, to almost nothing else."""
+def test_the_prior_term_is_exact_for_any_amount_of_noise(beta, num_timesteps):
+    """It agrees with 40 digits, from almost no noise at T to almost pure noise."""
     last = schedules.constant(num_timesteps, beta)[-1]
     with mpmath.workdps(40):
         alpha_bar = (1 - mpmath.mpf(beta)) ** num_timesteps
         for x_0 in (0.0, 0.5, 1.0):
             expected = (alpha_bar * (x_0**2 - 1) - mpmath.log(1 - alpha_bar)) / 2
             found = likelihood.prior_term(last, jnp.float32(x_0))
-            # alpha_bar itself is rounded, and what is left of it at x_0 = 0 is alpha_bar^2 / 4
+            # alpha_bar itself is rounded; at x_0 = 0 the term is about alpha_bar^2 / 4
             allowed = 4 * UNIT * float(alpha_bar) + 1e-6 * float(expected)
             np.testing.assert_allclose(found, float(expected), rtol=0, atol=allowed)
             gradient = jax.grad(lambda x_0: likelihood.prior_term(last, x_0))(jnp.float32(x_0))
@@ -127,7 +127,7 @@ def test_lost_to_rounding_prior_term_of_any_noise(beta, num_timesteps):
 @pytest.mark.parametrize("deviation", [1e-3, 0.01, 0.3, 10.0])
 @pytest.mark.parametrize("levels", [2, 17, 256])
 def test_the_decoder_at_any_distance(deviation, levels):
-    """Its bins share all the mass, and far from the mean it keeps its digits and its gradient."""
+    """The bins sum to 1; far from the mean L_0 keeps its digits and its gradient is finite."""
     x_0 = 2 * np.arange(levels) / (levels - 1) - 1
     of_levels = functools.partial(decoder_log_likelihood, levels=levels)
     decode, differentiate = jax.jit(of_levels), jax.jit(jax.jacfwd(of_levels, argnums=1))
@@ -136,8 +136,8 @@ def test_the_decoder_at_any_distance(deviation, levels):
         found = decode(jnp.float32(x_0), jnp.float32(mean), log_variance)
         with np.errstate(divide="ignore"):
             expected = decoder(x_0, mean, deviation**2, levels)
-        close = expected > -80  # beyond, scipy's difference of tails has no digits either
-        # a bin that is small beside sigma is a difference of logarithms: its digits go with it
+        close = expected > -80  # below, scipy's difference of tails has no digits either
+        # The mass of a bin that is small against sigma is a difference that loses digits
         np.testing.assert_allclose(found[close], expected[close], rtol=1e-3, atol=2e-3)
         np.testing.assert_allclose(np.exp(np.float64(found)).sum(), 1, atol=2e-3)
         gradient = differentiate(jnp.float32(x_0), jnp.float32(mean), log_variance)
@@ -146,7 +146,7 @@ def test_the_decoder_at_any_distance(deviation, levels):
 
 # --- Gaussian data --------------------------------------------------------------------------
 
-# x_0 and eps at the nodes of a Gauss-Hermite rule: an expectation is a weighted sum
+# x_0 and eps at the nodes of a Gauss-Hermite rule, so that an expectation is a weighted sum
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(24)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
 X_0 = MEAN + np.sqrt(VARIANCE) * np.repeat(NODES, len(NODES))
@@ -155,7 +155,7 @@ WEIGHT = np.outer(WEIGHTS, WEIGHTS).ravel()
 
 
 def exact_log_variance(row):
-    """log of the variance of q(x_{t-1}|x_t), that of the posterior and of E[x_0|x_t] together."""
+    """The log variance of q(x_{t-1} | x_t): posterior variance plus the spread of x_0 given x_t."""
     of_x_0 = (
         VARIANCE * row.one_minus_alpha_bar / (row.alpha_bar * VARIANCE + row.one_minus_alpha_bar)
     )
@@ -167,7 +167,7 @@ def exact_log_variance(row):
 def expected_bound(
     schedule, predict, log_variance, x_0=X_0, eps=EPS, weight=WEIGHT, levels=None, prior=True
 ):
-    """The bound in nats per dimension, its expectation taken by quadrature."""
+    """The bound in nats per dimension, with its expectation by quadrature."""
     x_0, eps, weight = (jnp.asarray(a, jnp.float32) for a in (x_0, eps, weight))
 
     @jax.jit
@@ -185,7 +185,7 @@ def expected_bound(
 
 
 def marginal_kl(alpha_bar):
-    """KL(q(x_T) || N(0, 1)) of the Gaussian data, which no reverse chain can win back."""
+    """KL(q(x_T) || N(0, 1)) of the Gaussian data: the part of L_T that no network can avoid."""
     variance = alpha_bar * VARIANCE + 1 - alpha_bar
     return (variance + alpha_bar * MEAN**2 - 1 - np.log(variance)) / 2
 
@@ -195,7 +195,7 @@ CASES = [("cosine", 10), ("cosine", 100), ("cosine", 1000), ("linear", 100), ("l
 
 @pytest.mark.parametrize(("name", "num_timesteps"), CASES)
 def test_the_bound_of_the_exact_chain_is_the_entropy(name, num_timesteps):
-    """To 1e-3 bits at any T, what is left at T apart; linear at T = 100 leaves 0.05 bits there."""
+    """To 1e-3 bits the bound is the entropy plus KL(q(x_T) || N(0, 1)), whatever T is."""
     betas = BETAS[name](num_timesteps)
     expected = ENTROPY + marginal_kl(columns(betas).alpha_bar[-1])
     schedule, data = schedules.from_betas(betas), gaussian(MEAN, VARIANCE)
@@ -203,14 +203,14 @@ def test_the_bound_of_the_exact_chain_is_the_entropy(name, num_timesteps):
 
 
 def _next(schedule, row):
-    """The row after this one, as a network would be told by a timestep that is off by one."""
+    """The next row, which a network would get if its timestep were off by one."""
     position = jnp.minimum(row.timestep.astype(int), len(schedule) - 1)
     return schedule[position]
 
 
 @pytest.mark.parametrize("mistake", ["no L_T", "a wrong prior", "a shifted timestep", "a variance"])
 def test_a_mistake_in_the_bound_shows(mistake, monkeypatch):
-    """On linear at T = 100 each moves the bound by more than five times what the test allows."""
+    """Each mistake moves the bound by more than five times the tolerance of the test above."""
     betas = linear_betas(100)
     schedule, data = schedules.from_betas(betas), gaussian(MEAN, VARIANCE)
     expected = ENTROPY + marginal_kl(columns(betas).alpha_bar[-1])
@@ -220,7 +220,7 @@ def test_a_mistake_in_the_bound_shows(mistake, monkeypatch):
     if mistake == "a variance":
         log_variance = VARIANCES["beta"].log_variance
         log_variance = functools.partial(log_variance, output=None)
-    if mistake == "a wrong prior":  # that of a chain whose x_T had not x_0's share in it
+    if mistake == "a wrong prior":  # without the share of x_0 in x_T
 
         def wrong(row, x_0):
             return -(row.alpha_bar + jnp.log1p(-row.alpha_bar)) / 2 + 0 * x_0
@@ -231,7 +231,7 @@ def test_a_mistake_in_the_bound_shows(mistake, monkeypatch):
 
 
 def quantised(levels):
-    """The Gaussian on equidistant levels, and a Gauss rule for eps: (x_0, eps, weight), entropy."""
+    """Gaussian data rounded to levels, with nodes for eps: ((x_0, eps, weight), entropy)."""
     values = 2 * np.arange(levels) / (levels - 1) - 1
     normal = stats.norm(MEAN, np.sqrt(VARIANCE))
     edges = np.concatenate([[-np.inf], (values[1:] + values[:-1]) / 2, [np.inf]])
@@ -243,7 +243,7 @@ def quantised(levels):
 @pytest.mark.parametrize("num_timesteps", [100, 1000, pytest.param(4000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variance", ["beta", "posterior"])
 def test_the_bound_at_fixed_variance_is_its_quadrature(num_timesteps, variance):
-    """Against the same bound written from the papers in float64; its excess is large."""
+    """It agrees with the papers' formulas in float64, and is well above the entropy."""
     levels, betas = 256, cosine_betas(num_timesteps)
     (x_0, eps, weight), entropy = quantised(levels)
     row = columns(betas)
@@ -268,15 +268,16 @@ def test_the_bound_at_fixed_variance_is_its_quadrature(num_timesteps, variance):
     found = expected_bound(schedule, data, log_variance, x_0, eps, weight, levels)
     np.testing.assert_allclose(found, total, rtol=2e-5)
     excess = (found - entropy) / LN2
-    # bits, by the quadrature: beta~ 1.28, 0.90, 0.75; beta 0.25, 0.32, 0.28
+    # The excess in bits by quadrature at T = 100, 1000, 4000: beta~ 1.28, 0.90, 0.75;
+    # beta 0.25, 0.32, 0.28
     assert excess > {"beta": 0.2, "posterior": 0.7}[variance]
 
 
 def test_between_fixed_ends_the_excess_falls_as_1_over_t():
-    """The sum of L_{t-1} is a Riemann sum of the mmse over the SNR (Kingma et al. 2021, VDM)."""
+    """The sum of L_{t-1} is a Riemann sum of the MMSE over the SNR (Kingma et al. 2021, VDM)."""
     ends, excess, lengths = (6.0, -6.0), [], [32, 64, 128, 256, 512]
     low, high = np.exp(ends[1]), np.exp(ends[0])
-    # half the integral of c / (1 + c snr)
+    # half the integral of the MMSE c / (1 + c snr) over the SNR
     limit = (np.log1p(VARIANCE * high) - np.log1p(VARIANCE * low)) / 2
     data = gaussian(MEAN, VARIANCE)
     log_variance = functools.partial(VARIANCES["posterior"].log_variance, output=None)
@@ -305,7 +306,7 @@ def test_between_fixed_ends_the_excess_falls_as_1_over_t():
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize(("solver", "num_steps"), [("heun", 1200), ("rk4", 100)])
 def test_the_flow_of_a_gaussian_has_its_density(solver, num_steps, divergence):
-    """To 1e-3 bits/dim; one probe is exact here, the Jacobian being a multiple of 1."""
+    """To 1e-3 bits/dim. One probe is exact here because the Jacobian is a multiple of I."""
     schedule = schedules.cosine(1000)
     x_0 = MEAN + np.sqrt(VARIANCE) * np.random.default_rng(0).standard_normal((5, 3))
     found = likelihood.flow_log_likelihood(
@@ -317,7 +318,7 @@ def test_the_flow_of_a_gaussian_has_its_density(solver, num_steps, divergence):
         solver=solver,
         divergence=divergence,
     )
-    sigma2 = float(schedule.sigma[0]) ** 2  # the flow begins there
+    sigma2 = float(schedule.sigma[0]) ** 2  # the flow begins at row t = 1
     expected = stats.norm(MEAN, np.sqrt(VARIANCE + sigma2)).logpdf(x_0).sum(axis=1)
     assert np.abs(np.float64(found) - expected).max() / 3 / LN2 < 1e-3
 
@@ -344,7 +345,7 @@ def test_the_flow_of_a_mixture_has_its_density():
 
 @pytest.mark.parametrize(("solver", "order"), [("heun", 2), ("rk4", 4)])
 def test_solvers_have_their_order(solver, order):
-    """In float64, between log SNR 6 and -6."""
+    """The error falls with that power of the step, in float64 between log SNR 6 and -6."""
     with jax.enable_x64(True):
         steps = np.array([8, 16, 32, 64] if order == 2 else [6, 12, 24, 48])
         fine = schedules.from_log_snr(np.linspace(6, -6, 4001), np.arange(1.0, 4002.0))
@@ -359,7 +360,7 @@ def test_solvers_have_their_order(solver, order):
 
 
 def test_hutchinson_is_unbiased():
-    """Of a Jacobian that is no multiple of 1: the mean of many probes is the trace."""
+    """For a general Jacobian the mean over many probes is the trace."""
     matrix = jnp.asarray(np.random.default_rng(0).standard_normal((4, 4)), jnp.float32)
     y = jnp.ones((2000, 4))
     probes = jax.random.rademacher(jax.random.key(0), y.shape, y.dtype)
@@ -372,7 +373,7 @@ def test_hutchinson_is_unbiased():
 
 
 def test_dequantised_pixels_have_the_bits_of_their_levels():
-    """A density that is even over all bins gives log2(levels) bits; one bin's noise fills it."""
+    """A uniform density gives log2(levels) bits, and dequantisation noise is uniform in a bin."""
     levels, dims = 17, 3
     density = -np.log(2 + 2 / (levels - 1)) * dims  # over [-1 - half a bin, 1 + half a bin]
     found = likelihood.bits_per_dim(jnp.float32(density), dims, levels)
@@ -410,7 +411,7 @@ def test_every_solver_is_consistent():
 
 @pytest.fixture(scope="module")
 def outer_rows():
-    """The rows t = 1 and t = T of every schedule, with their names."""
+    """The rows t = 1 and t = T of every schedule, with the names of the schedules."""
     chains = {name: create(1000) for name, create in SCHEDULES.items() if name != "from_betas"}
     chains["zero terminal SNR"] = schedules.zero_terminal_snr(schedules.cosine(1000))
     clipped = {name: schedules.clip_posterior_variance(chain) for name, chain in chains.items()}
@@ -427,7 +428,7 @@ SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in ("beta", "learn
 @pytest.mark.parametrize("variance", ["posterior", "learned_range", *SLOWLY])
 @pytest.mark.parametrize("kind", PREDICTIONS)
 def test_every_objective_is_finite_at_both_ends(kind, variance, outer_rows):
-    """Values and gradients of every weighting and L_vlb itself, at t = 1 and t = T."""
+    """Losses and gradients of every weighting and of L_vlb are finite at t = 1 and t = T."""
     names, rows = outer_rows
     outputs = np.random.default_rng(0).standard_normal((2, len(names), 2, 6)).astype(np.float32)
     outputs[1] = np.asarray(jnp.asarray(outputs[1], jnp.bfloat16), np.float32)
@@ -474,7 +475,7 @@ def test_every_objective_is_finite_at_both_ends(kind, variance, outer_rows):
 
 @pytest.mark.slow
 def test_a_network_in_bfloat16_has_finite_gradients_at_both_ends():
-    """A small U-Net with a learned variance, at t = 1 and t = T, by the bound."""
+    """The bound of a small U-Net with a learned variance is differentiated at t = 1 and t = T."""
     fields = {
         "name": "unet",
         "width": 8,
@@ -510,15 +511,15 @@ def test_a_network_in_bfloat16_has_finite_gradients_at_both_ends():
     def loss(params):
         return jnp.sum(losses_of(params, inputs).losses)
 
-    params = jax.tree.map(lambda leaf: leaf + 0.01, model.init(key))  # the last layer is 0
+    params = jax.tree.map(lambda leaf: leaf + 0.01, model.init(key))  # the last layer begins at 0
     value, gradient = loss(params)
     assert np.isfinite(value)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
 
 
-def test_hybrid_trains_the_variance_by_the_bound_and_the_mean_by_the_error():
-    """iDDPM section 3.1: in L_vlb the mean's gradient is stopped."""
+def test_l_hybrid_trains_the_variance_by_the_bound_and_the_mean_by_l_simple():
+    """iDDPM section 3.1: the L_vlb part of L_hybrid has no gradient with respect to the mean."""
 
     def loss(output, is_vlb, scale, variance="learned_range"):
         objective = Objective(
@@ -538,7 +539,7 @@ def test_hybrid_trains_the_variance_by_the_bound_and_the_mean_by_the_error():
         return losses.example_loss(objective, 100, row, noised, output)
 
     output = np.array([0.7, 0.1, -0.3, 0.4])
-    with jax.enable_x64(True):  # the variance's gradient is what its terms leave when they cancel
+    with jax.enable_x64(True):  # terms of the variance's gradient nearly cancel
         hybrid = np.float64(jax.grad(loss)(output, False, 0.001))
         bound = np.float64(jax.grad(loss)(output, True, 0.0))
         simple = np.float64(jax.grad(loss)(output[:2], False, 0.0, "posterior"))

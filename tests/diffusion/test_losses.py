@@ -1,4 +1,4 @@
-"""The loss against a plain loop in numpy, its known minimum, and its gradient."""
+"""The training loss against a plain loop in numpy, its known minimum, and its gradient."""
 
 import itertools
 
@@ -18,7 +18,7 @@ from diffusion_jax.diffusion.weightings import WEIGHTINGS
 from diffusion_jax.models import create_model
 
 T, BATCH, SHAPE = 8, 8, (3, 2)
-NUM_CLASSES = 3  # and number 3 is no class
+NUM_CLASSES = 3  # label 3 means "no class"
 KEY = jax.random.key(4)
 KINDS = sorted(PREDICTIONS)
 ALL = [*itertools.product(KINDS, WEIGHTINGS, ["uniform"])]
@@ -35,7 +35,7 @@ def objective(
     levels=None,
     label_dropout=0.0,
 ):
-    """Here "vlb" is its weight alone, unless ``is_vlb`` says otherwise."""
+    """An objective; the weighting "vlb" weights the error unless ``is_vlb`` asks for L_vlb."""
     return Objective(
         PREDICTIONS[kind],
         WEIGHTINGS[weighting](),
@@ -50,7 +50,7 @@ def objective(
 
 
 def weight_of(chosen, kind, row):
-    """The weight of the error of what is predicted, at one row of a schedule."""
+    """The weight of the squared error of the prediction, at one row of a schedule."""
     gain = PREDICTIONS[kind].gain(row)
     return float(chosen.weighting(row, gain, jnp.log(row.posterior_variance)) / gain**2)
 
@@ -60,7 +60,7 @@ def chain():
 
 
 def half(params, x_t, timestep, label, keys):
-    """A network that says half of what it sees."""
+    """A network that returns x_t times a parameter, which is 1/2 in most tests."""
     return params["scale"] * x_t
 
 
@@ -85,7 +85,7 @@ def examples_of(x_0, label=None):
 
 
 def recorded(calls):
-    """A network that remembers what it is given."""
+    """The network ``half``, which also appends its inputs to ``calls``."""
 
     def apply(params, x_t, timestep, label, keys):
         calls.append((x_t, timestep, label, keys))
@@ -95,7 +95,7 @@ def recorded(calls):
 
 
 def target(kind, row, x_0, eps, x_t):
-    """What the papers have the network predict."""
+    """The target of the network in the papers."""
     return {
         "eps": lambda: eps,
         "x_0": lambda: x_0,
@@ -114,7 +114,7 @@ def test_batch_losses_are_a_loop_over_the_examples(kind, weighting, timesteps):
     np.testing.assert_array_equal(timestep, position + 1)
     for i in range(BATCH):
         row, x_0 = rows(cosine_betas(T))[position[i]], np.asarray(images()[i], np.float64)
-        # the noise that took x_0 to the x_t that the network saw
+        # the noise between x_0 and the x_t that the network got
         eps = (np.asarray(x_t[i], np.float64) - np.sqrt(row.alpha_bar) * x_0) / np.sqrt(row.noise)
         error = target(kind, row, x_0, eps, x_t[i]) - 0.5 * np.asarray(x_t[i], np.float64)
         weight = weight_of(chosen, kind, chain()[position[i]])
@@ -129,7 +129,7 @@ def test_the_noise_is_standard_normal_and_each_example_has_its_own():
     eps = np.asarray(x_t, np.float64) / np.sqrt(noise)[:, None]
     assert abs(eps.mean()) < 5 / np.sqrt(eps.size)
     assert abs(eps.var() - 1) < 5 * np.sqrt(2 / eps.size)
-    # the correlation of two examples is N(0, 1/dimensions); of 2,016 pairs none is beyond 6 sigma
+    # The correlation of two examples is N(0, 1/dimensions); none of 2,016 pairs is beyond 6 sigma
     correlation = np.corrcoef(eps) - np.eye(size)
     assert np.abs(correlation).max() < 6 / np.sqrt(dimensions)
 
@@ -150,7 +150,7 @@ def test_example_loss_is_a_weighted_mean_square(kind, weighting):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_perfect_output_has_no_loss(kind):
-    # data of one image only: x_0, and hence all else, can be told from x_t
+    # The data are a single image, so x_t determines eps and every other target
     schedule, image = schedules.cosine(T), images()[0]
 
     def apply(params, x_t, timestep, label, keys):
@@ -167,7 +167,7 @@ def test_the_perfect_output_has_no_loss(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_of_the_best_network_is_the_conditional_variance(kind):
-    # x_0 ~ N(m, c): var(x_0 | x_t) = c (1 - ab) / (ab c + 1 - ab), and all else is linear in it
+    # x_0 ~ N(m, c): var(x_0 | x_t) = c (1 - ab) / (ab c + 1 - ab); every target is linear in x_0
     mean, variance, size = 0.4, 0.3, 64
     schedule, dimensions = schedules.from_betas(cosine_betas(T)), 2000
     x_0 = mean + np.sqrt(variance) * jax.random.normal(jax.random.key(1), (size, dimensions))
@@ -184,7 +184,7 @@ def test_the_loss_of_the_best_network_is_the_conditional_variance(kind):
         objective(kind, timesteps="low_discrepancy"), apply, x_0=x_0, size=size
     )
     for i, row in enumerate(rows(cosine_betas(T))):
-        # d target / d x_0 at given x_t
+        # d target / d x_0 at fixed x_t
         slope = {
             "eps": np.sqrt(row.alpha_bar / row.noise),
             "x_0": 1,
@@ -227,12 +227,12 @@ def test_under_jit_with_the_schedule_as_an_argument():
 
 
 @pytest.mark.parametrize(("kind", "weighting", "timesteps"), ALL)
-def test_the_gradient(kind, weighting, timesteps):
-    # d/dw of weight (target - w x_t)^2; the target is what a network that says 0 misses
-    seen = []
+def test_the_gradient_is_that_of_a_loop_over_the_examples(kind, weighting, timesteps):
+    # d/dw of weight (target - w x_t)^2 at w = 1/2
+    calls = []
     chosen = objective(kind, weighting, timesteps)
-    batch_losses(chosen, recorded(seen))
-    x_t, position = np.asarray(seen[0][0], np.float64), np.int32(seen[0][1]) - 1
+    batch_losses(chosen, recorded(calls))
+    x_t, position = np.asarray(calls[0][0], np.float64), np.int32(calls[0][1]) - 1
     expected = []
     for i in range(BATCH):
         row, x_0 = rows(cosine_betas(T))[position[i]], np.asarray(images()[i], np.float64)
@@ -252,7 +252,7 @@ def test_the_gradient(kind, weighting, timesteps):
     np.testing.assert_allclose(gradient, np.mean(expected), rtol=0, atol=2e-5 * scale)
 
 
-def test_labels_go_to_the_network_as_they_are():
+def test_the_network_gets_the_labels_unchanged():
     calls, label = [], jnp.arange(BATCH) % 3
     batch_losses(objective(), recorded(calls), label=label)
     batch_losses(objective(), recorded(calls))
@@ -264,8 +264,8 @@ def labels(size):
     return jnp.arange(size) % NUM_CLASSES
 
 
-def told(label_dropout, size, indices=None):
-    """What the network is given and, told nothing by it, loses."""
+def inputs_and_losses(label_dropout, size, indices=None):
+    """The inputs of the network under label dropout, and the losses."""
     calls = []
     chosen = objective(label_dropout=label_dropout)
     indices = jnp.arange(size) if indices is None else jnp.asarray(indices)
@@ -279,28 +279,28 @@ def told(label_dropout, size, indices=None):
 @pytest.mark.parametrize("label_dropout", [0.1, 0.5])
 def test_labels_are_dropped_with_the_probability_asked_for(label_dropout):
     size = 3000
-    _, _, label, keys, _ = told(label_dropout, size)
+    _, _, label, keys, _ = inputs_and_losses(label_dropout, size)
     dropped, true = np.asarray(label) == NUM_CLASSES, np.asarray(labels(size))
     np.testing.assert_array_equal(label[~dropped], true[~dropped])
     deviation = np.sqrt(label_dropout * (1 - label_dropout))
     for k in range(NUM_CLASSES):  # of each class alike
         share, count = dropped[true == k].mean(), size // NUM_CLASSES
         assert abs(share - label_dropout) < 5 * deviation / np.sqrt(count)
-    # and whatever the bits of the dropout masks are
+    # Label dropout is independent of the bits of the dropout masks
     mask = np.asarray(jax.vmap(jax.random.bernoulli)(keys))
     assert abs(np.mean(mask[dropped]) - 0.5) < 5 * 0.5 / np.sqrt(dropped.sum())
 
 
 def test_which_labels_are_dropped_does_not_depend_on_how_the_batch_is_split():
-    whole = told(0.5, BATCH)[2]
+    whole = inputs_and_losses(0.5, BATCH)[2]
     assert 0 < np.mean(whole == NUM_CLASSES) < 1
     for part in ([0, 1, 2, 3], [4, 5, 6, 7], [7, 0, 4, 2]):
-        np.testing.assert_array_equal(told(0.5, BATCH, part)[2], whole[np.array(part)])
+        np.testing.assert_array_equal(inputs_and_losses(0.5, BATCH, part)[2], whole[np.array(part)])
 
 
 def test_dropping_labels_changes_nothing_else():
-    x_t, timestep, label, keys, found = told(0.0, BATCH)
-    others = told(0.5, BATCH)
+    x_t, timestep, label, keys, found = inputs_and_losses(0.0, BATCH)
+    others = inputs_and_losses(0.5, BATCH)
     np.testing.assert_array_equal(label, labels(BATCH))
     np.testing.assert_array_equal(x_t, others[0])
     np.testing.assert_array_equal(timestep, others[1])
@@ -317,7 +317,7 @@ def test_a_learned_schedule_drops_the_same_labels():
         chosen = objective(label_dropout=label_dropout)
         learned_schedule.continuous_time(chosen, recorded(calls), recipe)(params, inputs)
     np.testing.assert_array_equal(calls[0][2], labels(BATCH))
-    np.testing.assert_array_equal(calls[1][2], told(0.5, BATCH)[2])
+    np.testing.assert_array_equal(calls[1][2], inputs_and_losses(0.5, BATCH)[2])
 
 
 def test_the_embedding_of_no_class_is_trained_if_and_only_if_labels_are_dropped():
@@ -339,10 +339,10 @@ def test_the_embedding_of_no_class_is_trained_if_and_only_if_labels_are_dropped(
 
         return np.asarray(jax.jit(jax.grad(mean_loss))(params)["embedding"]["label"]["embedding"])
 
-    kept, dropped = gradient(0.0), gradient(0.5)
-    assert kept.shape == (NUM_CLASSES + 1, 4 * 4)
-    assert kept[:NUM_CLASSES].any(axis=1).all()
-    assert not kept[NUM_CLASSES].any()
+    plain, dropped = gradient(0.0), gradient(0.5)
+    assert plain.shape == (NUM_CLASSES + 1, 4 * 4)
+    assert plain[:NUM_CLASSES].any(axis=1).all()
+    assert not plain[NUM_CLASSES].any()
     assert dropped[NUM_CLASSES].all()
 
 
@@ -354,7 +354,7 @@ def test_dropout_keys_differ_by_example_and_step_and_not_by_batch():
     keys = [np.asarray(jax.random.key_data(call[3])) for call in calls]
     assert len(np.unique(np.concatenate(keys[:3]), axis=0)) == 3 * BATCH
     np.testing.assert_array_equal(keys[3], keys[0][2:6])
-    # nor is the mask made of the same bits as the noise
+    # The dropout mask and the noise must not use the same bits
     x_0, (x_t, timestep, _, dropout_keys) = images(), calls[0]
     for i in range(BATCH):
         row = rows(cosine_betas(T))[int(timestep[i]) - 1]

@@ -1,4 +1,4 @@
-"""Training objectives: those of the registry and a made-up one, as a training step calls them."""
+"""Training objectives, those of the registry and a user's own, as a training step calls them."""
 
 import functools
 
@@ -41,7 +41,7 @@ def objective(prediction="x_0"):
 
 
 def linear(params, x_t, timestep, label, keys):
-    """A network of one layer, which knows no timestep."""
+    """A network of one linear layer that ignores the timestep."""
     return x_t @ params["weight"] + params["bias"][None]
 
 
@@ -51,7 +51,7 @@ def initial():
 
 
 def regression(objective, apply, row):
-    """The objective: the squared error of x_0 at one row of the schedule, whatever the timestep."""
+    """An objective of a user: the squared error of x_0 at one fixed row of the schedule."""
 
     def losses_of(params, inputs):
         examples = inputs.examples
@@ -97,7 +97,7 @@ def state_of(choices, params):
 
 
 def compiled_step(losses_of):
-    """A step of one device that has the whole batch: (state, points) -> (state, metrics)."""
+    """A compiled step on one device, (state, points) -> (state, metrics), and its first state."""
     choices = StepChoices(losses_of, TIMESTEP_SAMPLERS["uniform"], plan(), None, ALONE)
     constants = Constants(SCHEDULE, jax.random.key(3))
 
@@ -117,15 +117,15 @@ def inputs(x_0):
     return LossInputs(SCHEDULE, (), jax.random.key(3), examples)
 
 
-# --- one's own ------------------------------------------------------------------------------
+# --- an objective of a user -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("row", [0, 3, T - 1])
-def test_an_objective_of_ones_own_trains_a_network(row):
+def test_an_objective_of_a_user_trains_a_network(row):
     step, begin = compiled_step(regression(objective(), linear, row))
     before = initial()
     state, metrics = step(begin(before), points())
-    # the same loss and gradient in float64, from the noise that the keys of the step give
+    # the same loss and gradient in float64, with the noise drawn from the keys of the step
     alpha_bar = float(SCHEDULE.alpha_bar[row])
     x_0 = np.float64(points())
     key = jax.random.fold_in(jax.random.key(3), 0)
@@ -146,24 +146,24 @@ def test_an_objective_of_ones_own_trains_a_network(row):
         np.testing.assert_allclose(state.params[name], expected, rtol=1e-5, atol=1e-6)
         average = 0.9 * np.float64(before[name]) + 0.1 * expected
         np.testing.assert_allclose(state.ema[name], average, rtol=1e-5, atol=1e-6)
-    # its losses are those of the quartile that its row is in
+    # All losses count for the quartile that contains the row
     np.testing.assert_array_equal(metrics.quartile_weights, BATCH * (np.arange(4) == row * 4 // T))
     np.testing.assert_allclose(metrics.quartile_losses.sum(), BATCH * metrics.loss, rtol=1e-5)
     assert state.step == 1
 
 
-def test_an_objective_of_ones_own_is_learned():
+def test_an_objective_of_a_user_is_minimised():
     step, begin = compiled_step(regression(objective(), linear, 3))
     state, losses = begin(initial()), []
     for number in range(400):
         state, metrics = step(state, points(number))
         losses.append(float(metrics.loss))
     assert np.isfinite(losses).all()
-    # the best linear guess of x_0 ~ N(0.5, 0.01) is all but its mean
+    # The best linear guess of x_0 ~ N(0.5, 0.01) is nearly its mean
     assert np.mean(losses[-50:]) < 0.05 < np.mean(losses[:3])
 
 
-# --- those of the registry ------------------------------------------------------------------
+# --- the objectives of the registry ---------------------------------------------------------
 
 MODELS = {
     "discrete_time": lambda: (initial(), linear, ()),

@@ -1,4 +1,4 @@
-"""The forward process and the predictions against Bayes' rule and the papers' own formulas."""
+"""The forward process and the predictions against Bayes' rule and the papers' formulas."""
 
 import itertools
 from functools import partial
@@ -20,12 +20,13 @@ PAIRS = list(itertools.product(KINDS, KINDS))
 
 
 def draw(shape, seed=0):
-    """x_0 as of images and the noise."""
+    """x_0 in the range of images, and standard normal noise."""
     of_x_0, of_eps = jax.random.split(jax.random.key(seed))
     return jax.random.uniform(of_x_0, shape, minval=-1.0), jax.random.normal(of_eps, shape)
 
 
 def truth_at(row, shape=(3, 2), seed=0):
+    """A true (x_0, eps) and its x_t at a row."""
     x_0, eps = draw(shape, seed)
     return Prediction(x_0, eps), process.q_sample(row, x_0, eps)
 
@@ -39,7 +40,7 @@ def every_row(schedule):
 
 @pytest.mark.parametrize("name", BETAS)
 def test_q_sample_is_the_chain_of_single_steps(name):
-    # x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) z_t, run t times, is linear in x_0 and the z.
+    # x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) z_t, repeated t times, is linear in x_0 and all z
     betas = BETAS[name](20)
     schedule = schedules.from_betas(betas)
     of_x_0, of_noise = 1.0, np.zeros(0)
@@ -100,10 +101,10 @@ BAYES_CASES = [
     for num_timesteps in (10, 1000)
     for t in (2, 3, num_timesteps // 2, num_timesteps - 1, num_timesteps)
 ]
-# at t = 2 sqrt(alpha_bar) differs from sqrt(alpha) by the tiny beta_1: not to be seen in float32
+# At t = 2 sqrt(alpha_bar) and sqrt(alpha) differ by the tiny beta_1, which float32 does not show
 MISPRINT_CASES = [case for case in BAYES_CASES if case[2] > 2]
 MEAN_TOLERANCE = 2e-6  # float32 rounding of means of order 1
-POINTS = [(0.8, -1.1), (-0.3, 0.4), (1.0, 2.0)]  # z of x_t = sqrt(ab) x_0 + sqrt(1 - ab) z
+POINTS = [(0.8, -1.1), (-0.3, 0.4), (1.0, 2.0)]  # (x_0, z): x_t = sqrt(ab) x_0 + sqrt(1 - ab) z
 
 
 @pytest.mark.parametrize(("name", "num_timesteps", "t"), BAYES_CASES)
@@ -120,7 +121,7 @@ def test_posterior_is_bayes_rule(name, num_timesteps, t):
 
 @pytest.mark.parametrize("name", BETAS)
 def test_posterior_of_the_first_step_is_x_0_itself(name):
-    # q(x_0'|x_0) is a point mass: so is its product with any likelihood.
+    # q(x_{t-1} | x_0) at t = 1 is a point mass, and so is its product with any likelihood
     x_0, x_t = draw((5,))
     mean, variance = process.posterior(schedules.from_betas(BETAS[name](10))[0], x_0, x_t)
     np.testing.assert_allclose(mean, x_0, rtol=3e-7)
@@ -129,7 +130,7 @@ def test_posterior_of_the_first_step_is_x_0_itself(name):
 
 @pytest.mark.parametrize(("name", "num_timesteps", "t"), MISPRINT_CASES)
 def test_bayes_rule_refutes_the_misprinted_posterior_mean(name, num_timesteps, t):
-    # sqrt(alpha_bar) in place of sqrt(alpha), as in many notes on DDPM
+    # The misprint has sqrt(alpha_bar) in place of sqrt(alpha), as in many notes on DDPM
     row = rows(BETAS[name](num_timesteps))[t - 1]
     misses = []
     for x_0, z in POINTS:
@@ -145,7 +146,7 @@ def test_bayes_rule_refutes_the_misprinted_posterior_mean(name, num_timesteps, t
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 @pytest.mark.parametrize("zero_snr", [False, True])
-def test_conversions_of_every_pair(first, second, zero_snr):
+def test_converting_between_two_predictions_and_back_changes_nothing(first, second, zero_snr):
     schedule = schedules.cosine(SHORT)
     schedule = schedules.zero_terminal_snr(schedule) if zero_snr else schedule
     whole = all(determines_x_0(PREDICTIONS[kind], schedule) for kind in (first, second))
@@ -156,7 +157,7 @@ def test_conversions_of_every_pair(first, second, zero_snr):
         for kind in (first, second, first):
             output = PREDICTIONS[kind].encode(row, found, x_t)
             found = PREDICTIONS[kind].decode(row, x_t, output)
-            # sqrt(alpha_bar_T) = 0.0062 at the last row magnifies the rounding of 2^-24 160-fold
+            # Dividing by sqrt(alpha_bar_T) = 0.0062 at the last row magnifies rounding 160-fold
             np.testing.assert_allclose(found.x_0, truth.x_0, rtol=0, atol=2e-4)
             np.testing.assert_allclose(found.eps, truth.eps, rtol=0, atol=2e-5)
             np.testing.assert_allclose(
@@ -173,7 +174,7 @@ ZERO_SNR = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("where", ZERO_SNR)
-def test_contradiction_of_a_prediction_and_zero_snr_is_known_by_the_gain(kind, where):
+def test_determines_x_0_says_where_zero_snr_leaves_x_0_undetermined(kind, where):
     schedule = ZERO_SNR[where]
     finite = []
     for row in every_row(schedule):
@@ -193,7 +194,7 @@ def velocity(row, x_0, eps):
 
 
 def score(row, x_0, eps):
-    """The derivative of log N(x_t; sqrt(ab) x_0, 1 - ab) by x_t, a central difference."""
+    """d/dx_t log N(x_t; sqrt(ab) x_0, 1 - ab) as a central difference."""
     x_t, h = np.sqrt(row.alpha_bar) * x_0 + np.sqrt(row.noise) * eps, 1e-4 * np.sqrt(row.noise)
     log_q = [
         -((x - np.sqrt(row.alpha_bar) * x_0) ** 2) / (2 * row.noise) for x in (x_t - h, x_t + h)
@@ -236,14 +237,15 @@ def test_mu_of_the_first_step_is_x_0():
 
 @pytest.mark.parametrize("name", BETAS)
 def test_v_is_decoded_in_float32_at_every_timestep(name):
-    # the only decoding that never divides: no row of a long schedule loses digits
+    # Decoding v is the only decoding that never divides, so no row of a long schedule loses digits
     schedule = schedules.from_betas(BETAS[name](1000))
     x_0, eps = draw((1000,))
     x_t = process.q_sample(schedule, x_0, eps)
     output = PREDICTIONS["v"].encode(schedule, Prediction(x_0, eps), x_t)
     found = PREDICTIONS["v"].decode(schedule, x_t, output)
-    # x_t, v and what they decode to are rounded two units each, by sqrt(2) more of the first two
-    # together, and the weights' squares come to 1 but for three units: of hypot(x_0, eps), below 8
+    # In units of UNIT hypot(x_0, eps): x_t, v and the decoded values are rounded by 2 each, where
+    # x_t and v together count sqrt(2) times as much, and the squared weights add up to 1 within 3.
+    # The sum is below 8.
     bound = 8 * UNIT * np.hypot(x_0, eps)
     assert (np.abs(found.x_0 - x_0) <= bound).all()
     assert (np.abs(found.eps - eps) <= bound).all()
@@ -263,7 +265,7 @@ def test_under_jit_and_vmap_over_rows_and_examples(kind):
     one_by_one = [there_and_back(schedule[i], x_0[i], eps[i]) for i in range(SHORT)]
     expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *one_by_one)
     found = jax.jit(jax.vmap(there_and_back))(schedule, x_0, eps)
-    # sqrt(alpha_bar) of the last row, 0.0062, magnifies what a fused multiply-add rounds otherwise
+    # Dividing by sqrt(alpha_bar) = 0.0062 at the last row magnifies the rounding of a fused program
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), found, expected)
 
 
@@ -281,7 +283,7 @@ def test_clip_x_0_keeps_x_t(i):
     np.testing.assert_allclose(process.q_sample(row, *clipped[:2]), x_t, rtol=0, atol=2e-6)
     inside = np.abs(prediction.x_0) <= 1
     assert 0 < inside.sum() < 50
-    # x_0 loses nothing, but eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab) magnifies rounding
+    # x_0 inside [-1, 1] is unchanged, but eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab) rounds
     atol = 3e-7 / np.sqrt(row.one_minus_alpha_bar)
     np.testing.assert_allclose(clipped.eps[inside], eps[inside], rtol=1e-6, atol=atol)
     assert clipped.log_variance is prediction.log_variance

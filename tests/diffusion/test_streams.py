@@ -1,4 +1,4 @@
-"""Seeds, keys and streams."""
+"""Seeds, keys and streams: no two seeds or streams share random numbers."""
 
 import itertools
 
@@ -16,8 +16,8 @@ def test_the_keys_of_small_seeds_are_those_of_jax(seed):
     np.testing.assert_array_equal(jax.random.key_data(seed_key(seed)), jax.random.key_data(key))
 
 
-def test_means_two_things_no_two_seeds_have_one_key():
-    """By jax.random.key all of a column would be the same."""
+def test_no_two_seeds_have_the_same_key():
+    """jax.random.key would give one key to seeds that are equal modulo 2^32."""
     seeds = [low + high * 2**32 for low in (0, 7) for high in (0, 1, 2, 2**30)]
     keys = {tuple(jax.random.key_data(seed_key(seed)).tolist()) for seed in seeds}
     assert len(keys) == len(seeds)
@@ -33,7 +33,7 @@ def test_seeds_out_of_range_are_named(seed):
 
 
 @pytest.mark.parametrize("generator", ["rbg", "unsafe_rbg"])
-def test_means_two_things_the_generator_is_not_jaxs_default(generator):
+def test_keys_do_not_depend_on_jaxs_default_generator(generator):
     before = jax.random.key_data(stream_key(3, Stream.TRAINING))
     with jax.default_prng_impl(generator):
         after = jax.random.key_data(stream_key(3, Stream.TRAINING))

@@ -1,4 +1,4 @@
-"""The draws of timesteps: their distribution, their weights, and the history of losses."""
+"""Timestep samplers: the distribution of timesteps, their weights, and the history of losses."""
 
 import functools
 import itertools
@@ -20,7 +20,7 @@ from diffusion_jax.diffusion.timesteps import (
 
 @functools.cache
 def drawn(name, num_batches, batch_size, num_timesteps):
-    """Rows of many batches: [num_batches, batch_size]."""
+    """The rows (timestep - 1) that are drawn for many batches: [num_batches, batch_size]."""
 
     def of_batch(key):
         indices = jnp.arange(batch_size)
@@ -44,7 +44,7 @@ def test_every_timestep_is_uniform(name, batch_size, num_timesteps):
     for of_example in position.T:
         chi_square = np.sum((np.bincount(of_example, minlength=num_timesteps) - expected) ** 2)
         chi_square /= expected
-        # of T - 1 degrees of freedom: mean T - 1, variance 2 (T - 1)
+        # chi-square with T - 1 degrees of freedom has mean T - 1 and variance 2 (T - 1)
         freedom = num_timesteps - 1
         assert chi_square <= freedom + 6 * np.sqrt(2 * freedom)
 
@@ -62,12 +62,12 @@ def test_low_discrepancy_takes_every_row_once(num_timesteps):
     np.testing.assert_array_equal(np.sort(position), np.tile(np.arange(num_timesteps), (200, 1)))
     # in order, wrapping around once
     np.testing.assert_array_equal(np.diff(position) % num_timesteps, 1 % num_timesteps)
-    assert len(np.unique(position[:, 0])) > 5  # from a random beginning
+    assert len(np.unique(position[:, 0])) > 5  # the first row is random
 
 
 @pytest.mark.parametrize(("batch_size", "num_timesteps"), [(12, 4), (7, 11)])
 def test_low_discrepancy_fills_every_stretch_evenly(batch_size, num_timesteps):
-    # of evenly spaced points any interval holds its share, rounded up or down
+    # An interval holds its share of evenly spaced points, rounded up or down
     for position in drawn("low_discrepancy", 200, batch_size, num_timesteps):
         for first, last in itertools.combinations(range(num_timesteps + 1), 2):
             share = batch_size * (last - first) / num_timesteps
@@ -75,8 +75,8 @@ def test_low_discrepancy_fills_every_stretch_evenly(batch_size, num_timesteps):
             assert np.floor(share - 1e-3) <= count <= np.ceil(share + 1e-3)
 
 
-def test_low_discrepancy_keeps_to_the_rows_at_the_end_of_the_interval(monkeypatch):
-    # an offset just under 1, as float32 has it
+def test_low_discrepancy_draws_no_row_outside_the_schedule(monkeypatch):
+    # the offsets 0 and the largest float32 number below 1
     for offset in (0.0, np.nextafter(np.float32(1), np.float32(0))):
         monkeypatch.setattr(jax.random, "uniform", lambda key, value=offset: jnp.float32(value))
         for num_timesteps in (1, 10, 1000, 4000):
@@ -89,15 +89,15 @@ def test_low_discrepancy_keeps_to_the_rows_at_the_end_of_the_interval(monkeypatc
 
 
 def history_of(losses, num_timesteps):
-    """iDDPM's way, one loss after the other: lists of the last ten."""
-    kept = [[] for _ in range(num_timesteps)]
+    """The last HISTORY losses of each timestep, one loss after the other as in iDDPM's code."""
+    history = [[] for _ in range(num_timesteps)]
     for row, loss in losses:
-        kept[row] = [*kept[row], loss][-HISTORY:]
-    return kept
+        history[row] = [*history[row], loss][-HISTORY:]
+    return history
 
 
 def test_the_history_has_the_last_losses_of_each_timestep():
-    """Also where a batch has more of a timestep than are remembered."""
+    """This holds too where a batch has more losses of one timestep than the history stores."""
     draws, state, fed = (
         np.random.default_rng(0),
         timesteps.TIMESTEP_SAMPLERS["importance"].init(5),
@@ -107,21 +107,25 @@ def test_the_history_has_the_last_losses_of_each_timestep():
         rows, losses = draws.integers(0, 4, size), draws.random(size).astype(np.float32)
         state = jax.jit(timesteps.update_history)(state, jnp.asarray(rows), jnp.asarray(losses))
         fed += zip(rows, losses)
-        for row, kept in enumerate(history_of(fed, 5)):
+        for row, history in enumerate(history_of(fed, 5)):
             assert state.counts[row] == sum(r == row for r, _ in fed)
             np.testing.assert_array_equal(
-                np.sort(state.losses[row])[HISTORY - len(kept) :], np.sort(kept)
+                np.sort(state.losses[row])[HISTORY - len(history) :], np.sort(history)
             )
 
 
 def warm(num_timesteps):
+    """A full history, with larger losses at later timesteps."""
     losses = np.random.default_rng(1).random((num_timesteps, HISTORY)).astype(np.float32)
     losses *= np.linspace(0.1, 3, num_timesteps, dtype=np.float32)[:, None]
     return LossHistory(jnp.asarray(losses), jnp.full(num_timesteps, HISTORY))
 
 
 def test_importance_is_the_root_of_the_second_moment():
-    """iDDPM eq. 18, with the share of the uniform distribution that its code mixes in."""
+    """iDDPM eq. 18, mixed with the uniform distribution as in its code.
+
+    It is uniform while any timestep's history is not full, and if all losses are 0.
+    """
     state = warm(20)
     moment = np.sqrt(np.mean(np.float64(state.losses) ** 2, axis=1))
     expected = (1 - UNIFORM_SHARE) * moment / moment.sum() + UNIFORM_SHARE / 20
@@ -133,7 +137,7 @@ def test_importance_is_the_root_of_the_second_moment():
     np.testing.assert_allclose(timesteps.importance_probabilities(nothing), 1 / 20, rtol=1e-6)
 
 
-def test_importance_draws_what_it_says_and_its_weights_undo_that():
+def test_importance_draws_from_its_probabilities_and_the_weights_undo_them():
     state, size, num_timesteps = warm(20), 200_000, 20
     keys = jax.random.split(jax.random.key(0), size)
     draw = TimestepDraw(keys[0], keys, jnp.arange(size), size)
@@ -143,7 +147,7 @@ def test_importance_draws_what_it_says_and_its_weights_undo_that():
     chi_square = np.sum((np.bincount(rows, minlength=num_timesteps) - expected) ** 2 / expected)
     assert chi_square < 19 + 6 * np.sqrt(2 * 19)
     np.testing.assert_allclose(weights, 1 / (num_timesteps * p[rows]), rtol=1e-5)
-    # the weighted mean of any f(t) is its plain mean; its variance is known
+    # The weighted mean of any f(t) is an unbiased estimate of its plain mean
     f = np.arange(num_timesteps) ** 2.0
     values = f[rows] * np.float64(weights)
     assert abs(values.mean() - f.mean()) < 5 * values.std() / np.sqrt(size)

@@ -1,4 +1,4 @@
-"""The variances of the reverse steps."""
+"""The variances of the reverse steps against the formulas of DDPM and iDDPM."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,18 +13,18 @@ def test_the_fixed_variances_are_the_two_choices_of_ddpm():
     betas = cosine_betas(10)
     row = columns(betas)
     expected = {"beta": betas, "posterior": row.beta * row.noise_prev / row.noise}
-    # where beta~ is 0, at t = 1, it has no logarithm: the row alone falls back on beta
+    # At t = 1 beta~ is 0 and has no logarithm; an unclipped schedule uses beta there
     expected["posterior"][0] = betas[0]
     for name, values in expected.items():
         found = VARIANCES[name].log_variance(schedules.from_betas(betas), None)
         np.testing.assert_allclose(np.exp(found), values, rtol=1e-5)
-    # beta~ < beta: the entropies of a point mass and of N(0, I) bound the true one (DDPM 3.2)
+    # beta~ < beta: they are optimal for x_0 a point and for x_0 ~ N(0, I) (DDPM section 3.2)
     assert np.all(expected["posterior"][1:] < expected["beta"][1:])
 
 
 @pytest.mark.parametrize("name", BETAS)
 def test_the_learned_range_is_the_interpolation_of_iddpm(name):
-    """Eq. 15, with the clipped beta~ of its code: the value of t = 2 at t = 1."""
+    """iDDPM eq. 15, with beta~ at t = 1 replaced by its value at t = 2, as in their code."""
     betas = BETAS[name](100)
     row = columns(betas)
     posterior = row.posterior_variance
@@ -37,7 +37,7 @@ def test_the_learned_range_is_the_interpolation_of_iddpm(name):
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_the_learned_one_is_the_output_itself():
+def test_the_learned_log_variance_is_the_output_itself():
     output = jnp.linspace(-3, 2, 7)
     np.testing.assert_array_equal(
         VARIANCES["learned"].log_variance(schedules.cosine(7), output), output

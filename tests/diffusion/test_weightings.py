@@ -1,4 +1,4 @@
-"""Weightings against the papers that define them, and the exact weights against KLs."""
+"""Weightings against the papers that define them, and the weights of the bound against KLs."""
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,14 @@ SNR = np.float64(SCHEDULE.alpha_bar) / np.float64(SCHEDULE.one_minus_alpha_bar)
 
 
 def of_prediction(weighting, kind, variance="posterior"):
-    """The weight of the error of a prediction at every row but the first, in float64."""
+    """The weight of the squared error of a prediction at every row, in float64."""
     gain = PREDICTIONS[kind].gain(SCHEDULE)
     log_variance = VARIANCES[variance].log_variance(SCHEDULE, None)
     return np.float64(weighting(SCHEDULE, gain, log_variance) / gain**2)
 
 
 def normal_kl(mean_1, variance_1, mean_2, variance_2):
-    """KL of two Gaussians, written down directly, in float64."""
+    """KL of two Gaussians in float64."""
     mean_1, variance_1, mean_2, variance_2 = map(
         np.float64, (mean_1, variance_1, mean_2, variance_2)
     )
@@ -41,7 +41,10 @@ def normal_kl(mean_1, variance_1, mean_2, variance_2):
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("name", BETAS)
 def test_the_exact_weight_times_the_error_is_the_kl(kind, variance, name):
-    """For a random network and every t >= 2, the variance's part of the KL apart."""
+    """For random predictions and t >= 2 the product is the KL of two means with one variance.
+
+    Adding the KL's term of the variances gives the whole L_{t-1}.
+    """
     betas = BETAS[name](1000)
     schedule, row = schedules.from_betas(betas), columns(betas)
     draws = np.random.default_rng(0)
@@ -54,10 +57,10 @@ def test_the_exact_weight_times_the_error_is_the_kl(kind, variance, name):
         "mu": lambda x_0, eps: (x_t - row.beta / np.sqrt(row.noise) * eps) / np.sqrt(row.alpha),
         "score": lambda x_0, eps: -eps / np.sqrt(row.noise),
     }[kind]
-    # what the network says of x_0, and the eps that goes with it
-    said = 0.3 * output
-    said_eps = (x_t - np.sqrt(row.alpha_bar) * said) / np.sqrt(row.noise)
-    error = encode(x_0, eps) - encode(said, said_eps)
+    # the predicted x_0, and the eps that belongs to it
+    guess = 0.3 * output
+    guess_eps = (x_t - np.sqrt(row.alpha_bar) * guess) / np.sqrt(row.noise)
+    error = encode(x_0, eps) - encode(guess, guess_eps)
 
     log_variance = np.float64(
         VARIANCES[variance].log_variance(schedule, jnp.asarray(of_variance, jnp.float32))
@@ -69,14 +72,14 @@ def test_the_exact_weight_times_the_error_is_the_kl(kind, variance, name):
         of_x_0 = np.sqrt(row.alpha_bar_prev) * row.beta / row.noise
         return of_x_0 * x_0 + np.sqrt(row.alpha) * row.noise_prev / row.noise * x_t
 
-    kl = normal_kl(mean(x_0), np.exp(log_variance), mean(said), np.exp(log_variance))
+    kl = normal_kl(mean(x_0), np.exp(log_variance), mean(guess), np.exp(log_variance))
     np.testing.assert_allclose((weight * error**2)[1:], kl[1:], rtol=1e-5)
-    # and with the variance's part it is the whole term, to the rounding of the sum
+    # with the term of the variances it is the whole L_{t-1}, up to rounding of the sum
     with np.errstate(divide="ignore"):
-        whole = normal_kl(mean(x_0), row.posterior_variance, mean(said), np.exp(log_variance))
+        whole = normal_kl(mean(x_0), row.posterior_variance, mean(guess), np.exp(log_variance))
     clipped = schedules.clip_posterior_variance(schedule)
     term = likelihood.variational_term(
-        clipped, *(jnp.float32(a) for a in (x_0, said, log_variance)), None
+        clipped, *(jnp.float32(a) for a in (x_0, guess, log_variance)), None
     )
     np.testing.assert_allclose(term[1:], whole[1:], rtol=1e-5, atol=1e-6)
 
@@ -94,11 +97,11 @@ def test_the_x_0_weight_at_the_posterior_variance_is_half_the_drop_of_the_snr(na
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
-def test_simple_is_one(kind):
+def test_the_simple_weight_is_one(kind):
     np.testing.assert_array_equal(of_prediction(WEIGHTINGS["simple"](), kind), 1)
 
 
-# What the papers print, for the prediction that each is about.
+# The weights that the papers print, for the prediction that each paper uses.
 PAPERS = {
     "Salimans & Ho: SNR on x_0 is eps's simple loss": ("snr", {}, "eps", np.ones(T)),
     "Salimans & Ho: truncated, on x_0": ("truncated_snr", {}, "x_0", np.maximum(SNR, 1)),
@@ -121,30 +124,30 @@ def test_weightings_are_those_of_the_papers(paper):
 
 
 @pytest.mark.parametrize("name", [name for name in WEIGHTINGS if name != "simple"])
-def test_pairs_that_mean_the_same_are_equal(name):
-    """One and the same guess of x_0 has the same loss, however it is written down."""
+def test_the_loss_of_a_guess_of_x_0_does_not_depend_on_the_prediction(name):
+    """A guess of x_0 has the same loss whether it is encoded as eps, x_0, v, mu or score."""
     draws = jax.random.normal(jax.random.key(0), (3, T, 5))
-    x_0, eps, said = draws
+    x_0, eps, guess_x_0 = draws
     losses = {}
     for kind, parametrisation in PREDICTIONS.items():
 
-        def loss(row, x_0, eps, said, parametrisation=parametrisation):
+        def loss(row, x_0, eps, guess_x_0, parametrisation=parametrisation):
             x_t = process.q_sample(row, x_0, eps)
-            guess = Prediction(said, process.eps_of_x_0(row, x_t, said))
+            guess = Prediction(guess_x_0, process.eps_of_x_0(row, x_t, guess_x_0))
             truth = Prediction(x_0, eps)
             miss = parametrisation.encode(row, truth, x_t) - parametrisation.encode(row, guess, x_t)
             gain = parametrisation.gain(row)
             log_variance = VARIANCES["posterior"].log_variance(row, None)
             return WEIGHTINGS[name]()(row, gain, log_variance) / gain**2 * jnp.mean(miss**2)
 
-        losses[kind] = jax.vmap(loss)(SCHEDULE, x_0, eps, said)
+        losses[kind] = jax.vmap(loss)(SCHEDULE, x_0, eps, guess_x_0)
     for kind, found in losses.items():
         np.testing.assert_allclose(found, losses["x_0"], rtol=5e-4, err_msg=kind)
 
 
 def test_denoising_score_matching_is_the_simple_loss_of_the_score():
-    """E |s - grad log q(x_t|x_0)|^2, and 1/(1 - alpha_bar) times that of eps (Vincent 2011)."""
-    x_0, eps, said = jax.random.normal(jax.random.key(0), (3, T, 5))
+    """E |s - grad log q(x_t|x_0)|^2 (Vincent 2011) is 1/(1 - alpha_bar) times the loss of eps."""
+    x_0, eps, guess_x_0 = jax.random.normal(jax.random.key(0), (3, T, 5))
     x_t = jax.vmap(process.q_sample)(SCHEDULE, x_0, eps)
 
     def loss(kind, output):
@@ -171,12 +174,12 @@ def test_denoising_score_matching_is_the_simple_loss_of_the_score():
         return -jnp.sum((x_t - jnp.sqrt(row.alpha_bar) * x_0) ** 2) / (2 * row.one_minus_alpha_bar)
 
     noise = np.float64(SCHEDULE.one_minus_alpha_bar)
-    score = -said / np.sqrt(noise)[:, None]
+    score = -guess_x_0 / np.sqrt(noise)[:, None]
     truth = jax.vmap(jax.grad(log_q))(x_t, SCHEDULE, x_0)
     expected = np.mean((np.float64(score) - np.float64(truth)) ** 2, axis=1)
     np.testing.assert_allclose(loss("score", jnp.float32(score)), expected, rtol=2e-3)
     np.testing.assert_allclose(
-        loss("score", jnp.float32(score)), loss("eps", said) / noise, rtol=1e-5
+        loss("score", jnp.float32(score)), loss("eps", guess_x_0) / noise, rtol=1e-5
     )
 
 

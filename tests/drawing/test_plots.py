@@ -1,3 +1,5 @@
+"""Pictures: schedule cards, image grids, animations, points and the terms of a bound."""
+
 import os
 import subprocess
 import sys
@@ -32,8 +34,9 @@ def random_images(*shape):
 
 
 def card(tmp_path, schedule, levels=256, num_clipped=0):
+    """The lines of a schedule's description, {name: text}, and the path of its picture."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nothing may divide by zero or take log(0) unawares
+        warnings.simplefilter("error")  # a division by zero or a log(0) is an error
         text = plots.describe_schedule(schedule, levels, num_clipped, "a title")
         plots.schedule_card(schedule, levels, "a title", tmp_path / "card.png")
     return dict(line.split(maxsplit=1) for line in text.splitlines()), tmp_path / "card.png"
@@ -61,12 +64,12 @@ def test_card_of_the_cosine_schedule_shows_the_papers_numbers(tmp_path):
     assert lines["schedule"] == "a title"
 
 
-# Every schedule that numbers alone determine; from_betas needs the user's array.
+# Every schedule except from_betas, which needs the user's array.
 NAMES = sorted(set(schedules.SCHEDULES) - {"from_betas"})
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_card_agrees_with_any_schedule(tmp_path, name):
+def test_the_numbers_of_a_card_are_those_of_its_schedule(tmp_path, name):
     schedule = schedules.SCHEDULES[name](100)
     lines, path = card(tmp_path, schedule, levels=17)
     alpha_bar = np.asarray(schedule.alpha_bar, np.float64)
@@ -90,7 +93,7 @@ def test_card_of_the_shortest_and_of_long_schedules(tmp_path, name, num_timestep
     assert lines["clipped"].endswith(f"of {num_timesteps} betas")
 
 
-def test_card_of_zero_terminal_snr_has_no_end_but_is_drawn(tmp_path):
+def test_card_of_zero_terminal_snr_is_drawn_with_an_infinite_log_snr(tmp_path):
     schedule = schedules.zero_terminal_snr(schedules.cosine(50))
     lines, _ = card(tmp_path, schedule)
     assert lines["alpha_bar_T"] == "0 (zero terminal SNR)"
@@ -98,7 +101,7 @@ def test_card_of_zero_terminal_snr_has_no_end_but_is_drawn(tmp_path):
     assert lines["SNR"].endswith("to -inf)")
 
 
-def test_card_without_pixels_names_no_bin(tmp_path):
+def test_card_of_data_without_pixels_names_no_pixel_bin(tmp_path):
     lines, _ = card(tmp_path, schedules.cosine(10), levels=None)
     assert "1/" not in lines["sqrt(beta_1)"]
 
@@ -115,7 +118,7 @@ def test_importing_plots_does_not_import_matplotlib():
 
 
 def cells(grid, height, width, columns, scale):
-    """The images of a grid, cut out of the picture and reduced to their own size."""
+    """The images of a grid, each cut out of the picture and reduced to its original size."""
     pixels = np.asarray(grid)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
@@ -125,7 +128,7 @@ def cells(grid, height, width, columns, scale):
         for left in range(0, pixels.shape[1], across):
             cell = pixels[top : top + height * scale, left : left + width * scale]
             blocks = cell.reshape(height, scale, width, scale, -1)
-            assert (blocks == blocks[:, :1, :, :1]).all()  # whole pixels, nothing in between
+            assert (blocks == blocks[:, :1, :, :1]).all()  # each pixel is a block of one colour
             yield blocks[:, 0, :, 0]
 
 
@@ -197,7 +200,7 @@ def test_animation_read_back(tmp_path, suffix, channels):
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".png"])
-def test_a_still_lasts_as_long_as_its_frames(tmp_path, suffix):
+def test_equal_frames_last_as_long_as_separate_ones(tmp_path, suffix):
     frames = random_images(1, 2, 8, 8, 1).repeat(6, axis=0)
     frames[0] = 255 - frames[0]
     path = tmp_path / f"still{suffix}"
@@ -256,7 +259,7 @@ def test_labels_are_black_on_white_and_whole():
         text = texts[top : top + COMFORTABLE_PIXELS]
         assert text.min() < 32
         ink.append((text < 128).sum())
-        # a margin on every side: nothing is cut off
+        # A white margin on every side shows that nothing is cut off
         edges = [text[:3], text[-3:], text[:, :3], text[:, -3:]]
         assert all((edge == 255).all() for edge in edges)
     assert min(ink) > 30
@@ -276,7 +279,7 @@ def test_a_label_higher_than_its_images_is_not_cut_off():
     np.testing.assert_array_equal(text[: heights[0], : expected.shape[1]], expected)
 
 
-def test_grey_rows_stand_beside_colour_ones():
+def test_a_labelled_grid_can_mix_grey_and_colour_rows():
     masks, images = random_images(2, 64, 64, 1), random_images(2, 64, 64, 3)
     for rows in ([masks, images], [images, masks]):
         grid = labelled_grid(rows, ["a", "b"])
@@ -355,6 +358,7 @@ def test_labelled_animation_refuses(tmp_path, animations, titles, path, message)
 
 
 def dark_centre(picture, colour_difference):
+    """The mean (column, row) of the pixels where ``colour_difference`` is large."""
     rows, columns = np.nonzero(colour_difference(picture.astype(int)) > 30)
     return columns.mean(), rows.mean()
 
@@ -398,7 +402,7 @@ def test_pictures_of_points_animate(tmp_path):
 
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_the_terms_of_a_bound_are_drawn(tmp_path, zero_snr):
-    """Also where L_0 is next to nothing, one term is 0, an error unknown or log SNR infinite."""
+    """This works too if L_0 is tiny, a term is 0, an error is NaN, or a log SNR is infinite."""
     bits = np.array([1e-17, 0.5, 0.2, 0.0, 1e-3])
     log_snr = np.array([9.0, 5.0, 1.0, -3.0, -np.inf if zero_snr else -9.0])
     error = np.array([1e-17, 0.1, np.nan, 0.0, 1e-4])

@@ -1,4 +1,4 @@
-"""Evaluations as a process, and of data whose bits are known."""
+"""Evaluation: as a process that may be killed, and of data whose bits/dim are known exactly."""
 
 import csv
 import functools
@@ -37,7 +37,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def trained(data_dir, tmp_path_factory):
-    """A model of digits with a learned variance: its fields and its folder."""
+    """The fields and the folder of a model of the digits with a learned variance."""
     folder = tmp_path_factory.mktemp("evaluated")
     fields = DIGITS | {
         "dataset.data_dir": data_dir,
@@ -50,7 +50,7 @@ def trained(data_dir, tmp_path_factory):
 
 
 def start(trained, workdir, log, **changes):
-    """An evaluation of a trained model, in a folder with the same checkpoints."""
+    """Start an evaluation of a trained model, in a folder that links to its checkpoints."""
     fields, source = trained
     if not workdir.exists():
         workdir.mkdir()
@@ -66,6 +66,7 @@ def report(workdir):
 
 @pytest.fixture(scope="module")
 def evaluated(trained, tmp_path_factory):
+    """The folder and the result of an evaluation that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     done = start(trained, folder / "run", folder / "log").wait()
     assert done.code == 0, done.stderr
@@ -113,8 +114,8 @@ def test_neither_batches_nor_devices_change_the_bits(trained, evaluated, tmp_pat
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_numbers(trained, evaluated, tmp_path):
-    """kill -9 after the first batch; the second start says that it goes on."""
+def test_a_killed_evaluation_resumes_and_ends_with_the_same_numbers(trained, evaluated, tmp_path):
+    """After kill -9 the same command continues; another evaluation begins again."""
     workdir = tmp_path / "run"
     first = start(trained, workdir, tmp_path / "log")
     first.wait_for(workdir / "evaluation.npz")
@@ -136,10 +137,10 @@ def test_a_stratified_budget_estimates_the_whole_bound(trained, evaluated, tmp_p
     assert done.code == 0, done.stderr
     found, whole = report(tmp_path / "run"), report(evaluated[0])
     assert found["num_timesteps_per_example"] == 4
-    assert found["terms"]["L_0"] == whole["terms"]["L_0"]  # t = 1 is a stratum of its own
+    assert found["terms"]["L_0"] == whole["terms"]["L_0"]  # t = 1 is always its own stratum
     gap = abs(found["bits_per_dim"] - whole["bits_per_dim"])
     assert 0 < gap < 5 * np.hypot(found["standard_error"], whole["standard_error"])
-    for name in ("mse_x_0", "mse_eps"):  # every timestep counts alike, drawn or not
+    for name in ("mse_x_0", "mse_eps"):  # each stratum is weighted by its number of timesteps
         np.testing.assert_allclose(found[name], whole[name], rtol=0.2)
 
 
@@ -167,7 +168,10 @@ def test_bad_evaluations_are_one_line(trained, tmp_path):
 
 
 def test_points_are_never_clipped_and_ctrl_c_is_one_line(tmp_path):
-    """The data of toy2d reach beyond [-1, 1]; and an evaluation that is interrupted goes on."""
+    """x_0 of toy2d, which reaches beyond [-1, 1], is not clipped.
+
+    Ctrl-C ends an evaluation with one line, and a damaged evaluation.npz is replaced.
+    """
     workdir = tmp_path / "run"
     assert run(arguments(workdir, TOY2D), tmp_path / "log").code == 0
     fields = TOY2D | {
@@ -195,7 +199,10 @@ def test_points_are_never_clipped_and_ctrl_c_is_one_line(tmp_path):
 
 
 def test_a_term_that_is_not_finite_is_named(tmp_path):
-    """A network that is certain of what is wrong; nothing of it is kept."""
+    """The error names the image and the timestep, and no file is written.
+
+    The network predicts a wrong x_0 with a tiny variance.
+    """
     plan = _plan(num_examples=8, num_timesteps=10, batch_size=8)
     schedule = schedules.cosine(10)
 
@@ -216,8 +223,8 @@ def test_a_term_that_is_not_finite_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["prior", "flow", *Terms._fields])
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
-def test_not_finite_number_never_gets_into_the_sums(tmp_path, name, value):
-    """Whatever it is the number of: one line that names it and the image."""
+def test_a_number_that_is_not_finite_never_gets_into_the_sums(tmp_path, name, value):
+    """Every quantity is checked; the error is one line that names the quantity and the image."""
     flow = FlowPlan(num_examples=6, num_steps=1, solver="rk4", divergence="exact")
     sums = Sums(_plan(num_examples=6, num_timesteps=4, batch_size=3, flow=flow), 4)
     before = {field: array.copy() for field, array in sums.arrays.items()}
@@ -225,14 +232,14 @@ def test_not_finite_number_never_gets_into_the_sums(tmp_path, name, value):
     add = functools.partial(sums.set, name, images, wrong)
     if name in Terms._fields:
         terms = Terms(*np.ones((3, 2, 3)))._replace(**{name: np.stack([wrong, wrong])})
-        # the second stratum only fills up the call: what it has does not matter
+        # The second stratum of the call is padding of size 0, so its values do not matter
         add = functools.partial(sums.add, images, np.eye(2, 3, 1, int), terms, np.array([3, 0]))
     with pytest.raises(NonFiniteLossError, match=rf"^image 4.*{NAMES[name]}.* {value}") as error:
         add()
     assert len(str(error.value).splitlines()) == 1
     for field, array in sums.arrays.items():
         np.testing.assert_array_equal(array, before[field])
-    # nor out of a file, where a version that did not look may have left it
+    # A file of an earlier version, which did not check, may contain such a number
     sums.arrays["prior"][4] = value
     sums.save(tmp_path / "evaluation.npz", "the same")
     sums.arrays = before
@@ -242,7 +249,7 @@ def test_not_finite_number_never_gets_into_the_sums(tmp_path, name, value):
 
 @pytest.mark.slow
 def test_importance_sampling_and_the_bound_train(tmp_path):
-    """A run of L_vlb with importance sampling, stopped and gone on with, is one run."""
+    """A run of L_vlb with importance sampling gives the same state if it is stopped and resumed."""
     fields = TOY2D | {
         "loss.weighting": "vlb",
         "loss.variance": "learned",
@@ -259,7 +266,7 @@ def test_importance_sampling_and_the_bound_train(tmp_path):
     assert arrays["timestep_state/counts"].sum() == 40 * 16
     assert arrays["timestep_state/losses"].any()
     assert_same(arrays, checkpoint(tmp_path / "parts"))
-    # one device draws the same timesteps and remembers the same losses
+    # One device draws the same timesteps and stores the same losses
     done = run(arguments(tmp_path / "alone", fields | {"num_devices": 1}), tmp_path / "log")
     assert done.code == 0, done.stderr
     alone = checkpoint(tmp_path / "alone")
@@ -268,13 +275,13 @@ def test_importance_sampling_and_the_bound_train(tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
-# --- data whose bits are known --------------------------------------------------------------
+# --- data whose bits/dim are known ----------------------------------------------------------
 
 MEAN, VARIANCE = 0.3, 0.2
 
 
 def of_gaussian(schedule):
-    """The exact reverse chain of Gaussian data as a network with a learned variance."""
+    """A network that gives the exact reverse chain of Gaussian data, with a learned variance."""
     predict = gaussian(MEAN, VARIANCE)
 
     def of_point(x_t, t):
@@ -295,7 +302,7 @@ def of_gaussian(schedule):
 
 @pytest.mark.parametrize("num_timesteps", [10, 100])
 def test_the_bound_of_the_exact_chain_is_the_entropy(tmp_path, num_timesteps):
-    """Evaluated as main.py does, over points of N(0.3, 0.2): and the flow has it as well."""
+    """The bound and the flow of points from N(0.3, 0.2) are the entropy, as main.py evaluates."""
     schedule = schedules.cosine(num_timesteps)
     points = MEAN + np.sqrt(VARIANCE) * np.random.default_rng(0).standard_normal((512, 8))
     points = points.astype(np.float32)
@@ -313,7 +320,7 @@ def test_the_bound_of_the_exact_chain_is_the_entropy(tmp_path, num_timesteps):
     assert abs(flow["bits_per_dim"] - entropy) < 4 * flow["standard_error"]
 
 
-def test_strata_cover_every_timestep_once_and_keep_the_first_apart():
+def test_strata_cover_every_timestep_once_and_t_1_alone():
     for num_timesteps, budget in itertools.product((2, 3, 10, 1000), (2, 3, 7, 10, 50, 1000)):
         if budget > num_timesteps:
             continue
@@ -327,7 +334,7 @@ def test_strata_cover_every_timestep_once_and_keep_the_first_apart():
 
 def test_draws_are_uniform_in_each_stratum():
     schedule, size = schedules.cosine(10), 3000
-    strata = stratify(10, 3)  # rows 0, 1..4 or 5, the rest
+    strata = stratify(10, 3)  # row 0, then two strata that share the other nine rows
     network = Network(of_gaussian(schedule), _objective())
     examples = Examples(
         x_0=jnp.zeros((size, 1)), label=None, indices=jnp.arange(size), batch_size=size
@@ -336,10 +343,10 @@ def test_draws_are_uniform_in_each_stratum():
     on_device = Strata(*map(jnp.asarray, strata))
     positions, _ = bound_terms(*inputs, strata=on_device, clip_x_0=False)
     for drawn, first, count in zip(np.asarray(positions), strata.first, strata.size):
-        seen = np.bincount(drawn - first, minlength=count)
-        assert len(seen) == count
+        counts = np.bincount(drawn - first, minlength=count)
+        assert len(counts) == count
         expected = size / count
-        assert np.sum((seen - expected) ** 2 / expected) <= count - 1 + 6 * np.sqrt(2 * count)
+        assert np.sum((counts - expected) ** 2 / expected) <= count - 1 + 6 * np.sqrt(2 * count)
 
 
 def _plan(**fields):

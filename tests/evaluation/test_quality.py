@@ -1,4 +1,4 @@
-"""Distances against closed forms, intervals against known truths, the classifier on real digits."""
+"""Distances against closed forms, intervals against known values, the classifier on the digits."""
 
 import functools
 import json
@@ -41,7 +41,7 @@ def load(name, folder, archives=None):
 
 
 def with_moments(mean, covariance, n=100, seed=0):
-    """Samples whose own mean and covariance are exactly these."""
+    """Samples whose empirical mean and covariance are exactly these."""
     x = np.random.default_rng(seed).normal(size=(n, len(mean)))
     x -= x.mean(axis=0)
     x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T
@@ -59,7 +59,7 @@ def covariance(d, seed):
 
 @pytest.mark.parametrize("variances", [([1, 2, 3], [4, 1, 3]), ([1, 0, 4], [0, 3, 0])])
 def test_frechet_of_independent_features(variances):
-    """Per feature (mu_1 - mu_2)^2 + (sigma_1 - sigma_2)^2; also where variances are zero."""
+    """The distance is the sum of (mu_1 - mu_2)^2 + (sigma_1 - sigma_2)^2, also at zero variance."""
     mean = np.array([0.3, -2.0, 1.0])
     x, y = (with_moments(m, np.diag(v), seed=len(m)) for m, v in zip((mean, 0 * mean), variances))
     roots = np.sqrt(variances)
@@ -69,7 +69,7 @@ def test_frechet_of_independent_features(variances):
 
 @pytest.mark.parametrize("d", [2, 7])
 def test_frechet_of_correlated_features(d):
-    """tr (S_1 S_2)^{1/2} from the eigenvalues of the product, which are real and positive."""
+    """The expected tr (S_1 S_2)^{1/2} comes from the real, positive eigenvalues of S_1 S_2."""
     s_1, s_2, mean = covariance(d, 0), covariance(d, 1), np.arange(d) / d
     x, y = with_moments(mean, s_1, seed=2), with_moments(np.zeros(d), s_2, seed=3)
     overlap = np.sqrt(np.linalg.eigvals(s_1 @ s_2).real).sum()
@@ -82,14 +82,14 @@ def test_frechet_of_correlated_features(d):
 
 
 @pytest.mark.parametrize("n", [10, 300])
-def test_frechet_is_zero_of_a_set_to_itself(n):
-    """Also of fewer samples than features, and of float32."""
+def test_frechet_distance_of_a_set_to_itself_is_zero(n):
+    """This holds for fewer samples than features too, and for float32 features."""
     x = np.random.default_rng(0).normal(size=(n, 40)).astype(np.float32)
     assert 0 <= frechet_distance(x, x) < 1e-10
 
 
 @pytest.mark.parametrize("n", [20, 60])
-def test_frechet_is_that_of_rotated_and_moved_sets(n):
+def test_frechet_does_not_change_if_both_sets_are_rotated_and_shifted(n):
     source = np.random.default_rng(0)
     x, y = source.normal(size=(n, 30)), 1.3 * source.normal(size=(n, 30)) + 0.2
     rotation, _ = np.linalg.qr(source.normal(size=(30, 30)))
@@ -98,7 +98,7 @@ def test_frechet_is_that_of_rotated_and_moved_sets(n):
     assert after == pytest.approx(before, rel=1e-8)
 
 
-def test_frechet_has_the_bias_that_its_docstring_tells():
+def test_frechet_has_the_bias_that_its_docstring_states():
     d, n = 64, 2000
     reference = with_moments(np.zeros(d), np.eye(d))
     found = frechet_distance(np.random.default_rng(0).normal(size=(n, d)), reference)
@@ -121,7 +121,7 @@ def test_kernel_is_the_double_sum():
     assert kernel_distance(x, y) == pytest.approx(exact, rel=1e-10)
 
 
-def test_kernel_does_not_depend_on_how_it_is_cut(monkeypatch):
+def test_kernel_does_not_depend_on_the_size_of_its_blocks(monkeypatch):
     x, y = np.random.default_rng(0).normal(size=(2, 50, 3))
     whole = kernel_distance(x, y)
     monkeypatch.setattr(distances, "BLOCK", 7)
@@ -130,7 +130,7 @@ def test_kernel_does_not_depend_on_how_it_is_cut(monkeypatch):
 
 @pytest.mark.parametrize("shift", [0.0, 0.5])
 def test_kernel_is_unbiased(shift):
-    """Of one feature it is the sum over k of binom(3, k) times the squared gap of moment k."""
+    """For one feature its expectation is the sum of binom(3, k) (gap of the k-th moments)^2."""
     source = np.random.default_rng(0)
     moments = [1, shift, 1 + shift**2, shift**3 + 3 * shift]
     exact = sum(comb(3, k) * (moments[k] - m) ** 2 for k, m in enumerate([1, 0, 1, 0]))
@@ -146,6 +146,7 @@ def test_kernel_is_unbiased(shift):
 
 
 def simulate(distance, draw, reference, num_draws=50, **kwargs):
+    """The values, low ends and high ends of the intervals of many draws."""
     found = [
         with_interval(distance, draw(seed), reference, seed=seed, **kwargs)
         for seed in range(num_draws)
@@ -154,11 +155,12 @@ def simulate(distance, draw, reference, num_draws=50, **kwargs):
 
 
 def covers(truth, low, high):
+    """The fraction of intervals that contain the true value."""
     return np.mean((low <= truth) & (truth <= high))
 
 
-def test_the_interval_of_a_frechet_distance_holds_the_truth():
-    """The bias of the distance itself is as large as the interval is wide."""
+def test_the_interval_of_a_frechet_distance_contains_the_true_value():
+    """The plain distance has a bias; the interval corrects it."""
     d, n = 12, 150
     reference = with_moments(np.zeros(d), np.eye(d))
 
@@ -171,11 +173,11 @@ def test_the_interval_of_a_frechet_distance_holds_the_truth():
     assert covers(truth, low, high) >= 0.86
     assert np.mean(np.array(plain) - truth) > 4 * np.std(value) / np.sqrt(len(value))
     assert np.mean(value) == pytest.approx(truth, abs=0.15 * (np.mean(plain) - truth))
-    # and is no wider than chance is
+    # The width is that of the sampling distribution
     assert np.mean(high - low) == pytest.approx(2 * 1.96 * np.std(value), rel=0.3)
 
 
-def test_the_interval_of_equal_distributions_holds_zero():
+def test_the_interval_of_equal_distributions_contains_zero():
     d = 8
     reference = with_moments(np.zeros(d), np.eye(d))
 
@@ -187,8 +189,8 @@ def test_the_interval_of_equal_distributions_holds_zero():
     assert np.mean(value) == pytest.approx(0, abs=0.2 * (d + d * (d + 1) / 4) / 120)
 
 
-def test_the_interval_of_a_kernel_distance_holds_the_truth():
-    """Of one feature all of it follows from the moments; the reference is as it is."""
+def test_the_interval_of_a_kernel_distance_contains_the_true_value():
+    """For one feature and a fixed reference the true value follows from the moments."""
     reference = np.random.default_rng(0).uniform(-1, 1, size=(300, 1))
     m, shift = len(reference), 0.4
     moments = [1, shift, 1 / 3 + shift**2, shift**3 + shift]
@@ -213,7 +215,7 @@ def test_the_interval_of_a_kernel_distance_holds_the_truth():
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_a_level_is_kept_apart_from_others(distance):
+def test_a_higher_level_gives_a_wider_interval_of_the_same_value(distance):
     x, y = np.random.default_rng(0).normal(size=(2, 80, 3))
     estimate = functools.partial(with_interval, distance, x + 0.3, y, num_resamples=200)
     narrow, wide = estimate(seed=0, level=0.5), estimate(seed=0, level=0.9)
@@ -221,12 +223,12 @@ def test_a_level_is_kept_apart_from_others(distance):
     assert narrow.value == wide.value
     assert estimate(seed=0, level=0.5) == narrow
     assert estimate(seed=1, level=0.5) != narrow
-    # no more than the correction away from the distance itself
+    # The value differs from the plain distance by the bias correction alone
     assert narrow.value == pytest.approx(DISTANCES[distance](x + 0.3, y), rel=0.5)
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_pairs_tell_arms_apart_that_lie_close_together(distance):
+def test_pairing_separates_arms_that_are_close_together(distance):
     d, n = 4, 200
     reference = with_moments(np.zeros(d), np.eye(d))
     source = np.random.default_rng(0)
@@ -242,7 +244,7 @@ def test_pairs_tell_arms_apart_that_lie_close_together(distance):
     assert paired.high - paired.low < 0.4 * combined
     assert unpaired.high - unpaired.low == pytest.approx(combined, rel=0.4)
     assert paired.low > 0
-    # the same resamples, so that the values are those of the arms
+    # The resamples are the same, so the value is the difference of the values of the arms
     assert paired.value == pytest.approx(alone[0].value - alone[1].value, rel=1e-9)
     swapped = paired_difference(distance, b, a, reference, seed=0, num_resamples=100)
     np.testing.assert_allclose(swapped, (-paired.value, -paired.high, -paired.low), rtol=1e-9)
@@ -250,7 +252,7 @@ def test_pairs_tell_arms_apart_that_lie_close_together(distance):
     assert same == (0, 0, 0)
 
 
-def test_the_interval_of_a_difference_holds_the_truth():
+def test_the_interval_of_a_difference_contains_the_true_value():
     d, n = 6, 150
     reference = with_moments(np.zeros(d), np.eye(d))
     truth = d * (0.2**2 - 0.1**2)
@@ -280,7 +282,7 @@ X = np.random.default_rng(0).normal(size=(30, 2))
         (lambda: with_interval("kernel", X, X, seed=0, num_resamples=39), "40 or more"),
     ],
 )
-def test_what_cannot_be_is_refused(call, message):
+def test_impossible_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
@@ -296,7 +298,7 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def classifier(digits):
-    """Trained on small batches: what runs the tests is not compiled to be fast."""
+    """A classifier trained in few small steps, because code in the tests is not optimized."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classifier_module, "BATCH_SIZE", 16)
         patch.setattr(classifier_module, "MIN_STEPS", 320)
@@ -306,7 +308,7 @@ def classifier(digits):
 
 @pytest.fixture
 def few_digits(digits, monkeypatch):
-    """Digits on which a training takes four steps."""
+    """100 digits, and a classifier training of four steps."""
     monkeypatch.setattr(classifier_module, "MIN_STEPS", 4)
     some = Split(digits.train.images[:100], digits.train.labels[:100])
     return digits._replace(train=some)
@@ -369,7 +371,7 @@ def test_the_classifier_follows_from_the_seed(few_digits):
 
 @pytest.fixture
 def trained(classifier, monkeypatch):
-    """The seeds with which a classifier was trained, which here is always the same one."""
+    """The seeds of all classifier trainings; each training returns the same classifier."""
     seeds = []
 
     def train(dataset, seed):
@@ -382,14 +384,14 @@ def trained(classifier, monkeypatch):
 
 def test_a_classifier_is_trained_once(digits, classifier, trained, tmp_path, caplog):
     folder = tmp_path / "kept"
-    kept = load_classifier(digits, 0, folder)
+    first = load_classifier(digits, 0, folder)
     (path,) = folder.iterdir()
     before = path.stat().st_mtime_ns
     again = load_classifier(digits, 0, folder)
     assert trained == [0]
     assert path.stat().st_mtime_ns == before
     x_0 = x_0_of(digits.test, digits.levels)
-    np.testing.assert_array_equal(features(again, x_0), features(kept, x_0))
+    np.testing.assert_array_equal(features(again, x_0), features(first, x_0))
     assert again.test_accuracy == classifier.test_accuracy
     load_classifier(digits, 1, folder)
     assert trained == [0, 1]
@@ -407,6 +409,7 @@ def flip(position):
 
 
 def of_other_settings(path):
+    """Change the fingerprint of the settings in the file of a classifier."""
     with np.load(path) as file:
         arrays = dict(file)
     fingerprint = json.loads(str(arrays["fingerprint"]))
@@ -468,7 +471,7 @@ def without_labels(split):
         (lambda d: {"levels": None}, "points, not images"),
     ],
 )
-def test_sets_without_what_it_takes_are_refused(change, reason, digits, tmp_path):
+def test_sets_that_no_classifier_can_be_trained_on_are_refused(change, reason, digits, tmp_path):
     dataset = digits._replace(**change(digits))
     for call in (
         lambda: train_classifier(dataset, 0),
@@ -497,7 +500,7 @@ def test_real_images_are_closer_to_held_out_ones_than_noised_ones(
     name, accuracy, repository, tmp_path
 ):
     dataset = load(name, tmp_path, str(ARCHIVES / name))
-    # Trained by a process whose compiler optimises, which this one's does not.
+    # A process without this one's XLA_FLAGS trains it, with an optimizing compiler.
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     words = [sys.executable, "-c", TRAIN, name, str(tmp_path), str(tmp_path / "kept")]
     subprocess.run(words, check=True, cwd=repository, env=environment)
@@ -507,7 +510,7 @@ def test_real_images_are_closer_to_held_out_ones_than_noised_ones(
     assert path.stat().st_mtime_ns == before
     assert classifier.test_accuracy >= accuracy
     source = np.random.default_rng(0)
-    # Drawn at random: in MNIST the odd training images are unlike the even ones.
+    # Drawn at random, because in MNIST the odd training images differ from the even ones.
     x_0 = to_x_0(dataset.train.images[source.permutation(len(dataset.train))[:2000]], 256)
     noised = x_0 + source.normal(scale=0.1, size=x_0.shape).astype(np.float32)
     reference = features(classifier, x_0_of(dataset.test, 256))

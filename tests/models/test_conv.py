@@ -1,4 +1,4 @@
-"""The fast forms of convolutions against the sums that define them."""
+"""The fast forms of convolutions and their gradients against the sums that define them."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def arrays(batch, height, width, c_in, c_out, seed=0):
 
 
 def exact(x, kernel):
-    """The nine shifted products, in float64."""
+    """The convolution in float64: nine shifted products."""
     height, width = x.shape[1:3]
     around = np.pad(np.float64(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
     shifts = [(i, j) for i in range(3) for j in range(3)]
@@ -34,7 +34,7 @@ def exact(x, kernel):
 
 
 def rounding_of(x, kernel):
-    """That of ``exact`` in any form."""
+    """A bound on the rounding error of the convolution in float32, in any form."""
     return rounding(9 * x.shape[3], exact(np.square(x), np.square(kernel)))
 
 
@@ -47,20 +47,22 @@ def test_a_convolution_is_its_sum_to_float32_rounding(form, shape):
     assert error < rounding_of(x, kernel)
 
 
-def test_a_batch_is_convolved_in_groups_that_fit_a_cache():
+def test_a_batch_is_convolved_in_groups_of_images_that_fit_the_cache():
     x, kernel = (jnp.asarray(array) for array in arrays(*SHAPES["in groups"]))
     scans = [e for e in jax.make_jaxpr(conv.winograd)(x, kernel).eqns if e.primitive.name == "scan"]
-    assert [e.params["length"] for e in scans] == [6]  # an image alone has 2 MiB
-    wide = 5, 64, 64, 256, WIDE  # of 16 MiB each
+    assert [e.params["length"] for e in scans] == [6]  # one image takes 2 MiB
+    wide = 5, 64, 64, 256, WIDE  # one image takes 16 MiB
     x, kernel = (jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays(*wide))
     scans = [e for e in jax.make_jaxpr(conv.winograd)(x, kernel).eqns if e.primitive.name == "scan"]
-    assert [e.params["length"] for e in scans] == [5]  # four would fit and do not divide
+    assert [e.params["length"] for e in scans] == [
+        5
+    ]  # four images would fit, but 4 does not divide 5
     x, kernel = (jnp.asarray(array) for array in arrays(*SHAPES["even"]))
     assert "scan" not in str(jax.make_jaxpr(conv.winograd)(x, kernel))
 
 
 @pytest.mark.parametrize(("platform", "is_plain"), [("cpu", False), ("cuda", True), ("tpu", True)])
-def test_only_a_cpu_multiplies_by_winograd(platform, is_plain):
+def test_only_a_cpu_convolves_by_winograd(platform, is_plain):
     x, kernel = (jnp.asarray(array) for array in arrays(*SHAPES["even"]))
     lowered = jax.jit(conv.convolve).trace(x, kernel).lower(lowering_platforms=(platform,))
     assert ("convolution" in lowered.as_text()) == is_plain
@@ -88,14 +90,14 @@ LARGE, SMALL = (3, 10, 9, WIDE, 160), (3, 7, 9, WIDE, WIDE)  # 75 tiles and 60
 
 
 def exact_gradients(x, kernel, dy):
-    """Those of the sum of dy * ``exact``, in float64."""
+    """The gradients of sum(dy * convolution) for x and for the kernel, in float64."""
     height, width = x.shape[1:3]
     around = np.pad(np.float64(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
     dk = np.zeros(kernel.shape)
     for i in range(3):
         for j in range(3):
-            seen = around[:, i : i + height, j : j + width]
-            dk[i, j] = np.tensordot(seen, np.float64(dy), ((0, 1, 2), (0, 1, 2)))
+            window = around[:, i : i + height, j : j + width]
+            dk[i, j] = np.tensordot(window, np.float64(dy), ((0, 1, 2), (0, 1, 2)))
     return exact(dy, np.flip(kernel, (0, 1)).swapaxes(2, 3)), dk
 
 
@@ -105,7 +107,7 @@ def test_gradients_in_training_are_their_sums_to_float32_rounding(shape):
     dy, _ = arrays(*shape[:3], shape[4], 1, seed=1)
     expected = exact_gradients(x, kernel, dy)
     squares = exact_gradients(np.square(x), np.square(kernel), np.square(dy))
-    terms = 9 * shape[4], np.prod(shape[:3])  # of the gradient of the inputs, of the kernel
+    terms = 9 * shape[4], np.prod(shape[:3])  # in the gradients for the inputs and the kernel
     bounds = [rounding(*sums) for sums in zip(terms, squares)]
     of_plain = 2 * rounding_of(x, kernel)
     x, kernel, dy = jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(dy)
@@ -120,7 +122,7 @@ def test_gradients_in_training_are_their_sums_to_float32_rounding(shape):
     ("shape", "platform", "is_plain"),
     [(LARGE, "cpu", False), (SMALL, "cpu", True), (LARGE, "cuda", True)],
 )
-def test_only_a_cpu_trains_by_winograd_and_only_what_is_large(shape, platform, is_plain):
+def test_only_a_cpu_trains_by_winograd_and_only_on_large_batches(shape, platform, is_plain):
     x, kernel = (jnp.asarray(array) for array in arrays(*shape))
     gradient = jax.grad(lambda *inputs: conv.convolve_in_training(*inputs).sum(), (0, 1))
     lowered = jax.jit(gradient).trace(x, kernel).lower(lowering_platforms=(platform,))
@@ -128,7 +130,7 @@ def test_only_a_cpu_trains_by_winograd_and_only_what_is_large(shape, platform, i
 
 
 def test_a_wide_layer_adds_no_transforms_to_the_memory_of_a_step():
-    """They have four times the size of the layer's input: made again, none waits for its use."""
+    """A transform is four times as large as its input; the backward pass computes it again."""
     x = jax.ShapeDtypeStruct((8, 16, 16, WIDE), jnp.float32)
     kernel = jax.ShapeDtypeStruct((3, 3, WIDE, WIDE), jnp.float32)
 
@@ -142,7 +144,7 @@ def test_a_wide_layer_adds_no_transforms_to_the_memory_of_a_step():
         return compiled.memory_analysis().temp_size_in_bytes
 
     of_a_layer = (temporaries(7) - temporaries(3)) / 4
-    assert of_a_layer < 3.5 * 4 * x.size  # its input, and what silu keeps
+    assert of_a_layer < 3.5 * 4 * x.size  # its input and what silu stores
 
 
 @pytest.mark.parametrize("form", [upsample.plain, upsample.phases, upsample.nine_products])
@@ -175,6 +177,6 @@ def test_a_layer_is_the_same_in_training(c_in):
     x, _ = arrays(4, 8, 8, c_in, 160)
     kernel = np.asarray(layer.kernel[...])
     expected = exact(x, kernel) + np.arange(160)
-    bound = rounding_of(x, kernel) + 200 * UNIT  # the bias's sum, which is smaller
+    bound = rounding_of(x, kernel) + 200 * UNIT  # plus the rounding of adding the bias
     for is_training in (True, False):
         np.testing.assert_allclose(layer(jnp.asarray(x), is_training), expected, rtol=0, atol=bound)

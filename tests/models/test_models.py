@@ -1,4 +1,4 @@
-"""The networks: what they put out and may depend on, and their layers against plain maths."""
+"""The networks: their outputs and dependencies, and their layers against the formulas."""
 
 import functools
 import math
@@ -31,7 +31,7 @@ UNET = {
     "dtype": "float32",
 }
 MLP = {"name": "mlp", "width": 8, "num_layers": 2, "class_conditional": False}
-ONE_LEVEL = {"channel_multipliers": (1,), "attention_resolutions": (8,)}  # quicker to compile
+ONE_LEVEL = {"channel_multipliers": (1,), "attention_resolutions": (8,)}  # compiles faster
 CASES = {"unet": (UNET, (8, 8, 1)), "mlp": (MLP, (2,))}
 NUM_CLASSES = 3
 
@@ -46,7 +46,7 @@ def create(name, learned_variance=False, shape=None, **changes):
 
 
 def random_params(model, seed=0):
-    """Parameters that are zero nowhere, so that every layer shows in the output."""
+    """Parameters that are nowhere zero, so that every layer affects the output."""
     noise = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: 0.3 * noise.standard_normal(leaf.shape, np.float32),
@@ -114,7 +114,7 @@ def test_initial_kernels_are_glorot_uniform():
 
 
 def test_parameter_count_of_ddpm_on_cifar10():
-    """35.7 M (Ho et al. 2020, appendix B); to the unit that of their published checkpoint."""
+    """35.7 M in the paper (Ho et al. 2020, appendix B), and exactly that of their checkpoint."""
     model, _ = create(
         "unet",
         shape=(32, 32, 3),
@@ -178,7 +178,7 @@ def test_the_label_matters_if_and_only_if_conditional(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_no_class_is_one_more_label(name):
+def test_no_class_is_an_extra_label_with_its_own_embedding(name):
     model, shape = create(name, class_conditional=True)
     params = random_params(model)
     assert params["embedding"]["label"]["embedding"].shape[0] == NUM_CLASSES + 1
@@ -209,12 +209,12 @@ def test_dropout_keeps_the_mean_and_differs_between_layers():
     keys = jax.random.split(jax.random.key(0), 50)
     ones = jnp.ones((50, 10, 10, 4))
     first, second = (dropout(ones, 0.3, number, keys) for number in (0, 1))
-    kept = first != 0
-    np.testing.assert_allclose(first[kept], 1 / 0.7, rtol=1e-6)
-    # The mean of n Bernoulli variables, within five standard deviations
-    assert abs(kept.mean() - 0.7) < 5 * math.sqrt(0.3 * 0.7 / kept.size)
-    both = (kept & (second != 0)).mean()
-    assert abs(both - 0.7**2) < 5 * math.sqrt(0.49 * 0.51 / kept.size)
+    mask = first != 0
+    np.testing.assert_allclose(first[mask], 1 / 0.7, rtol=1e-6)
+    # Means of n Bernoulli variables, within five standard deviations
+    assert abs(mask.mean() - 0.7) < 5 * math.sqrt(0.3 * 0.7 / mask.size)
+    both = (mask & (second != 0)).mean()
+    assert abs(both - 0.7**2) < 5 * math.sqrt(0.49 * 0.51 / mask.size)
 
 
 @pytest.mark.parametrize("offset", [0.0, 300.0])
@@ -233,13 +233,13 @@ def test_group_norm_is_the_formula(channels, offset):
     mean = grouped.mean((1, 3), keepdims=True)
     var = np.square(grouped - mean).mean((1, 3), keepdims=True)
     expected = ((grouped - mean) / np.sqrt(var + 1e-5)).reshape(x.shape) * scale + bias
-    # float32 at 300 resolves 3e-5: a difference of mean squares would be off by 1e-2
+    # float32 has a spacing of 3e-5 near 300; E[x^2] - E[x]^2 would be off by 1e-2
     np.testing.assert_allclose(norm(jnp.asarray(x)), expected, atol=2e-5 if offset == 0 else 3e-4)
 
 
 @pytest.mark.parametrize("groups", [1, 3, 12])
-def test_the_lean_gradient_of_norm_and_silu_is_the_plain_ones(groups):
-    """Both forms in float32 against the formula's gradient in float64."""
+def test_the_lean_and_the_plain_gradient_of_norm_and_silu_are_exact(groups):
+    """Both forms in float32 agree with the gradient of the formula in float64."""
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         x, dy = jnp.asarray(3 + rng.standard_normal((2, 2, 4, 5, 12)))
@@ -252,19 +252,19 @@ def test_the_lean_gradient_of_norm_and_silu_is_the_plain_ones(groups):
             z = ((grouped - mean) / deviation).reshape(x.shape) * scale + bias
             return z / (1 + jnp.exp(-z))
 
-        with jax.numpy_rank_promotion("allow"):  # as the formula is written
+        with jax.numpy_rank_promotion("allow"):  # the formula broadcasts
             expected, gradient = jax.vjp(plain, x, scale, bias)
-            wanted = gradient(dy)
+            expected_gradients = gradient(dy)
         x, scale, bias, dy = (jnp.float32(array) for array in (x, scale, bias, dy))
     for function in (norm_silu, lean_norm_silu):
         found, gradient = jax.vjp(functools.partial(function, groups), x, scale, bias)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-        for one, other in zip(gradient(dy), wanted):
+        for one, other in zip(gradient(dy), expected_gradients):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
 
 
-def test_a_gradient_in_training_is_that_without_its_lean_forms():
-    """Keys say that a network trains; without dropout they change no number."""
+def test_the_gradient_in_training_is_that_of_the_plain_forms():
+    """Keys make the network use its training forms; without dropout they change no result."""
     model, shape = create("unet", **ONE_LEVEL)
     params = random_params(model)
     x_t, timestep = inputs(shape)
@@ -280,20 +280,20 @@ def test_a_gradient_in_training_is_that_without_its_lean_forms():
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6 * float(norms[0]))
 
 
-def test_a_training_step_keeps_less_than_the_plain_gradient():
-    """The lean forms keep an input where the plain gradient keeps five arrays of its size."""
+def test_the_lean_forms_store_less_than_the_plain_gradient():
+    """The lean form stores about its input alone; the plain one more than three times as much."""
     x = jax.ShapeDtypeStruct((2, 16, 16, 32), jnp.float32)
     weights = jax.ShapeDtypeStruct((32,), jnp.float32)
 
-    def kept(function):
+    def stored_size(function):
         def forward(*inputs):
             return jax.vjp(lambda *inputs: function(8, *inputs), *inputs)[1]
 
         leaves = jax.tree.leaves(jax.eval_shape(forward, x, weights, weights))
         return sum(leaf.size for leaf in leaves if hasattr(leaf, "size")) / x.size
 
-    assert kept(lean_norm_silu) < 1.1
-    assert kept(norm_silu) > 3
+    assert stored_size(lean_norm_silu) < 1.1
+    assert stored_size(norm_silu) > 3
 
 
 def test_attention_is_the_formula():
@@ -326,11 +326,11 @@ def test_upsample_is_nearest_neighbour_then_convolution(shape, channels, is_trai
     large = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
     plain = upsample.conv(large)
     squares = conv.plain(jnp.square(large), jnp.square(upsample.conv.kernel[...]))
-    bound = 2 * rounding(9 * channels, squares)  # of both
+    bound = 2 * rounding(9 * channels, squares)  # both results are rounded
     np.testing.assert_allclose(upsample(x, is_training), plain, rtol=0, atol=bound)
 
 
-def test_any_size_that_the_strides_divide():
+def test_images_of_any_size_that_the_strides_divide_are_allowed():
     for shape, fields in (
         ((12, 20, 3), {"attention_resolutions": (6,)}),
         ((5, 3, 1), {"channel_multipliers": (1,), "attention_resolutions": ()}),
@@ -342,7 +342,7 @@ def test_any_size_that_the_strides_divide():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_compiles_once_and_runs_under_every_transformation(name):
+def test_a_network_compiles_once_and_runs_under_vmap_scan_and_pmap(name):
     model, shape = create(name, **(ONE_LEVEL if name == "unet" else {}))
     params, others = random_params(model, 0), random_params(model, 1)
     x_t, timestep = inputs(shape)

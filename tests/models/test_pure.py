@@ -1,4 +1,4 @@
-"""Initial parameters: what each initialiser says, and those of the networks to the last bit."""
+"""Initial parameters: the distribution of each initialiser, and the exact bits of the networks'."""
 
 import functools
 import hashlib
@@ -18,7 +18,7 @@ initializers = nnx.initializers
 
 
 class Mixed(nnx.Module):
-    """A layer for each kind of initialiser: those of Flax, by name or default, and ``uniform``."""
+    """A network with a layer for each initialiser: Flax's default, others, and ``uniform``."""
 
     def __init__(self, *, rngs):
         linear = functools.partial(nnx.Linear, WIDTH, WIDTH, rngs=rngs)
@@ -48,9 +48,9 @@ def params(network):
     return network[0](jax.random.key(0))
 
 
-# The deviation that each initialiser says, its largest size, and its fourth moment over the
-# squared second one. Flax's truncated_normal is cut at two deviations and not widened again;
-# lecun_normal is cut there too, and widened to the variance 1 / fan_in.
+# For each initialiser: its standard deviation, its largest absolute value, and its kurtosis (fourth
+# moment over the squared variance). Flax's truncated_normal is cut at two deviations, which lowers
+# its variance; lecun_normal is cut there too, and scaled to the variance 1 / fan_in.
 CUT = 2.0
 MASS = math.erf(CUT / math.sqrt(2))
 DENSITY = math.exp(-(CUT**2) / 2) / math.sqrt(2 * math.pi)
@@ -71,8 +71,8 @@ def test_drawn_weights_have_the_moments_of_their_initialiser(params, name):
     kernel = np.asarray(params[name]["kernel"], np.float64)
     count = kernel.size
     assert np.abs(kernel).max() <= largest * (1 + 1e-6)
-    assert np.abs(kernel).max() > min(largest, 3 * deviation) * 0.99  # and it goes that far
-    # 5 deviations of each estimate
+    assert np.abs(kernel).max() > min(largest, 3 * deviation) * 0.99  # large values do occur
+    # within 5 standard errors
     assert abs(kernel.mean()) < 5 * deviation / math.sqrt(count)
     error = math.sqrt((kurtosis - 1) / count)
     assert abs(kernel.var() / deviation**2 - 1) < 5 * error
@@ -81,7 +81,7 @@ def test_drawn_weights_have_the_moments_of_their_initialiser(params, name):
     np.testing.assert_array_equal(params[name]["bias"], 0)
 
 
-def test_constants_are_what_they_say(params):
+def test_constant_initialisers_give_their_constant(params):
     np.testing.assert_array_equal(params["constant"]["kernel"], 0.25)
     np.testing.assert_array_equal(params["constant"]["bias"], -2.0)
     np.testing.assert_array_equal(params["ones"]["kernel"], 1.0)
@@ -130,7 +130,7 @@ def test_nothing_is_allocated_before_init():
     assert shapes["layer"]["kernel"].shape == (2**20, 2**20)
 
 
-# --- the networks' own ----------------------------------------------------------------------
+# --- the networks of the package ------------------------------------------------------------
 
 FIELDS = {
     "unet": {
@@ -147,9 +147,9 @@ FIELDS = {
 }
 SHAPES = {"unet": (8, 8, 1), "mlp": (2,)}
 
-# ``digest`` of the parameters of create_model(ConfigDict(name=..., **FIELDS[name]), SHAPES[name],
-# 3).init(jax.random.key(0)) at commit 0a48fca, with jax 0.10.2 and with 0 and 3 for XLA's
-# optimisation level, which make no difference: a seed goes on giving the same network.
+# ``digest`` of the parameters of create_model({"name": name, **FIELDS[name]}, SHAPES[name],
+# 3).init(jax.random.key(0)) at commit 0a48fca with jax 0.10.2. XLA's optimisation levels 0 and 3
+# give the same digests. So a seed still gives the same network.
 DIGESTS = {
     "unet": "cdb39fcc11c9f49095b6cfaf634a0a788a5179cd2b78f1d9ae6f5cba0a0f1c21",
     "mlp": "0579acd79506e1e5985ef96c3b78ee43e078c8e75f2bec39ceb8bf24812b65ed",
@@ -169,7 +169,7 @@ def test_initial_parameters_are_those_of_earlier_revisions(name):
     model = create_model({"name": name} | FIELDS[name], SHAPES[name], 3)
     params = model.init(jax.random.key(0))
     assert digest(params) == DIGESTS[name]
-    # one bit of one parameter shows
+    # The digest changes with one bit of one parameter
     leaves, structure = jax.tree.flatten(params)
     leaves[-1] = jnp.nextafter(leaves[-1], jnp.inf)
     assert digest(jax.tree.unflatten(structure, leaves)) != DIGESTS[name]

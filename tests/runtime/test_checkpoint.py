@@ -1,3 +1,5 @@
+"""Checkpoints: damage is noticed, intact states come back bit for bit, saves are confirmed."""
+
 import contextlib
 import itertools
 import logging
@@ -32,7 +34,7 @@ def state_at(step):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Checkpoints of the steps 10 and 20."""
+    """A folder with checkpoints of steps 10 and 20."""
     directory = tmp_path_factory.mktemp("saved") / "checkpoints"
     checkpoints = Checkpoints(directory, 2, 0)
     for step in (10, 20):
@@ -43,7 +45,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def directory(saved, tmp_path):
-    """A copy of them to do harm to."""
+    """A copy of these checkpoints that a test may damage."""
     return shutil.copytree(saved, tmp_path / "checkpoints")
 
 
@@ -69,6 +71,8 @@ def truncate(path):
 
 
 def flip(place):
+    """A function that flips one bit of a file, at a fraction ``place`` of its length."""
+
     def flip_a_bit(path):
         content = bytearray(path.read_bytes())
         if content:
@@ -89,13 +93,18 @@ def test_the_newest_state_comes_back_bit_for_bit(saved):
     assert_same(flatten(restored.state), flatten(state_at(20)))
 
 
-def test_nothing_saved_is_none(tmp_path):
+def test_restoring_without_a_checkpoint_returns_none(tmp_path):
     assert restore(tmp_path / "checkpoints") is None
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_whatever_is_damaged_the_state_is_intact(saved, tmp_path, damage, caplog, monkeypatch):
-    """Every file of the newest step in turn: it falls back with a warning, or nothing was lost."""
+def test_if_any_file_is_damaged_the_restored_state_is_intact(
+    saved, tmp_path, damage, caplog, monkeypatch
+):
+    """The restored state is that of the newest step, or of the older step, usually with a warning.
+
+    Each file of the newest step is damaged in turn.
+    """
     monkeypatch.setattr(logging.getLogger("diffusion_jax"), "propagate", True)
     fell_back = 0
     for number, file in enumerate(files_of(saved, 20)):
@@ -105,7 +114,7 @@ def test_whatever_is_damaged_the_state_is_intact(saved, tmp_path, damage, caplog
         restored = restore(directory)
         assert restored.step in (10, 20), file
         assert_same(flatten(restored.state), flatten(state_at(restored.step)))
-        # a step that orbax holds for half-written needs no warning
+        # A step that looks half-written to orbax needs no warning
         warned = "checkpoint 20 is damaged" in caplog.text
         assert not warned or restored.step == 10, file
         fell_back += warned
@@ -113,7 +122,7 @@ def test_whatever_is_damaged_the_state_is_intact(saved, tmp_path, damage, caplog
 
 
 def test_the_digest_sees_the_flipped_bits_that_orbax_restores(saved, tmp_path):
-    """Why there is a digest: orbax alone hands out the changed arrays without a word."""
+    """Without the digest, orbax would restore changed arrays and report no error."""
     silent = 0
     data_files = [
         f for f in files_of(saved, 20) if f.parent.name == "d" and f.stat().st_size > 5000
@@ -125,7 +134,7 @@ def test_the_digest_sees_the_flipped_bits_that_orbax_restores(saved, tmp_path):
         with ocp.training.Checkpointer(directory) as plain:
             try:
                 arrays = plain.load(20)
-            except Exception:  # where the flip breaks the file's structure, orbax does see it
+            except Exception:  # orbax notices a flip that breaks the structure of the file
                 continue
         if digest(flatten(arrays)) != digest(flatten(state_at(20))):
             silent += 1
@@ -148,8 +157,8 @@ def test_a_half_written_step_is_ignored(directory):
     assert restore(directory).step == 20
 
 
-def test_a_run_that_fell_back_keeps_what_it_saves_then(directory):
-    """A damaged step is newer than what is saved next: it must not push that out."""
+def test_a_run_that_fell_back_keeps_what_it_saves_next(directory):
+    """The damaged step is newer than the next saves, but they are not removed because of it."""
     for file in files_of(directory, 20):
         if file.parent.name == "d":
             truncate(file)
@@ -161,7 +170,7 @@ def test_a_run_that_fell_back_keeps_what_it_saves_then(directory):
         restored = restore(directory)
         assert restored.step == step
         assert_same(flatten(restored.state), flatten(state_at(step)))
-    assert (directory / "20.damaged").is_dir()  # for whoever wants to look at it
+    assert (directory / "20.damaged").is_dir()  # the damaged step stays for inspection
 
 
 @pytest.mark.parametrize(
@@ -214,8 +223,8 @@ def test_the_digest_depends_on_names_types_shapes_and_every_bit():
     assert len({digest(other) for other in [arrays, *others]}) == 1 + len(others)
 
 
-def test_a_damaged_older_step_hinders_nothing(directory):
-    """A flipped bit in the metadata of any step would stop orbax from starting at all."""
+def test_a_damaged_older_step_does_not_stop_restoring_or_saving(directory):
+    """Orbax alone does not start if a bit is flipped in the metadata of any step."""
     flip(0.37)(directory / "10" / "_CHECKPOINT_METADATA")
     checkpoints = Checkpoints(directory, 2, 1)
     assert checkpoints.restore(state_at(0)).step == 20
@@ -224,8 +233,8 @@ def test_a_damaged_older_step_hinders_nothing(directory):
     assert restore(directory).step == 30
 
 
-def test_can_be_lost_older_steps_while_a_save_is_not_confirmed(saved, tmp_path):
-    """Orbax takes the path for a pattern, and leaves out the arrays without an error."""
+def test_older_steps_stay_until_a_save_is_confirmed(saved, tmp_path):
+    """In a folder named x[1] orbax leaves out the arrays without an error; that save must fail."""
     directory = shutil.copytree(saved, tmp_path / "x[1]" / "checkpoints")
     checkpoints = Checkpoints(directory, 1, 0)
     checkpoints.save(30, state_at(30), 1.0)
@@ -239,7 +248,7 @@ def test_can_be_lost_older_steps_while_a_save_is_not_confirmed(saved, tmp_path):
     assert_same(flatten(restored.state), flatten(state_at(20)))
 
 
-def test_can_be_lost_a_save_that_failed_is_reported_by_the_next(saved, tmp_path):
+def test_a_save_that_failed_is_reported_by_the_next_save(saved, tmp_path):
     directory = shutil.copytree(saved, tmp_path / "x[1]" / "checkpoints")
     with contextlib.closing(Checkpoints(directory, 1, 0)) as checkpoints:
         checkpoints.save(30, state_at(30), 1.0)
@@ -256,7 +265,7 @@ def snapshot(folder):
     }
 
 
-def test_can_be_lost_what_another_run_is_writing_a_reader_changes_nothing(directory):
+def test_restoring_changes_nothing_in_a_folder_that_another_run_writes_to(directory):
     shutil.copytree(directory / "20", directory / "30.orbax-checkpoint-tmp")
     before = snapshot(directory.parent)
     template = {"kernel": state_at(0)["params"]["kernel"]}
@@ -289,8 +298,8 @@ while len(steps) < 10:
 """
 
 
-def test_can_be_lost_nothing_where_a_live_run_is_read(tmp_path):
-    """It saves and removes steps all the time; each that is read is whole, and none is damaged."""
+def test_a_reader_of_a_live_run_gets_whole_checkpoints_and_damages_none(tmp_path):
+    """Another process restores from a folder where steps are saved and removed all the time."""
 
     def state(step):
         return {"step": np.int32(step), "x": np.full(50_000, step, np.float32)}
@@ -308,14 +317,14 @@ def test_can_be_lost_nothing_where_a_live_run_is_read(tmp_path):
     assert_same(flatten(checkpoint.restore(tmp_path, state(0)).state), flatten(state(last)))
 
 
-def test_the_step_that_guides_is_kept(tmp_path):
+def test_the_checkpoint_that_guides_is_kept(tmp_path):
     with contextlib.closing(Checkpoints(tmp_path, 1, 0, keep_step=2)) as checkpoints:
         for step in range(1, 5):
             checkpoints.save(step, {"x": np.float32(step)}, 1.0)
     assert saved_steps(tmp_path) == [2, 4]
 
 
-def test_what_a_killed_run_left_is_removed_by_the_next_that_writes(directory):
+def test_leftovers_of_a_killed_run_are_removed_by_the_next_run(directory):
     for name in ("30.orbax-checkpoint-tmp", "5.removed"):
         shutil.copytree(directory / "20", directory / name)
     Checkpoints(directory, 2, 0).close()

@@ -1,3 +1,5 @@
+"""Training on several devices and processes: the same losses, one compilation, a joint end."""
+
 import functools
 import json
 import signal
@@ -47,31 +49,31 @@ def batches_of(count):
     return {"image": images, "label": source.integers(0, 10, (count, 16), dtype=np.int32)}
 
 
-def create_steps(experiment, used):
-    """The compiled step, and what it is called with first."""
+def create_steps(experiment, cpu_devices):
+    """The compiled steps, the replicated state and constants, and the indices of each device."""
     step = functools.partial(train_step, step_choices(experiment, BETWEEN_DEVICES))
     state = init_state(experiment, seed=0, num_timesteps=10)
     constants = Constants(experiment.schedule, jax.random.key(1))
-    inputs = devices.replicate((state, constants), used)
-    return compile_steps(step, used), inputs, np.arange(16).reshape(len(used), -1)
+    inputs = devices.replicate((state, constants), cpu_devices)
+    return compile_steps(step, cpu_devices), inputs, np.arange(16).reshape(len(cpu_devices), -1)
 
 
-def share(batches, used):
-    """[step, example, ...] to [device, step, example, ...]."""
+def share(batches, cpu_devices):
+    """Reshape [step, example, ...] to [device, step, example, ...]."""
     return {
-        name: np.moveaxis(leaf.reshape(len(leaf), len(used), -1, *leaf.shape[2:]), 1, 0)
+        name: np.moveaxis(leaf.reshape(len(leaf), len(cpu_devices), -1, *leaf.shape[2:]), 1, 0)
         for name, leaf in batches.items()
     }
 
 
 def losses_of(experiment, num_devices, calls):
-    """The losses of steps that are called several at a time, and the state after them."""
-    used = jax.devices()[:num_devices]
-    steps, (state, constants), indices = create_steps(experiment, used)
+    """The losses of training steps and the state after them; ``calls`` has the steps per call."""
+    cpu_devices = jax.devices()[:num_devices]
+    steps, (state, constants), indices = create_steps(experiment, cpu_devices)
     batches, found, first = batches_of(sum(calls)), [], 0
     for count in calls:
         part = {name: leaf[first : first + count] for name, leaf in batches.items()}
-        state, metrics = steps(state, constants, indices, share(part, used))
+        state, metrics = steps(state, constants, indices, share(part, cpu_devices))
         found.extend(np.asarray(metrics.loss))  # read at once: see MAX_IN_FLIGHT_ON_CPU
         first += count
     return np.array(found), devices.local_copy(state)
@@ -89,23 +91,23 @@ def test_the_loss_does_not_depend_on_the_number_of_devices(experiment, on_one, n
     assert len(set(losses)) == 20
 
 
-@pytest.mark.slow  # test_train resumes with several steps per call
+@pytest.mark.slow  # test_train.py has a quick test of several steps per call
 def test_several_steps_per_call_are_the_same_steps(experiment, on_one):
     losses, state = losses_of(experiment, 2, [4] * 5)
     np.testing.assert_allclose(losses, on_one[0], rtol=1e-5)
     assert state.step == 20
-    # Adam divides by gradients that may be near 0: two of its steps are what rounding can change
+    # Adam divides by gradients that may be near 0: rounding may cost two of its steps of 1e-3 each
     for found, expected in zip(jax.tree.leaves(state.ema), jax.tree.leaves(on_one[1].ema)):
         np.testing.assert_allclose(found, expected, atol=2e-3)
 
 
-def test_the_step_compiles_once_and_moves_nothing_by_itself(experiment):
-    """From fresh arrays and from those of a checkpoint alike; no transfer that nobody asked for."""
-    used = jax.devices()[:2]
-    steps, (state, constants), indices = create_steps(experiment, used)
-    mesh = jax.sharding.Mesh(np.array(used), ("device",))
+def test_the_step_compiles_once_and_makes_no_implicit_transfers(experiment):
+    """One compilation serves the step's own outputs and the arrays of a checkpoint."""
+    cpu_devices = jax.devices()[:2]
+    steps, (state, constants), indices = create_steps(experiment, cpu_devices)
+    mesh = jax.sharding.Mesh(np.array(cpu_devices), ("device",))
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("device"))
-    batch = jax.device_put(share(batches_of(1), used), spread)
+    batch = jax.device_put(share(batches_of(1), cpu_devices), spread)
     indices = jax.device_put(indices, spread)
     compiled = []
 
@@ -116,7 +118,7 @@ def test_the_step_compiles_once_and_moves_nothing_by_itself(experiment):
     state, _ = steps(state, constants, indices, batch)
     jax.block_until_ready(state)
     restored = TrainState(*devices.local_copy(state))
-    restored = devices.replicate(restored, used)
+    restored = devices.replicate(restored, cpu_devices)
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
         with jax.transfer_guard("disallow"):
@@ -127,13 +129,13 @@ def test_the_step_compiles_once_and_moves_nothing_by_itself(experiment):
             jax.block_until_ready(metrics)
         assert not compiled
         jax.jit(lambda x: x * 3.25)(jnp.ones(7)).block_until_ready()
-        assert compiled  # what counts them is awake
+        assert compiled  # the listener does count compilations
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
 
 
 def test_rare_records_do_not_deadlock_two_devices(tmp_path):
-    """Unread steps of several CPU devices pile up until XLA aborts, after 40 seconds."""
+    """If nothing reads the results of steps on several CPU devices, XLA aborts after 40 seconds."""
     fields = {"num_devices": 2, "train.num_steps": 400, "train.log_every_steps": 200}
     fields = TOY2D | fields | {"checkpoint.every_steps": 400}
     done = run(arguments(tmp_path / "run", fields), tmp_path / "log")
@@ -141,7 +143,7 @@ def test_rare_records_do_not_deadlock_two_devices(tmp_path):
     assert "2 cpu devices" in done.stderr
 
 
-def test_cores_become_devices_where_the_batch_feeds_them():
+def test_cpu_cores_become_devices_that_share_the_batch_evenly():
     counts = {
         (b, c): devices._devices_for(b, c) for b in (1, 8, 16, 48, 64, 100) for c in (1, 4, 7)
     }
@@ -164,7 +166,7 @@ def test_cores_become_devices_where_the_batch_feeds_them():
         ("2", "2", "JAX_PROCESS_ID"),
     ],
 )
-def test_a_wrong_place_among_the_processes_is_named(monkeypatch, number, process, named):
+def test_a_wrong_process_number_is_named(monkeypatch, number, process, named):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", number)
     monkeypatch.setenv("JAX_PROCESS_ID", process)
@@ -173,6 +175,7 @@ def test_a_wrong_place_among_the_processes_is_named(monkeypatch, number, process
 
 
 def start_two(workdir, fields, folder):
+    """Start a run of two processes with one device each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -186,15 +189,15 @@ def losses_in(workdir):
     return {record["step"]: record["loss"] for record in map(json.loads, lines)}
 
 
-def test_two_processes_are_as_one_and_stop_together(tmp_path):
-    """The losses of one process with two devices; one checkpoint, which that one can go on from."""
+def test_two_processes_train_like_one_and_stop_together(tmp_path):
+    """They have the losses of one process with two devices, which can resume their checkpoint."""
     together, alone = tmp_path / "together", tmp_path / "alone"
     endless = TOY2D | {"train.num_steps": 1_000_000, "train.sample_every_steps": 10}
     both = start_two(together, endless, tmp_path)
     while not (together / "checkpoints" / "20").exists():
         assert all(process.is_running() for process in both), both[0].wait().stderr
         time.sleep(0.01)
-    both[1].kill(signal.SIGTERM)  # the one that writes nothing
+    both[1].kill(signal.SIGTERM)  # this process writes no files
     for process in both:
         done = process.wait()
         assert done.code == 143, done.stderr
@@ -207,12 +210,12 @@ def test_two_processes_are_as_one_and_stop_together(tmp_path):
         assert ("resuming" in done.stderr) == (workdir is together)
     found, expected = losses_in(together), losses_in(alone)
     assert found.keys() == expected.keys()
-    for at in list(found)[:2]:  # before rounding has grown
+    for at in list(found)[:2]:  # later losses differ more by rounding
         np.testing.assert_allclose(found[at], expected[at], rtol=1e-5)
 
 
-def test_knowable_at_the_start_processes_fail_together(tmp_path):
-    """Where the first process may not begin, the other does not wait for it."""
+def test_processes_fail_together_at_the_start(tmp_path):
+    """If the first process finds the folder in use, the second one ends too."""
     with Workdir(tmp_path / "run").lock():
         first, second = (process.wait() for process in start_two(tmp_path / "run", TOY2D, tmp_path))
     assert first.code == 2
@@ -222,9 +225,9 @@ def test_knowable_at_the_start_processes_fail_together(tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_fail_together_after_the_training_too(tmp_path):
+def test_processes_fail_together_after_training(tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "samples").touch()  # where the first one wants a folder
+    (tmp_path / "run" / "samples").touch()  # the first process needs a folder of this name
     first, second = (process.wait() for process in start_two(tmp_path / "run", TOY2D, tmp_path))
     assert (first.code, second.code) == (1, 1)
     assert first.stderr.splitlines()[-1].startswith("FileExistsError: ")
@@ -232,7 +235,7 @@ def test_processes_fail_together_after_the_training_too(tmp_path):
     assert checkpoint(tmp_path / "run")["step"] == 40
 
 
-def test_two_processes_read_each_its_share():
+def test_each_of_two_processes_reads_its_half_of_a_batch():
     images = np.arange(64, dtype=np.float32).reshape(32, 2)
     split = Split(images, None)
     whole = read_batches(split, 8, 0)

@@ -1,4 +1,4 @@
-"""--mode=sample as a process: guidance, editing of given images, long jobs that are killed."""
+"""--mode=sample as a process: guidance, image editing, and long jobs that are killed."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ NUM_IMAGES = 6
 
 @pytest.fixture(scope="module")
 def trained(data_dir, tmp_path_factory):
-    """A conditional model of digits, trained with label dropout: its fields and its folder."""
+    """The fields and the folder of a conditional model of the digits with label dropout."""
     folder = tmp_path_factory.mktemp("conditional")
     fields = DIGITS | {
         "dataset.data_dir": data_dir,
@@ -39,7 +39,7 @@ def trained(data_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Two real digits, and a mask whose right half is to be made anew."""
+    """Files for editing: two digits, and masks whose right half is unknown."""
     folder = tmp_path_factory.mktemp("given")
     digits = np.round(load_digits().images[[3, 4]] * 255 / 16).astype(np.uint8)
     np.savez(folder / "two.npz", images=digits[..., None])
@@ -68,10 +68,10 @@ def sampled(trained, tmp_path, **changes):
         return arrays["images"], done
 
 
-EDIT = {"sampling__label": 3}  # of the given images
+EDIT = {"sampling__label": 3}  # the label of the edited images
 
 
-def test_inpainting_keeps_what_is_known(trained, files, tmp_path):
+def test_inpainting_keeps_the_known_pixels(trained, files, tmp_path):
     images, done = sampled(
         trained,
         tmp_path,
@@ -83,17 +83,17 @@ def test_inpainting_keeps_what_is_known(trained, files, tmp_path):
         editing__jump_length=1,
     )
     with np.load(files / "two.npz") as arrays:
-        given = arrays["images"]
+        originals = arrays["images"]
     assert len(images) == NUM_IMAGES
     for i, image in enumerate(images):
-        np.testing.assert_array_equal(image[:, :4], given[i % 2][:, :4])
+        np.testing.assert_array_equal(image[:, :4], originals[i % 2][:, :4])
     assert len(np.unique(images[:, :, 4:], axis=0)) == NUM_IMAGES
-    # 5 steps down and 4 times one more, for a jump back from each of the states 1 to 4
+    # 5 steps down, and one more after the jump back at each of the states 1 to 4
     assert "5 steps, 9 network evaluations per image" in done.stderr
 
 
 def test_image_to_image_begins_at_its_timestep(trained, files, tmp_path):
-    """Hardly noised an image hardly changes."""
+    """An image with little noise changes little, and one with much noise changes a lot."""
     edit = EDIT | {
         "editing__task": "image_to_image",
         "editing__images": files / "one.png",
@@ -103,15 +103,17 @@ def test_image_to_image_begins_at_its_timestep(trained, files, tmp_path):
     images, done = sampled(trained, tmp_path, editing__timestep=1, **edit)
     assert "1 steps, 1 network evaluations per image" in done.stderr
     with Image.open(files / "one.png") as picture:
-        given = np.asarray(picture).astype(int)
-    assert np.abs(images[..., 0] - given).mean() < 40
+        original = np.asarray(picture).astype(int)
+    assert np.abs(images[..., 0] - original).mean() < 40
     images, done = sampled(trained, tmp_path, editing__timestep=9, **edit)
     assert "9 steps, 9 network" in done.stderr
-    assert np.abs(images[..., 0] - given).mean() > 60
+    assert np.abs(images[..., 0] - original).mean() > 60
 
 
 @pytest.mark.slow
-def test_interpolation_and_variations_come_back_to_the_images(trained, files, tmp_path):
+def test_interpolation_ends_at_the_images_and_variations_of_strength_0_keep_them(
+    trained, files, tmp_path
+):
     inverted = EDIT | {
         "editing__images": files / "two.npz",
         "sampling__sampler": "ddim",
@@ -119,24 +121,24 @@ def test_interpolation_and_variations_come_back_to_the_images(trained, files, tm
         "editing__timestep": 5,
     }
     with np.load(files / "two.npz") as arrays:
-        given = arrays["images"].astype(int)
+        originals = arrays["images"].astype(int)
     between, done = sampled(trained, tmp_path, editing__task="interpolate", **inverted)
     evaluations = "5 steps, 5 network evaluations per image, and 25 for each given image, once"
     assert evaluations in done.stderr
     for end in (0, -1):
-        assert np.abs(between[end] - given[end]).mean() < 20
-    assert np.abs(between[2] - given[0]).mean() > np.abs(between[0] - given[0]).mean()
+        assert np.abs(between[end] - originals[end]).mean() < 20
+    assert np.abs(between[2] - originals[0]).mean() > np.abs(between[0] - originals[0]).mean()
     same, _ = sampled(
         trained, tmp_path, editing__task="variations", editing__strength=0.0, **inverted
     )
-    assert max(np.abs(image - given[i % 2]).mean() for i, image in enumerate(same)) < 20
+    assert max(np.abs(image - originals[i % 2]).mean() for i, image in enumerate(same)) < 20
     other, _ = sampled(
         trained, tmp_path, editing__task="variations", editing__strength=1.0, **inverted
     )
     assert np.abs(other.astype(int) - same).mean() > 10
 
 
-def test_guidance_steps_side_by_side_and_grids_between_the_timesteps(trained, tmp_path):
+def test_a_karras_grid_compared_steps_animations_and_guidance(trained, tmp_path):
     chain = {
         "sampling__sampler": "dpmpp_2m",
         "sampling__spacing": "karras",
@@ -159,12 +161,12 @@ def test_guidance_steps_side_by_side_and_grids_between_the_timesteps(trained, tm
     weak = {"guidance__weak_workdir": tmp_path / "run", "guidance__weak_step": 10}
     again, done = sampled(trained, tmp_path, **chain, guidance__weight=1.0, **weak)
     assert f"guided away from step 10 of {tmp_path}/run" in done.stderr
-    np.testing.assert_array_equal(again, plain)  # which weight 1 leaves as it is
+    np.testing.assert_array_equal(again, plain)  # weight 1 is no guidance
 
 
 @pytest.mark.parametrize("num_frames", [2, 5, 11, 21, 22, 51])
-def test_wrong_row_is_none_of_the_frames_of_real_data(num_frames):
-    """However many frames there are: the image first, then ever less of it, noise last."""
+def test_the_frames_of_noising_are_those_of_the_forward_process(num_frames):
+    """For any number of frames the first is x_0, the last is x_T, and the noise is the same."""
     schedule, x_0 = schedules.cosine(10), jnp.ones((3, 2))
     frames = noising(schedule, jax.random.key(0), x_0, num_frames)
     assert frames.shape == (num_frames, 3, 2)
@@ -176,8 +178,8 @@ def test_wrong_row_is_none_of_the_frames_of_real_data(num_frames):
     np.testing.assert_allclose(frames, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_killed_job_goes_on_and_neither_repeats_nor_loses_an_image(trained, tmp_path):
-    """kill -9 after the first shards; the rest with another batch size."""
+def test_a_killed_job_resumes_and_neither_repeats_nor_loses_an_image(trained, tmp_path):
+    """It is killed after its first shards and resumes with another batch size."""
     job = {"sampling__num_images": 40, "sampling__num_steps": 10, "num_devices": 2}
     whole, _ = sampled(trained, tmp_path / "whole", sampling__batch_size=40, **job)
     begun = start(trained, tmp_path, sampling__batch_size=2, **job)
@@ -185,18 +187,20 @@ def test_a_killed_job_goes_on_and_neither_repeats_nor_loses_an_image(trained, tm
     begun.wait_for(shards / "000000002-000000003.npz")
     begun.kill()
     begun.wait()
-    kept = len(list(shards.glob("*.npz")))
-    assert 2 <= kept < 20
+    num_shards = len(list(shards.glob("*.npz")))
+    assert 2 <= num_shards < 20
     other = {"sampling__batch_size": 7, "sampling__num_frames": 3, "sampling__evaluator_npz": True}
     images, done = sampled(trained, tmp_path, **job, **other)
-    assert f"going on after {2 * kept} of 40 samples" in done.stderr
-    with Image.open(tmp_path / "run/samples/denoising.gif") as animation:  # begun without frames
+    assert f"going on after {2 * num_shards} of 40 samples" in done.stderr
+    with Image.open(
+        tmp_path / "run/samples/denoising.gif"
+    ) as animation:  # the job began without frames
         assert animation.is_animated
     with np.load(tmp_path / "run/samples/evaluator.npz") as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], np.repeat(images, 3, axis=-1))
         np.testing.assert_array_equal(arrays["arr_1"], np.arange(40) % 10)
     assert images.shape == whole.shape
-    # another batch size rounds the last float otherwise, which may be the next grey level
+    # Another batch size rounds differently, so a pixel may get the next grey level
     assert (images != whole).mean() < 0.01
     assert not shards.exists()
 
@@ -214,7 +218,7 @@ def test_shards_of_another_job_are_not_mixed_in(trained, tmp_path):
 
 
 def test_shards_survive_a_kill_at_any_moment(tmp_path):
-    """Of a job that was killed while it joined its shards nothing is left to be mixed in."""
+    """A job that was killed while it joined its shards leaves none that another job could read."""
     images = np.arange(12, dtype=np.uint8).reshape(12, 1, 1, 1)
     shards = Shards(tmp_path / "shards", "images", {"seed": 0})
     for start in range(0, 12, 5):
@@ -224,7 +228,7 @@ def test_shards_survive_a_kill_at_any_moment(tmp_path):
     shards.join(tmp_path / "samples.npz")
     with np.load(tmp_path / "samples.npz") as arrays:
         np.testing.assert_array_equal(arrays["images"], images)
-    left = tmp_path / "shards.joined"  # killed while they were removed
+    left = tmp_path / "shards.joined"  # as if killed while the shards were removed
     left.mkdir()
     np.savez(left / "000000005-000000009.npz", images=images[5:10])
     again = Shards(tmp_path / "shards", "images", {"seed": 0})
@@ -360,7 +364,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def refusals(trained, files, tmp_path_factory):
-    """Each request, in the one workdir, which stays as it was."""
+    """The result of each request; all run in one workdir, which does not change."""
     folder = tmp_path_factory.mktemp("refused")
     workdir = shutil.copytree(trained[1], folder / "run")
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
@@ -388,13 +392,13 @@ def refusals(trained, files, tmp_path_factory):
 def test_a_bad_request_is_one_line(refusals, name):
     done = refusals[name]
     assert done.code == 2, done.stderr
-    said = [line for line in done.stderr.splitlines() if not line.startswith("I")]
-    assert len(said) == 1, done.stderr
-    assert REFUSED[name][1] in said[0]
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("I")]
+    assert len(lines) == 1, done.stderr
+    assert REFUSED[name][1] in lines[0]
 
 
 def test_grids_of_training_are_not_guided(tmp_path):
-    """The weak network is read when training is over: its step may not be there before."""
+    """The weak network is read after training, because its checkpoint may not exist before."""
     fields = TOY2D | {
         "guidance.weight": 2.0,
         "guidance.weak_step": 30,

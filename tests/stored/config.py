@@ -1,4 +1,4 @@
-"""The run and the ablation in this folder: a network that compiles fast, on the digits."""
+"""The config of the run and of the ablation in this folder: a tiny network on the digits."""
 
 from ml_collections import ConfigDict
 

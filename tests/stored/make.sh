@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Wrote the archives here, in a checkout of commit 0a48fca with this folder put into it. It is kept to say how they were made; do not run it again.
+# This script wrote the archives of this folder, in a checkout of commit 0a48fca with this folder
+# copied into it. It documents how they were made; do not run it again.
 #   run.tar.gz          run/: half of a training run, 20 of its 40 steps
-#                       finished/: the rest by the same commit: losses, samples and evaluation
+#                       finished/: the whole run by the same commit: losses, samples, evaluation
 #   ablation.tar.gz     ablation/: the table and the classifier of two arms with two seeds each
 #   schedule.s=*.tar.gz ablation/arms/: one arm and seed each
-# Left out are pictures, the report, locks, and tensorboard/, whose file names hold that of a host.
+# The archives have no pictures, report, locks or tensorboard/ (its file names contain a host name).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
@@ -20,7 +21,7 @@ main --workdir=runs/stored/finished --mode=evaluate
 main --workdir=runs/stored/ablation --mode=ablate
 
 cd runs/stored
-find . -name commit_success.txt -exec sed -i "s|$PWD/||" {} +  # orbax's, which nothing reads
+find . -name commit_success.txt -exec sed -i "s|$PWD/||" {} +  # Orbax writes these files; nothing reads them
 pack() {
     tar --sort=name --owner=0 --group=0 --numeric-owner --exclude=tensorboard --exclude='*.png' \
         --exclude='*.gif' --exclude='.lock*' -cf - "${@:2}" | gzip -9n >"$here/$1.tar.gz"

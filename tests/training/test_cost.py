@@ -1,7 +1,7 @@
-"""What a compiled training step may cost, in operations and in bytes: counted, never timed.
+"""The cost of a compiled training step in operations and bytes, which are counted, not timed.
 
-That it compiles once and moves nothing between host and devices is in test_devices.py, that a
-chain of any sampler is one scan in test_samplers.py.
+test_devices.py tests that the step compiles once and makes no implicit transfers; test_samplers.py
+tests that a chain of any sampler is one scan.
 """
 
 import functools
@@ -37,7 +37,7 @@ def experiment():
 
 @pytest.fixture(scope="module")
 def step(experiment):
-    """The step of a device that has the whole batch, compiled."""
+    """The compiled training step of a device that has the whole batch, and its first state."""
     step = functools.partial(train_step, step_choices(experiment, ALONE))
     schedule = experiment.schedule
     state = init_state(experiment, seed=0, num_timesteps=len(schedule))
@@ -49,6 +49,7 @@ def step(experiment):
 
 
 def forward_flops(experiment, trains):
+    """The operations of a forward pass; the network gets dropout keys if it trains."""
     x_t = jax.ShapeDtypeStruct((BATCH_SIZE, *experiment.dataset.shape), jnp.float32)
     timestep = jax.ShapeDtypeStruct((BATCH_SIZE,), jnp.float32)
     params = jax.eval_shape(experiment.model.init, jax.random.key(0))
@@ -62,12 +63,12 @@ def forward_flops(experiment, trains):
 
 
 def test_a_step_has_the_operations_of_three_forward_passes(experiment, step):
-    """The network, its gradient by the weights and its gradient by the activations."""
+    """These are the network, its gradient for the weights and its gradient for the activations."""
     assert 2.3 < step[0].cost_analysis()["flops"] / forward_flops(experiment, trains=True) < 3.3
 
 
 def test_a_network_that_does_not_train_has_fewer_operations(experiment):
-    """Winograd's convolutions multiply less, even with their additions."""
+    """Winograd's convolutions save more multiplications than the additions they cost."""
     ratio = forward_flops(experiment, trains=False) / forward_flops(experiment, trains=True)
     assert 0.5 < ratio < 0.95
 
@@ -77,11 +78,13 @@ def test_the_state_is_updated_in_place(step):
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     analysis = compiled.memory_analysis()
     assert analysis.alias_size_in_bytes >= size
-    assert analysis.output_size_in_bytes < 1.01 * size  # the metrics, and where all of it lies
+    assert (
+        analysis.output_size_in_bytes < 1.01 * size
+    )  # 1 % for the metrics and a table of addresses
 
 
 def test_the_lean_gradient_needs_less_memory_than_the_plain_one(experiment):
-    """Temporaries of the compiled gradient with keys, which say that the network trains."""
+    """Dropout keys select the lean gradient, because they mean that the network trains."""
     params = jax.eval_shape(experiment.model.init, jax.random.key(0))
     x_t = jax.ShapeDtypeStruct((BATCH_SIZE, *experiment.dataset.shape), jnp.float32)
     timestep = jax.ShapeDtypeStruct((BATCH_SIZE,), jnp.float32)
@@ -197,30 +200,31 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C 
 
 
 def printed(script):
+    """The numbers that a script prints in a new process."""
     words = [sys.executable, "-c", script, str(conftest.CACHE)]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=REPOSITORY)
     return [float(word) for word in done.stdout.split()]
 
 
 @glibc
-def test_memory_that_is_freed_is_kept_for_the_next_step():
-    """Its pages do not fault again: without it, those of both arrays of a call do.
+def test_freed_memory_is_kept_for_the_next_step():
+    """The pages of a call's two arrays do not fault again.
 
-    One of them still may, where a thread was started before.
+    One of the two arrays may still fault if a thread was started before.
     """
     assert printed(KEPT)[0] < 1.5
 
 
 @glibc
-def test_memory_that_the_compiler_has_freed_is_given_back():
+def test_memory_that_the_compiler_frees_is_returned_to_the_system():
     kept, given_back = printed(GIVEN_BACK)
     assert kept < 16
     assert given_back > 200
 
 
 @glibc
-def test_the_holes_that_the_compiler_leaves_are_not_searched():
-    """A step would find its small arrays among tens of thousands of them, one by one."""
+def test_small_allocations_do_not_search_the_holes_that_the_compiler_leaves():
+    """Otherwise a step would search tens of thousands of holes for each small array."""
     reused, reused_after = printed(FILLED)
     assert reused
     assert reused_after < 10
@@ -229,6 +233,6 @@ def test_the_holes_that_the_compiler_leaves_are_not_searched():
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have their names there")
 @pytest.mark.skipif(devices.count_cores() == 1, reason="there is one thread anyway")
 def test_one_image_is_sampled_by_one_thread(monkeypatch):
-    """Two would hand each other its operations, which take microseconds."""
+    """Its operations take microseconds, so passing them between two threads would cost more."""
     monkeypatch.delenv("NPROC", raising=False)
     assert printed(THREADS) == [1]

@@ -1,3 +1,5 @@
+"""The metrics of a run: metrics.jsonl, TensorBoard's event files, and the progress on screen."""
+
 import io
 import json
 import logging
@@ -20,11 +22,11 @@ def read_records(workdir):
 
 
 def read_events(workdir):
-    """The events of every file under tensorboard/, in the order in which TensorBoard reads."""
+    """The events of every file under tensorboard/, in the order in which TensorBoard reads them."""
     for path in sorted((workdir / "tensorboard").iterdir()):
         content = path.read_bytes()
         while content:
-            # TFRecord: length, its checksum, the data, their checksum.
+            # A TFRecord is the length, its checksum, the data and their checksum
             (length,) = struct.unpack("<Q", content[:8])
             data = content[12 : 12 + length]
             (checksum,) = struct.unpack("<I", content[12 + length : 16 + length])
@@ -34,7 +36,7 @@ def read_events(workdir):
 
 
 def read_tensorboard(workdir):
-    """What TensorBoard shows: {(name, step): value}, purged where a resumed run says so."""
+    """What TensorBoard shows: {(name, step): value}; a resumed run replaces later steps."""
     shown = {}
     for event in read_events(workdir):
         if event.session_log.status == SessionLog.START:
@@ -45,6 +47,7 @@ def read_tensorboard(workdir):
 
 
 def train(workdir, steps, resume_step=0):
+    """Write metrics for some steps, as a run does that resumes at a step."""
     workdir.mkdir(exist_ok=True)
     with MetricsWriter(workdir, resume_step) as writer:
         for step in steps:
@@ -69,7 +72,7 @@ def test_a_record_is_in_the_file_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_becomes_null(tmp_path, value):
+def test_a_number_that_is_not_finite_becomes_null(tmp_path, value):
     with MetricsWriter(tmp_path) as writer:
         writer.write(1, loss=value, gradient_norm=2)
 
@@ -81,9 +84,9 @@ def test_what_is_not_finite_becomes_null(tmp_path, value):
     assert record == {"step": 1, "loss": None, "gradient_norm": 2.0}
 
 
-def test_a_resumed_run_leaves_the_file_of_the_run_that_was_never_killed(tmp_path):
+def test_a_resumed_run_leaves_the_same_file_as_a_run_that_was_never_killed(tmp_path):
     train(tmp_path / "whole", range(1, 11))
-    train(tmp_path / "killed", range(1, 8))  # checkpoints at 4, dies at 7
+    train(tmp_path / "killed", range(1, 8))  # a checkpoint at 4, killed at 7
     train(tmp_path / "killed", range(5, 11), resume_step=4)
     whole, killed = (tmp_path / name / "metrics.jsonl" for name in ("whole", "killed"))
     assert killed.read_bytes() == whole.read_bytes()
@@ -99,7 +102,7 @@ def test_a_kill_at_any_byte_of_the_last_record(tmp_path):
         for resume_step in (20, 30):
             path.write_bytes(whole[:end])
             MetricsWriter(path.parent, resume_step).close()
-            # A whole record that lacks only its newline was not lost.
+            # A record that lacks only its newline is not lost
             complete = end >= len(whole) - 1 and resume_step == 30
             assert path.read_bytes() == (whole if complete else whole[:last])
 
@@ -127,7 +130,7 @@ def test_a_bad_line_in_the_middle_is_named_and_nothing_is_changed(tmp_path, junk
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_fresh_start_drops_what_an_earlier_start_left(tmp_path):
+def test_a_fresh_start_drops_the_records_of_an_earlier_start(tmp_path):
     train(tmp_path, [1, 2])
     train(tmp_path, [1])
     assert [record["step"] for record in read_records(tmp_path)] == [1]
@@ -145,7 +148,7 @@ def test_a_kill_while_old_records_are_dropped_keeps_the_old_file(tmp_path, monke
         MetricsWriter(tmp_path, resume_step=1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     monkeypatch.undo()
-    train(tmp_path, [2], resume_step=1)  # the temporary file it left is in nobody's way
+    train(tmp_path, [2], resume_step=1)  # the temporary file that was left does not matter
     assert [record["step"] for record in read_records(tmp_path)] == [1, 2]
 
 
@@ -170,7 +173,7 @@ def test_scalars_read_back_from_the_event_file(tmp_path):
 
 def test_tensorboard_forgets_what_a_killed_run_wrote_after_its_checkpoint(tmp_path):
     train(tmp_path, range(1, 8))
-    # Within the same second, by which event files are named.
+    # In the same second: event files are named after the second
     with MetricsWriter(tmp_path, resume_step=4) as writer:
         writer.write(6, loss=100.0)
     shown = read_tensorboard(tmp_path)
@@ -198,7 +201,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_off_a_terminal_a_line_per_interval(monkeypatch, caplog):
+def test_without_a_terminal_each_report_is_a_line(monkeypatch, caplog):
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     with caplog.at_level(logging.INFO, logger="diffusion_jax"), Progress(2000) as progress:
@@ -210,7 +213,7 @@ def test_off_a_terminal_a_line_per_interval(monkeypatch, caplog):
     assert "%|" not in stream.getvalue()
 
 
-def test_on_a_terminal_a_bar_with_loss_and_speed(monkeypatch, caplog):
+def test_in_a_terminal_progress_is_a_bar_with_loss_and_speed(monkeypatch, caplog):
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     with caplog.at_level(logging.INFO, logger="diffusion_jax"), Progress(20, 10) as progress:
@@ -224,6 +227,6 @@ def test_on_a_terminal_a_bar_with_loss_and_speed(monkeypatch, caplog):
 
 
 def test_metrics_does_not_import_jax():
-    # jaxtyping is asked for shapes only; a run that logs to a file needs no accelerator.
+    # jaxtyping is imported for annotations only
     code = "import sys; from diffusion_jax.training import metrics; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

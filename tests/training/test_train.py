@@ -1,3 +1,5 @@
+"""Training runs: interrupted runs resume and end like uninterrupted ones; errors are one line."""
+
 import json
 import os
 import random
@@ -36,7 +38,7 @@ def create_config(**fields):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A short run that came to its end."""
+    """The folder of a short run that finished."""
     folder = tmp_path_factory.mktemp("finished")
     done = run(arguments(folder / "run", TOY2D), folder / "log")
     assert done.code == 0, done.stderr
@@ -45,13 +47,13 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def workdir(finished, tmp_path):
-    """A copy of it to do harm to."""
+    """A copy of that folder which a test may damage."""
     return shutil.copytree(finished, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """The long run that nothing stopped."""
+    """The folder of a long run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     done = run(arguments(folder / "run", LONG), folder / "log")
     assert done.code == 0, done.stderr
@@ -74,7 +76,7 @@ def wait_for_step(started, workdir, least):
         time.sleep(0.01)
 
 
-def test_killed_at_random_moments_it_ends_as_if_it_never_was(uninterrupted, tmp_path):
+def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(uninterrupted, tmp_path):
     chance = random.Random()
     moments, reached = [], 0
     for _ in range(3):
@@ -105,9 +107,7 @@ def test_half_the_steps_and_then_the_rest_equal_all_of_them(uninterrupted, tmp_p
     ("number", "code"),
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
 )
-def test_a_signal_saves_and_the_same_command_goes_on_from_there(
-    uninterrupted, tmp_path, number, code
-):
+def test_a_signal_saves_and_the_same_command_resumes_there(uninterrupted, tmp_path, number, code):
     workdir = tmp_path / "run"
     started = Run(arguments(workdir, LONG), tmp_path / "log")
     wait_for_step(started, workdir, 35)
@@ -165,13 +165,13 @@ def test_every_checkpoint_damaged_is_one_line(workdir, tmp_path):
     for mode in ("train", "sample"):
         done = run(arguments(workdir, TOY2D, mode=mode), tmp_path / "log")
         assert done.code == 1
-        said = "NoIntactCheckpointError: none of the checkpoints [30, 40] is intact"
-        assert done.stderr.splitlines()[-1] == said
+        message = "NoIntactCheckpointError: none of the checkpoints [30, 40] is intact"
+        assert done.stderr.splitlines()[-1] == message
         assert "Traceback" not in done.stderr
 
 
 def test_a_checkpoint_of_another_model_is_one_line(workdir, tmp_path):
-    """Where config.json, by which it would be refused before anything is done, is lost."""
+    """Without config.json, which refuses another model at the start, loading refuses it."""
     (workdir / "config.json").unlink()
     done = run(arguments(workdir, TOY2D | {"model.width": 8}), tmp_path / "log")
     assert done.code == 1
@@ -192,8 +192,8 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(w
     assert records(workdir) == lines
 
 
-def test_calls_of_several_steps_go_on_where_single_steps_stopped(finished, tmp_path):
-    """Stopped at step 13, resumed with ten steps per call: the next calls end at 20, 30, 40."""
+def test_calls_of_several_steps_resume_where_single_steps_stopped(finished, tmp_path):
+    """A run stopped at step 13 and resumed with ten steps per call reports steps 20, 30 and 40."""
     stopped = TOY2D | {"train.num_steps": 13}
     assert run(arguments(tmp_path / "run", stopped), tmp_path / "log").code == 0
     together = TOY2D | {"train.steps_per_call": 10}
@@ -249,19 +249,19 @@ def test_the_optimizer_is_the_papers(name, weight_decay, decay):
     start = source.normal(size=6)
     expected = adam_in_numpy(gradients, rates, 0.8, 0.95, weight_decay, 1.5, start)
     optimizer = create_optimizer(config)
-    # as a pytree of two leaves, whose norm is that of both
+    # A pytree of two leaves, because the gradient norm must cover both
     params = {"a": jnp.float32(start[:2]), "b": jnp.float32(start[2:])}
     state = optimizer.init(params)
     update = jax.jit(optimizer.update)
-    for gradient, wanted in zip(gradients, expected):
+    for gradient, next_params in zip(gradients, expected):
         tree = {"a": jnp.float32(gradient[:2]), "b": jnp.float32(gradient[2:])}
         updates, state = update(tree, state, params)
         params = optax.apply_updates(params, updates)
         found = np.concatenate([params["a"], params["b"]])
-        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found, next_params, rtol=1e-4, atol=1e-5)
 
 
-def test_it_learns(uninterrupted):
+def test_training_lowers_the_loss(uninterrupted):
     losses = [record["loss"] for record in records(uninterrupted)]
     assert np.mean(losses[-10:]) < 0.5 * losses[0]
 
@@ -273,12 +273,12 @@ def test_metrics_are_flat(uninterrupted):
         assert min(quartiles) <= record["loss"] <= max(quartiles)
 
 
-def test_can_be_lost_the_last_good_step_where_the_disk_is_full(finished, tmp_path):
-    """A limit on the size of files stands for it: one line, and the step before is still there."""
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(finished, tmp_path):
+    """A limit on the size of files stands for the full disk."""
     fields = TOY2D | {"train.num_steps": 1_000_000, "train.log_every_steps": 1_000_000}
     started = Run(arguments(tmp_path / "run", fields), tmp_path / "log")
     wait_for_step(started, tmp_path / "run", 10)
-    started.limit_files(16_384)  # bytes: less than a checkpoint has, more than the log
+    started.limit_files(16_384)  # bytes: smaller than a checkpoint, larger than the log
     done = started.wait()
     assert done.code == 1
     last = done.stderr.splitlines()[-1]
@@ -296,7 +296,7 @@ def test_can_be_lost_the_last_good_step_where_the_disk_is_full(finished, tmp_pat
     assert checkpoint(tmp_path / "run")["step"] == failed
 
 
-def test_can_be_lost_nothing_by_an_error_beside_the_checkpoints(tmp_path):
+def test_an_error_beside_the_checkpoints_is_one_line(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").mkdir()
     done = run(arguments(tmp_path / "run", TOY2D), tmp_path / "log")
@@ -305,8 +305,8 @@ def test_can_be_lost_nothing_by_an_error_beside_the_checkpoints(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_means_two_things_an_option_of_jax_in_the_environment(finished, tmp_path):
-    """The run is the one without it, and says so."""
+def test_options_of_jax_in_the_environment_do_not_change_a_run(finished, tmp_path):
+    """The run warns about the options and gives the same results as without them."""
     options = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg"}  # read when jax is imported
     words = [sys.executable, REPOSITORY / "main.py", *arguments(tmp_path / "run", TOY2D)]
     done = subprocess.run(words, env=os.environ | options, capture_output=True, text=True)
@@ -321,25 +321,25 @@ def test_means_two_things_an_option_of_jax_in_the_environment(finished, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("decay", "num_steps", "is_said"),
+    ("decay", "num_steps", "is_reported"),
     [("cosine", 80, True), ("cosine", 20, True), ("cosine", 40, False), ("constant", 80, False)],
 )
-def test_knowable_at_the_start_another_number_of_steps_under_a_rate_that_decays(
-    decay, num_steps, is_said
+def test_another_number_of_steps_is_reported_if_the_learning_rate_decays(
+    decay, num_steps, is_reported
 ):
     fields = {"optimizer.decay": decay}
     recorded = to_record(create_config(**fields))
     config = create_config(**fields, **{"train.num_steps": num_steps})
-    said = [
+    message = [
         f"config.train.num_steps = {num_steps}, it was 40: the cosine decay of the learning rate "
         f"now ends at step {num_steps}, so the steps that were taken had other rates than those of "
         f"a run of {num_steps} steps"
     ]
-    assert describe_changes(config, recorded) == said * is_said
+    assert describe_changes(config, recorded) == message * is_reported
     assert describe_changes(config, None) == []
 
 
-def test_knowable_at_the_start_fewer_steps_than_are_taken(workdir, tmp_path):
+def test_fewer_steps_than_the_checkpoint_has_are_reported(workdir, tmp_path):
     fewer = TOY2D | {"train.num_steps": 30, "sampling.num_images": 1}
     done = run(arguments(workdir, fewer), tmp_path / "log")
     assert done.code == 0, done.stderr
@@ -350,8 +350,8 @@ def test_knowable_at_the_start_fewer_steps_than_are_taken(workdir, tmp_path):
 GUIDED = {"guidance.weight": 1.5, "checkpoint.keep_last": 1, "checkpoint.keep_best": 0}
 
 
-def test_knowable_at_the_start_a_checkpoint_that_guides_is_kept(tmp_path):
-    """Pruned by age it would be missing when the training is over."""
+def test_a_checkpoint_that_guides_is_kept(tmp_path):
+    """Otherwise it would be removed as old before the samples after training need it."""
     fields = TOY2D | GUIDED | {"guidance.weak_step": 10}
     done = run(arguments(tmp_path / "run", fields), tmp_path / "log")
     assert done.code == 0, done.stderr
@@ -360,10 +360,8 @@ def test_knowable_at_the_start_a_checkpoint_that_guides_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize(("step", "num_steps"), [(15, 60), (10, 60)])
-def test_knowable_at_the_start_a_checkpoint_that_guides_will_not_be_there(
-    workdir, tmp_path, step, num_steps
-):
-    """Between two saves, or removed already."""
+def test_a_checkpoint_that_guides_and_will_not_exist_is_refused(workdir, tmp_path, step, num_steps):
+    """The step is between two saves, or its checkpoint has been removed."""
     before = sorted(workdir.rglob("*"))
     fields = TOY2D | GUIDED | {"guidance.weak_step": step, "train.num_steps": num_steps}
     done = run(arguments(workdir, fields), tmp_path / "log")
@@ -375,7 +373,7 @@ def test_knowable_at_the_start_a_checkpoint_that_guides_will_not_be_there(
     assert sorted(workdir.rglob("*")) == before
 
 
-def test_knowable_at_the_start_the_checkpoint_of_another_run_that_guides(workdir, tmp_path):
+def test_a_missing_checkpoint_of_another_run_that_guides_is_refused(workdir, tmp_path):
     fields = TOY2D | GUIDED | {"guidance.weak_workdir": workdir, "guidance.weak_step": 7}
     done = run(arguments(tmp_path / "other", fields), tmp_path / "log")
     assert done.code == 2

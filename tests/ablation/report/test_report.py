@@ -1,4 +1,4 @@
-"""The report as a browser has it, and the table as a program reads it."""
+"""The report of an ablation as a browser shows it, and the table as a program reads it."""
 
 import csv
 import html.parser
@@ -34,14 +34,14 @@ OF_JOB = {
 
 
 def make_pictures(source, seed, size):
-    """Blots that all arms have in common, and noise of the arm's own."""
+    """Images of blots that all arms share, with different noise for each arm."""
     blots = np.random.default_rng(seed).integers(40, 216, (size, 4, 4, 3))
     smooth = blots.repeat(4, axis=1).repeat(4, axis=2)
     return (smooth + source.integers(-40, 40, smooth.shape)).astype(np.uint8)
 
 
 def make_job(source, s, schedule, seed, seed_effect, image_effect, size):
-    """A trained model that never was: lowest near s = 0.025, spread as such scores are."""
+    """Invented scores of a job: best near s = 0.025, with a realistic spread."""
     worth = 0.07 * np.log10((s + 0.003) / 0.028) ** 2
     steps = np.arange(100, 20_001, 100)
     decay = 0.03 + 0.4 * (steps / 100) ** -0.9 + worth / 20 + seed_effect / 20
@@ -75,7 +75,7 @@ def make_job(source, s, schedule, seed, seed_effect, image_effect, size):
 
 
 def with_scores(arms, reference):
-    """Fill in the scores as those who make Results do."""
+    """Fill in the loss of every job and the scores of every arm, as the package does."""
     common = np.isfinite([job.eps_error for arm in arms for job in arm.jobs]).all(axis=0)
     arms = [
         arm._replace(
@@ -127,7 +127,7 @@ def make_results(offsets=OFFSETS, num_seeds=3, num_images=60, num_pictures=12, s
     )
 
 
-# What needs no browser
+# Without a browser
 
 
 class Page(html.parser.HTMLParser):
@@ -208,7 +208,7 @@ def test_csv_has_a_column_for_every_ablated_field(tmp_path):
     assert [row["schedule.s"] for row in rows] == ["", "0.008"]
 
 
-def test_page_is_whole_or_what_it_was(results, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file(results, tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("before")
 
@@ -226,7 +226,7 @@ def test_page_is_whole_or_what_it_was(results, tmp_path, monkeypatch):
     assert path.read_text().startswith("arm,")
 
 
-def test_page_is_small_and_refers_to_nothing(path):
+def test_page_is_small_and_loads_no_other_files(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.encode()) < 2_000_000
     for tag, attributes in Page(text).elements:
@@ -237,7 +237,7 @@ def test_page_is_small_and_refers_to_nothing(path):
     assert "@import" not in text
 
 
-def test_ids_are_unique_and_all_that_are_referred_to_are_there(path):
+def test_ids_are_unique_and_every_referenced_id_exists(path):
     text = path.read_text(encoding="utf-8")
     elements = Page(text).elements
     ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
@@ -270,7 +270,7 @@ def test_table_has_the_scores(results, path):
     assert results.command in text
 
 
-def test_findings_say_how_sure_they_are(results, path):
+def test_findings_state_the_interval_and_the_arms_not_told_apart(results, path):
     text = Page(path.read_text(encoding="utf-8")).text
     values = {arm.name: np.stack([job.bits for job in arm.jobs]) for arm in results.arms}
     lowest, equal = comparison.not_told_apart(values)
@@ -285,8 +285,8 @@ def test_findings_say_how_sure_they_are(results, path):
     assert f"the interval {verb} zero. Not significantly different from {', '.join(equal)}." in text
 
 
-def test_one_seed_does_not_tell_samples_apart_but_from_the_reference(results, tmp_path):
-    """With one number for each arm only the difference, over samples, has an interval."""
+def test_with_one_seed_sample_quality_is_compared_with_the_reference_alone(results, tmp_path):
+    """With one seed only the difference to the reference has an interval, over the samples."""
     alone = [arm._replace(jobs=arm.jobs[:1]) for arm in results.arms]
     lowest = min(alone, key=lambda arm: arm.jobs[0].quality.value).name
     for reference in ("s=0", lowest):
@@ -306,8 +306,8 @@ def test_one_seed_does_not_tell_samples_apart_but_from_the_reference(results, tm
             assert "significantly" not in finding.lower()
 
 
-def test_what_a_name_holds_is_text(tmp_path):
-    """HTML, mathtext, and letters that no font of matplotlib's has."""
+def test_names_are_shown_as_text(tmp_path):
+    """The names contain HTML, mathtext, and letters that matplotlib's fonts lack."""
     nasty = '<b onclick="x">&amp;\'$\\frac{1}{2}$ 噪声'
     results = make_results((0.0, REFERENCE), num_seeds=2, swept=False)
     first, second = results.arms
@@ -334,14 +334,14 @@ def test_what_a_name_holds_is_text(tmp_path):
     assert any(nasty in attributes.get("aria-label", "") for _, attributes in page.elements)
 
 
-def test_one_arm(tmp_path):
+def test_a_report_of_one_arm_has_nothing_to_compare(tmp_path):
     results = make_results((REFERENCE,), num_seeds=1)
     _, page = write(results, tmp_path)
     assert "nothing to compare" in page.text
     assert "difference" not in page.text.split("Command")[0]
 
 
-def test_one_seed_gives_no_interval_where_there_is_none(tmp_path):
+def test_with_one_seed_infinite_intervals_are_not_shown(tmp_path):
     results = make_results((0.0, REFERENCE, 0.02), num_seeds=1)
     assert math.isinf(results.arms[0].scores["quality"].mean.high)
     path, page = write(results, tmp_path)
@@ -350,8 +350,8 @@ def test_one_seed_gives_no_interval_where_there_is_none(tmp_path):
     assert '<span class="ends">–</span>' in path.read_text(encoding="utf-8")
 
 
-def test_a_score_that_is_no_number_is_not_compared(tmp_path):
-    """A training that diverged: the other scores of the page are still of use."""
+def test_a_score_that_is_nan_is_not_compared(tmp_path):
+    """One training diverged; the page still shows the other scores."""
     results = make_results((0.0, REFERENCE), num_seeds=2)
     first, second = results.arms
     nowhere = Interval(math.nan, -math.inf, math.inf)
@@ -371,7 +371,7 @@ def test_a_score_that_is_no_number_is_not_compared(tmp_path):
 
 
 def test_schedules_that_end_at_infinity_are_drawn():
-    """Zero terminal SNR, and of one timestep; no number of the SVG is one of those that are not."""
+    """With zero terminal SNR or a single timestep, the SVG has no NaN and no infinity."""
     results = make_results((0.0, REFERENCE), num_seeds=1)
     for few in (schedules.zero_terminal_snr(schedules.linear(10)), schedules.linear(1)):
         first = results.arms[0]._replace(schedule=few)
@@ -386,14 +386,14 @@ def test_schedules_that_end_at_infinity_are_drawn():
             assert len([tag for tag, a in elements if a.get("data-arm") == "0"]) > 0
 
 
-def test_swept_values_are_in_their_order_at_equal_distances():
+def test_values_of_a_swept_field_are_sorted():
     results = make_results((0.02, 0.0, REFERENCE), num_seeds=2)
     svg = figures.scores_of_arms(results, "bits_per_dim")
     shown = [text for text in Page(svg).texts if text in ("0", "0.008", "0.02")]
     assert shown == ["0", "0.008", "0.02"]
 
 
-def test_long_names_have_lines_and_stay_apart(results):
+def test_long_names_are_broken_into_lines(results):
     long = [f"schedule.name=cosine,schedule.s={s:g},schedule.max_beta=0.999" for s in OFFSETS]
     arms = tuple(arm._replace(name=name) for arm, name in zip(results.arms, long))
     results = results._replace(arms=arms, swept=None, reference=long[3])
@@ -407,8 +407,8 @@ def texts_of_difference(results):
     return Page(figures.differences_of_arms(results, "quality")).texts
 
 
-def test_colours_are_told_from_the_page():
-    """3:1 (WCAG 2.2, 1.4.11) for the lines of every arm, light and dark."""
+def test_colours_of_arms_contrast_with_the_page():
+    """The contrast is at least 3:1 (WCAG 2.2, 1.4.11) on a light and on a dark page."""
     for swept in (True, False):
         for style in create_styles(make_results(num_seeds=1, num_pictures=1, swept=swept)):
             for colour, page in ((style.light, "#ffffff"), (style.dark, "#14171a")):
@@ -417,7 +417,7 @@ def test_colours_are_told_from_the_page():
 
 
 def rgb(text):
-    """Of "#14171a" or "rgb(20, 23, 26)"."""
+    """The three numbers of a colour such as "#14171a" or "rgb(20, 23, 26)"."""
     if text.startswith("#"):
         return [int(text[i : i + 2], 16) for i in (1, 3, 5)]
     return [float(number) for number in text[text.index("(") + 1 : -1].split(",")[:3]]
@@ -440,6 +440,7 @@ def contrast(a, b):
 
 @pytest.fixture(scope="module")
 def browser():
+    """A headless Chromium that logs its errors and requests."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     binary = shutil.which("chromium") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
@@ -466,9 +467,9 @@ def browser():
 
 @pytest.fixture
 def page(browser, path):
-    """The report as it is when it has just been opened, on a desktop."""
+    """The report, newly opened in a window of desktop size."""
     for log in ("browser", "performance"):
-        browser.get_log(log)  # what earlier tests left there
+        browser.get_log(log)  # reading a log clears the entries of earlier tests
     emulate(browser)
     browser.get(path.as_uri())
     return browser
@@ -494,7 +495,7 @@ def test_opens_without_errors_or_requests(page, path):
 
 
 def test_policy_forbids_what_the_page_does_not_need(page):
-    """The test above would see nothing if the policy did not hold: here something is refused."""
+    """The content security policy refuses an image from another address."""
     page.execute_script(
         "const i = new Image(); i.src = 'http://localhost:9/x.png'; document.body.append(i);"
     )
@@ -526,7 +527,7 @@ def test_pictures_and_plots_are_there_and_named(page, results):
 
 
 def test_columns_of_samples_begin_with_equal_noise(page):
-    """Column k of every row lies below that of the row before, and pixels stay pixels."""
+    """Samples of the same noise are in one column, and enlarged pixels have sharp edges."""
     for width in (1280, 360):
         emulate(page, width=width)
         boxes = page.execute_script(
@@ -556,7 +557,7 @@ def states(page):
 
 
 def in_order(results, column):
-    """Names of the arms as a column orders them, missing differences being zero."""
+    """The names of the arms in the order of a column; a missing difference counts as zero."""
     names = list(SCORES)
 
     def value(arm):
@@ -590,7 +591,7 @@ def test_every_column_sorts_both_ways_by_click(page, results):
 
 
 def test_sorts_by_keyboard(page, results):
-    """Tab goes from the skip link over the table to the buttons; Enter and space press them."""
+    """Tab moves from the skip link to the buttons of the table; Enter and Space press a button."""
     keys = pytest.importorskip("selenium.webdriver").Keys
     actions = pytest.importorskip("selenium.webdriver").ActionChains
     for _ in range(30):
@@ -642,7 +643,7 @@ def test_fits_a_phone(page):
         " .hidden') && e.getBoundingClientRect().right > 360.5).map(e => e.outerHTML.slice(0, 99))"
     )
     assert wider == []
-    # The table scrolls in its own region, and the names of the arms stay.
+    # The table scrolls in its own region, and the names of the arms stay visible
     left = page.execute_script(
         "const region = document.querySelector('.scroll'); region.scrollLeft = 200;"
         "const cell = region.querySelector('tbody th');"
@@ -693,7 +694,7 @@ def test_text_is_legible_in_light_and_dark(page):
     assert grounds["dark"] < 40
 
 
-def test_legend_picks_arms_out(page):
+def test_legend_highlights_an_arm(page):
     dim = (
         "return ['0', '3'].map(arm => [...document.querySelectorAll("
         "`.panels [data-arm='${arm}']`)].map(e => e.classList.contains('dim')))"

@@ -1,4 +1,4 @@
-"""A sampler of one's own: what its class becomes, what is refused, and where it is registered."""
+"""The base class of samplers: what a subclass becomes, what is refused, and the registry."""
 
 import dataclasses
 import importlib
@@ -46,7 +46,7 @@ def step(sampler, x_t):
 X_T = jnp.ones((2, 3))
 
 
-# --- a class of two lines -------------------------------------------------------------------
+# --- a short class as a sampler -------------------------------------------------------------
 
 
 def test_the_numbers_of_a_sampler_are_leaves():
@@ -107,7 +107,7 @@ def test_a_sampler_shows_its_own_fields_alone():
 
 
 def define(share):
-    """A class whose name is the same at each call, as in a cell of a notebook."""
+    """A new class with the same name at each call, as when a notebook cell runs again."""
 
     class Again(Sampler):
         def step(self, now):
@@ -187,7 +187,7 @@ def modules_of_samplers():
 
 
 def unregistered(modules):
-    """The concrete sampler classes that the modules define and that no entry of SAMPLERS makes."""
+    """The concrete sampler classes of some modules that no entry of SAMPLERS creates."""
     made = {type(create()) for create in SAMPLERS.values()}
     return [
         cls
@@ -218,7 +218,7 @@ class MadeUp(Abstract):
 """
 
 
-def test_a_sampler_that_stands_in_no_entry_is_seen():
+def test_a_sampler_without_an_entry_is_reported():
     made_up = types.ModuleType(f"{samplers.__name__}.made_up")
     exec(SOURCE, vars(made_up))
     assert unregistered([*modules_of_samplers(), made_up]) == [made_up.MadeUp]

@@ -1,4 +1,4 @@
-"""The reverse chain against the closed form of Gaussian data, where every step is linear."""
+"""Reverse chains of Gaussian data, where every step is linear, against their closed form."""
 
 import inspect
 import itertools
@@ -30,7 +30,7 @@ from diffusion_jax.diffusion.samplers.edm import Edm
 from diffusion_jax.diffusion.samplers.pndm import Plms
 from diffusion_jax.errors import ConfigError
 
-VARIANCES = ("beta", "posterior")  # the fixed ones
+VARIANCES = ("beta", "posterior")  # the fixed variances
 
 MEAN, VARIANCE = 0.4, 0.05  # of the data
 DATA = gaussian(MEAN, VARIANCE)
@@ -39,7 +39,7 @@ KEY = jax.random.key(3)
 BOTH = [(name, num_timesteps) for name in BETAS for num_timesteps in (10, 1000)]
 
 
-# One name of each step function: several are the same map under other names.
+# One name for each sampler class, because several names make the same class.
 STEPS = {type(create()): name for name, create in reversed(SAMPLERS.items())}
 
 
@@ -65,7 +65,7 @@ def ddim_chain(betas, eta):
 
 @partial(jax.jit, static_argnames=("shape", "num_frames"))
 def run(schedule, sampler, shape, num_frames=0, key=KEY, x_T=None, indices=None):
-    """The trajectory with the data's denoiser, compiled once for all tests that fit."""
+    """A trajectory with the exact denoiser, compiled once for all tests with equal shapes."""
     options = {"num_frames": num_frames, "x_T": x_T, "indices": indices}
     return trajectory(key, DATA, schedule, sampler, shape, **options)
 
@@ -100,7 +100,7 @@ def every_step(sampler, schedule, x_t):
 @pytest.mark.parametrize("num_timesteps", [10, 1000])
 @chains
 def test_every_step_is_the_linear_map_of_the_papers(sampler, exact_chain, name, num_timesteps):
-    # slope x_t + shift + deviation z, of which the same keys give the same z
+    # slope x_t + shift + deviation z, where the same keys give the same z
     betas = BETAS[name](num_timesteps)
     schedule, exact = schedules.from_betas(betas), exact_chain(betas)
     x_t = jnp.broadcast_to(jnp.array([0.0, 1.0, -2.0])[None], (2, 3))
@@ -108,7 +108,7 @@ def test_every_step_is_the_linear_map_of_the_papers(sampler, exact_chain, name, 
     z = np.asarray(samplers.normal(jax.random.split(KEY, 2), x_t), np.float64)
     slope, shift, deviation = np.transpose(exact)[:, :, None, None]
     expected = slope * np.asarray(x_t) + shift + deviation * z
-    # x_0 of eps near x_T divides by sqrt(alpha_bar), which a posterior mean multiplies by again
+    # Decoding x_0 from eps near x_T divides by sqrt(alpha_bar); the posterior mean multiplies by it
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -126,7 +126,7 @@ def test_the_last_ancestral_step_adds_no_noise(variance):
     x_0, states, _ = run(SCHEDULE, ancestral(variance), (3, 2), len(SCHEDULE) + 1)
     # the posterior mean at t = 1 is x_0
     np.testing.assert_allclose(x_0, DATA(states[-2], SCHEDULE[0]).x_0, rtol=1e-6)
-    # and the step before it does add noise
+    # The step before the last does add noise
     mean = process.posterior_mean(SCHEDULE[1], DATA(states[-3], SCHEDULE[1]).x_0, states[-3])
     assert np.abs(states[-2] - mean).min() > 1e-4
 
@@ -135,7 +135,7 @@ def test_the_last_ancestral_step_adds_no_noise(variance):
 
 
 def check_moments(x_0, mean, variance):
-    """A sample's mean and variance have deviations sqrt(v / n) and v sqrt(2 / n): 4.5 of them."""
+    """Assert a sample's mean and variance within 4.5 deviations, sqrt(v / n) and v sqrt(2 / n)."""
     n, x_0 = x_0.size, np.asarray(x_0, np.float64)
     assert abs(x_0.mean() - mean) < 4.5 * np.sqrt(variance / n)
     assert abs(x_0.var() / variance - 1) < 4.5 * np.sqrt(2 / n)
@@ -152,7 +152,7 @@ def test_moments_follow_the_recursion_of_the_chain(sampler, exact_chain, name, n
 @pytest.mark.parametrize("variance", [0.05, 0.25])
 @pytest.mark.parametrize("name", BETAS)
 def test_the_posterior_variance_falls_short_of_the_data_and_beta_does_not(name, variance):
-    # the chain's own doing (DDPM 3.2: the bounds of the entropy), computed without sampling
+    # A property of the chain (DDPM section 3.2: the variances bound the entropy), without sampling
     def shortfall(sigma2):
         exact = [ancestral_step(row, 0.0, variance, sigma2(row)) for row in rows(BETAS[name](1000))]
         return 1 - moments(exact[::-1])[1] / variance
@@ -164,13 +164,13 @@ def test_the_posterior_variance_falls_short_of_the_data_and_beta_does_not(name, 
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
-def test_variance_of_the_chain_measured_from_its_own_steps(variance):
-    # each step's slope and deviation read off the sampler: the shortfall without sampling noise
+def test_moments_of_the_chain_follow_from_its_measured_steps(variance):
+    # The slope, shift and deviation of each step are measured, so there is no sampling noise
     betas = linear_betas(1000)
     x_t = jnp.array([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
     z = np.asarray(samplers.normal(jax.random.split(KEY, 2), x_t), np.float64)
     found = every_step(ancestral(variance), schedules.from_betas(betas), x_t)
-    # of three equations x_{t-1} = slope x_t + shift + deviation z
+    # three equations x_{t-1} = slope x_t + shift + deviation z for the three unknowns
     left = np.stack([[0, 1, 0], np.ones(3), z[0]], axis=1)
     steps = np.linalg.solve(left, np.asarray(found, np.float64)[:, 0].T).T
     exact = ancestral_chain(betas, variance)
@@ -178,8 +178,8 @@ def test_variance_of_the_chain_measured_from_its_own_steps(variance):
     np.testing.assert_allclose(measured, moments(exact), rtol=1e-3)
 
 
-def test_samplers_bring_gaussian_data_back(sampler):
-    # any sampler in 100 steps (ancestral: 13 % short in the variance, that is its chain)
+def test_every_sampler_samples_gaussian_data(sampler):
+    # 100 steps of any sampler; the chain of ancestral itself loses 13 % of the variance
     x_0 = np.asarray(run(schedules.cosine(100), sampler, MANY)[0])
     assert abs(x_0.mean() - MEAN) < 0.05 * np.sqrt(VARIANCE)
     assert abs(x_0.var() / VARIANCE - 1) < 0.2
@@ -199,7 +199,7 @@ def test_ddim_without_noise_is_a_function_of_x_T():
 
 
 def test_ddim_converges_to_the_flow_with_order_1():
-    # The flow keeps every quantile: x_t is N(sqrt(ab) m, ab c + 1 - ab) at each t.
+    # The flow keeps every quantile of x_t, which is N(sqrt(ab) m, ab c + 1 - ab) at each t
     betas = linear_betas(1000)
     schedule, alpha_bar = schedules.from_betas(betas), columns(betas).alpha_bar[-1]
     x_T = np.linspace(-2, 2, 9).reshape(9, 1)
@@ -229,8 +229,8 @@ def test_an_image_depends_on_the_key_and_its_number_alone(sampler):
     assert np.abs(draw(range(8), jax.random.key(4)) - whole).min() > 0
 
 
-def test_steps_and_images_have_noise_of_their_own():
-    # the z of the chain, read off its states: T - 1 of them for each of the images, and x_T
+def test_the_noise_of_steps_and_images_is_independent():
+    # The noise computed from the states of the chain: x_T and T - 1 draws for each image
     schedule, shape = SCHEDULE, (20, 400)
     _, states, _ = run(schedule, ancestral("beta"), shape, len(schedule) + 1)
     noise = [states[0]]
@@ -240,7 +240,7 @@ def test_steps_and_images_have_noise_of_their_own():
     noise = np.asarray(jnp.stack(noise), np.float64).reshape(-1, shape[1])
     assert abs(noise.mean()) < 4.5 / np.sqrt(noise.size)
     assert abs(noise.var() - 1) < 4.5 * np.sqrt(2 / noise.size)
-    # correlations of 28,680 pairs, each N(0, 1/400)
+    # the correlations of 28,680 pairs, each N(0, 1/400)
     correlation = np.corrcoef(noise) - np.eye(len(noise))
     assert np.abs(correlation).max() < 6.5 / np.sqrt(shape[1])
 
@@ -252,24 +252,24 @@ def test_a_given_x_T_is_where_the_chain_starts(sampler):
     np.testing.assert_array_equal(frames[1], x_0)
 
 
-def test_respaced_chains_tell_the_network_the_timesteps_they_stand_on(sampler):
-    told = []
+def test_in_respaced_chains_the_network_gets_the_timestep_of_each_noise_level(sampler):
+    calls = []
 
     def predict(x_t, row):
         jax.debug.callback(
-            lambda *seen: told.append([float(value) for value in seen]), row.timestep, row.log_snr
+            lambda *call: calls.append([float(value) for value in call]), row.timestep, row.log_snr
         )
         return DATA(x_t, row)
 
     full = schedules.cosine(100)
     draw = jax.jit(lambda rows: sample(KEY, predict, rows, sampler, (4, 3), native=full))
     for spacing in ("trailing", "quadratic"):
-        told.clear()
+        calls.clear()
         short = schedules.respace(full, 7, spacing)
         assert bool(jnp.isfinite(draw(short)).all())
         jax.effects_barrier()
-        timestep, log_snr = np.array(told).T
-        # at each noise level that of the schedule it was trained with, between the rows too
+        timestep, log_snr = np.array(calls).T
+        # the timestep with this log SNR in the full schedule, interpolated between rows
         known = np.asarray(full.log_snr, np.float64)
         expected = np.interp(-log_snr, -known, np.asarray(full.timestep))
         np.testing.assert_allclose(timestep, expected, atol=0.02)
@@ -277,8 +277,8 @@ def test_respaced_chains_tell_the_network_the_timesteps_they_stand_on(sampler):
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_the_first_row_is_a_jump_from_x_0_to_the_last_digit(name):
-    # two ways to compute it round differently at these lengths
+def test_the_first_row_is_exactly_a_jump_from_x_0(name):
+    # At these lengths two ways to compute beta of the first row round differently
     full = schedules.SCHEDULES[name](1000)
     for num_steps in (1, 33, 55, 118, 400, 410, 429, 1000):
         first = schedules.respace(full, num_steps)[0]
@@ -288,11 +288,11 @@ def test_the_first_row_is_a_jump_from_x_0_to_the_last_digit(name):
 
 @pytest.mark.parametrize("num_steps", [1, 33])
 def test_the_chain_ends_at_the_last_x_0_that_was_predicted(sampler, num_steps):
-    # whatever is remembered, nothing is extrapolated over the infinite last step. At 33 of these
-    # 1000 timesteps two ways to round its beta differ, which made the end NaN.
+    # Multistep samplers must not extrapolate over the last step, which has infinite width. With 33
+    # of 1000 timesteps its beta rounds differently in two formulas, which made the end NaN.
     chain = schedules.respace(schedules.cosine(1000), num_steps)
     x_0, _, predicted = run(chain, sampler, (3, 2), num_steps + 1)
-    # the first prediction of predictor_corrector is not its last; PLMS's last eps is a combination
+    # predictor_corrector predicts twice in a step; the last eps of PLMS is a combination
     if not isinstance(sampler, PredictorCorrector | Plms):
         np.testing.assert_allclose(x_0, predicted[-2], rtol=2e-5, atol=1e-6)
     assert bool(jnp.isfinite(x_0).all())
@@ -310,7 +310,7 @@ def test_respaced_chains_follow_their_own_recursion(sampler, exact_chain):
 
 
 def test_a_chain_from_zero_terminal_snr(sampler):
-    # x_T holds nothing of x_0; a network that predicts v is well defined there
+    # x_T has no part of x_0, but decoding v is well defined there
     schedule = schedules.zero_terminal_snr(schedules.cosine(100))
     assert schedule.alpha_bar[-1] == 0
 
@@ -336,22 +336,22 @@ def test_frames_are_states_of_the_chain(sampler):
     assert states.shape == (num_states, 3, 2)
     np.testing.assert_array_equal(states[-1], x_0)
     none = run(SCHEDULE, sampler, (3, 2), 0)
-    np.testing.assert_allclose(none.x_0, x_0, rtol=1e-6)  # another program may round otherwise
+    np.testing.assert_allclose(none.x_0, x_0, rtol=1e-6)  # another program may round differently
     assert none.x_t.shape == (0, 3, 2)  # no frames are kept unless asked
     num_frames = 5
     again, frames, _ = run(SCHEDULE, sampler, (3, 2), num_frames)
     np.testing.assert_array_equal(again, x_0)
     np.testing.assert_array_equal(frames[0], states[0])
     np.testing.assert_array_equal(frames[-1], x_0)
-    # evenly spaced, to the nearest state
+    # The frames are the states nearest to an even spacing
     which = [(states == frame).all(axis=(1, 2)).argmax() for frame in np.asarray(frames)]
     assert all((states[i] == frame).all() for i, frame in zip(which, np.asarray(frames)))
     even = np.arange(num_frames) * len(SCHEDULE) / (num_frames - 1)
     assert np.abs(which - even).max() <= 0.5
 
 
-def test_states_are_steps_of_the_solver():
-    # DDIM without noise: each state is the step from the one before
+def test_each_state_is_a_step_from_the_state_before():
+    # DDIM without noise
     _, states, predicted = run(SCHEDULE, ddim(), (3, 2), len(SCHEDULE) + 1)
     rows_prev = schedules.with_terminal_row(SCHEDULE)[:-1]
     for n, i in enumerate(reversed(range(len(SCHEDULE)))):
@@ -359,8 +359,8 @@ def test_states_are_steps_of_the_solver():
         now = samplers.Step(keys, DATA, (), states[n], SCHEDULE[i], rows_prev[i])
         after, _ = ddim().step(now)
         np.testing.assert_allclose(states[n + 1], after, rtol=1e-5, atol=1e-6)
-        said = DATA(states[n], SCHEDULE[i]).x_0
-        np.testing.assert_allclose(predicted[n], said, rtol=1e-5, atol=1e-6)
+        x_0 = DATA(states[n], SCHEDULE[i]).x_0
+        np.testing.assert_allclose(predicted[n], x_0, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(predicted[-1], states[-1])
 
 
@@ -387,12 +387,12 @@ def test_other_values_compile_nothing_anew(sampler):
         assert isinstance(leaf, float)
     assert len(traces) == once
     assert len({float(result[0, 0]) for result in results[:3]}) == 3
-    # edm's steps of twelve are so large that its churn is at its limit
+    # With twelve steps the churn of edm is at its limit, so halving it changes nothing
     assert isinstance(sampler, Edm) or len({float(r[0, 0]) for r in results}) == len(results)
 
 
 def test_no_sampler_is_taken_for_another():
-    """By jax, to which dataclasses of other classes are equal if their static fields are."""
+    """Their tree structures differ, although jax compares only the static fields of dataclasses."""
     structures = {type(create()): jax.tree.structure(create()) for create in SAMPLERS.values()}
     for one, other in itertools.combinations(structures, 2):
         assert structures[one] != structures[other], (one, other)
@@ -404,7 +404,7 @@ def test_eta_is_a_leaf():
 
 
 def scans(jaxpr):
-    """How many scans a jaxpr holds, those inside other equations included."""
+    """The number of scans and while loops in a jaxpr, including nested ones."""
     count = 0
     for equation in jaxpr.eqns:
         count += equation.primitive.name in ("scan", "while")
@@ -435,7 +435,7 @@ def test_memory_does_not_grow_with_the_steps(name):
         return compiled.memory_analysis().temp_size_in_bytes
 
     state = 4 * np.prod(shape)
-    # a step costs its row (the schedule is reversed: 16 numbers), nothing the size of an image
+    # A step costs two rows of 8 numbers (the schedule and its reverse), and no array like an image
     assert temporary(500) - temporary(20) < 480 * state / 100
 
 
@@ -447,7 +447,7 @@ def test_memory_does_not_grow_with_the_steps(name):
     [
         ("variance", lambda: ancestral("beta_tilde")),
         ("variance", lambda: ancestral("")),
-        # which this network does not predict
+        # the prediction has no learned variance
         ("variance", lambda: sample(KEY, DATA, SCHEDULE, ancestral("learned"), (2, 3))),
         ("eta", lambda: ddim(eta=-0.1)),
         ("eta", lambda: ddim(eta=1.5)),
@@ -457,14 +457,14 @@ def test_memory_does_not_grow_with_the_steps(name):
         ("num_frames", lambda: trajectory(KEY, DATA, SCHEDULE, ddim(), (2, 3), num_frames=-2)),
     ],
 )
-def test_refused(field, call):
+def test_an_impossible_argument_is_named(field, call):
     with pytest.raises(ConfigError, match=rf"^{field} = .*: (must be |unknown {field}\b)") as error:
         call()
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_samplers_work_as_they_come(name):
+def test_every_argument_of_a_sampler_has_a_default(name):
     assert all(
         parameter.default is not parameter.empty
         for parameter in inspect.signature(SAMPLERS[name]).parameters.values()

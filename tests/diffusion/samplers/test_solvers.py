@@ -1,4 +1,4 @@
-"""Every sampler as a numerical method: its order, its statistics, its evaluations, its peers."""
+"""Samplers as numerical methods: order, statistics, evaluations, agreement with other libraries."""
 
 import dataclasses
 import functools
@@ -32,13 +32,13 @@ MIXTURE = mixture(WEIGHTS, MEANS, VARIANCE)
 
 # --- orders of convergence ------------------------------------------------------------------
 
-HIGH, LOW = 4.0, -5.0  # log SNR where the flow ends, and where it begins
-STARTS = np.linspace(-2, 2, 9).reshape(9, 1)  # of x_T
+HIGH, LOW = 4.0, -5.0  # log SNR at the end and at the beginning of the flow
+STARTS = np.linspace(-2, 2, 9).reshape(9, 1)  # values of x_T
 
 
 @pytest.fixture(scope="module")
 def exact_flow():
-    """x_t at the end of the probability flow, by an adaptive solver of order 8 in float64."""
+    """x_t at the end of the probability flow, from an adaptive solver of order 8 in float64."""
 
     def slope(u, y):  # dy/du = sigma eps, u = log sigma
         sigma = np.exp(u)
@@ -59,7 +59,7 @@ def exact_flow():
 
 @jax.jit
 def along(sampler, log_snr, x_T):
-    """A chain over a grid that ends above sigma = 0: its intervals, without the step to x_0."""
+    """The end of a chain over a grid of log SNRs, without the step to x_0."""
     rows = schedules.from_log_snr(log_snr, jnp.arange(1.0, len(log_snr) + 1))
     keys = jax.random.split(KEY, len(x_T))
 
@@ -70,7 +70,7 @@ def along(sampler, log_snr, x_T):
     return jax.lax.scan(step, (sampler.init(x_T, rows, rows), x_T), intervals)[0][1]
 
 
-# 3M starts with a step of first order, which in the end is what is left of the error.
+# The lowest and highest measured order. The first step of 3M has order 1, which limits its order.
 ORDERS = {
     "ddim": (0.9, 1.1),
     "euler": (0.9, 1.1),
@@ -113,18 +113,18 @@ def test_phi_is_exact_in_float32(h):
         np.testing.assert_allclose(found, [float(two), float(three)], rtol=5e-7)
 
 
-# --- the maps of other codes, in float64 numpy -----------------------------------------------
+# --- steps of papers and other libraries, in float64 numpy -----------------------------------
 
 
 def k_diffusion_step(sigma, sigma_prev, denoised, x, eta, z):
-    """k-diffusion's sample_euler_ancestral in its coordinates y (eta = 0: sample_euler)."""
+    """k-diffusion's sample_euler_ancestral (eta = 0: sample_euler) in its coordinates y."""
     up = min(sigma_prev, eta * np.sqrt(sigma_prev**2 * (sigma**2 - sigma_prev**2) / sigma**2))
     down = np.sqrt(sigma_prev**2 - up**2)
     return x + (x - denoised) / sigma * (down - sigma) + up * z
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
-def test_euler_in_k_diffusions_sense(eta):
+def test_euler_steps_are_those_of_k_diffusion(eta):
     schedule = schedules.cosine(20)
     rows = schedules.with_terminal_row(schedule)
     sampler = samplers.euler() if eta == 0 else samplers.euler_ancestral(eta)
@@ -144,7 +144,7 @@ def test_euler_in_k_diffusions_sense(eta):
 
 
 def test_dpmpp_2m_is_the_papers_formula():
-    # DPM-Solver++, algorithm 2, its log alphas and sigmas taken from the betas in float64
+    # DPM-Solver++ algorithm 2 in float64, with the alphas and sigmas of the chain's log SNRs
     schedule = schedules.respace(schedules.linear(1000), 6)
     alpha_bar = 1 / (1 + np.exp(-np.asarray(schedule.log_snr, np.float64)))
     lam = np.log(alpha_bar / (1 - alpha_bar)) / 2
@@ -195,7 +195,7 @@ def step_of_mixture(sampler, keys, state, x_t, row, row_prev):
     return sampler.step(samplers.Step(keys, MIXTURE, state, x_t, row, row_prev))
 
 
-# churn / num_steps is 0.31 in 128 steps; in 20 it is held at sqrt(2) - 1
+# churn / num_steps is 0.31 for 128 steps; for 20 steps gamma is limited to sqrt(2) - 1
 @pytest.mark.parametrize("num_steps", [20, 128])
 def test_edm_is_algorithm_2_of_the_paper(num_steps):
     native = schedules.cosine(1000)
@@ -214,12 +214,12 @@ def test_edm_is_algorithm_2_of_the_paper(num_steps):
         gammas.append(gamma)
         expected = y / np.hypot(1, sigma[i - 1])
         np.testing.assert_allclose(x_t[:, 0], expected, rtol=0, atol=1e-4)
-    # without churn above 50 and below 0.05
+    # gamma is 0 where sigma is above 50 or below 0.05
     assert set(gammas) == {0.0, min(40 / num_steps, np.sqrt(2) - 1)}
     assert gammas[0] == gammas[-1] == 0
 
 
-def test_no_noise_is_the_deterministic_method():
+def test_stochastic_samplers_without_noise_are_deterministic_methods():
     schedule = schedules.respace(schedules.cosine(100), 9, "karras", sigma_max=80.0)
     draw = jax.jit(lambda sampler: sample(KEY, MIXTURE, schedule, sampler, (4, 1)))
     np.testing.assert_array_equal(draw(samplers.dpmpp_2m_sde(0.0)), draw(samplers.dpmpp_2m()))
@@ -227,7 +227,7 @@ def test_no_noise_is_the_deterministic_method():
     np.testing.assert_array_equal(draw(samplers.euler_ancestral(0.0)), draw(samplers.euler()))
 
 
-# --- lost to rounding: whole chains against the same in float64 --------------------------------
+# --- rounding: whole chains against the same chains in float64 ---------------------------------
 
 MEAN, SPREAD = 0.4, 0.05  # mean and variance of the data
 DATA = gaussian(MEAN, SPREAD)
@@ -235,7 +235,7 @@ FULL = {name: create(1000) for name, create in SCHEDULES.items() if name != "fro
 FULL["from_betas"] = schedules.from_betas(1e-4 + 0.02 * np.sin(np.arange(1000)) ** 2)
 FULL["zero terminal SNR"] = schedules.zero_terminal_snr(FULL["cosine"])
 CHAINS = [*itertools.product(FULL, [*SPACINGS, *GRIDS])]
-POINTS = np.linspace(-2, 2, 4)  # of x_T, in every chain
+POINTS = np.linspace(-2, 2, 4)  # values of x_T in every chain
 KEYS = jax.random.split(KEY, len(POINTS))
 
 
@@ -245,13 +245,13 @@ def stack(chains):
 
 @functools.cache
 def chains_of(num_steps):
-    """Every schedule by every spacing, with its row t = 0: [chain, t]; and which there are."""
+    """The rows of all CHAINS with their row t = 0, [chain, t], and which of the chains exist."""
     chains, exist = [], []
     for name, spacing in CHAINS:
         try:
             chains.append(schedules.respace(FULL[name], num_steps, spacing))
             exist.append(True)
-        except ConfigError:  # grids do not reach zero SNR; leading and quadratic have two steps
+        except ConfigError:  # no grid reaches zero SNR; leading and quadratic need two steps
             chains.append(schedules.respace(FULL[name], num_steps))
             exist.append(False)
     return stack(map(schedules.with_terminal_row, chains)), np.array(exist)
@@ -266,7 +266,7 @@ def step_all(sampler, state, x_t, row, row_prev):
 
 
 def ends_of(sampler, chains, native):
-    """x_0 of every chain, a step of all of them at a time: [chain, point]."""
+    """x_0 of every chain, [chain, point]; all chains take each step at once."""
     t = [jax.tree.map(lambda column, t=t: column[:, t], chains) for t in range(len(chains.beta.T))]
     x_t = np.broadcast_to(np.float32(POINTS)[:, None], (len(CHAINS), len(POINTS), 1))
     rows = jax.tree.map(lambda column: column[:, 1:], chains)
@@ -277,10 +277,10 @@ def ends_of(sampler, chains, native):
 
 
 def exact_ends_of(name, chains, native, num_copies):
-    """The same in float64, and as many copies whose every value is rounded: [chain, copy, point].
+    """x_0 in float64, and for ``num_copies`` copies with random errors: [chain, 1 + copy, point].
 
-    A value that a step computes comes of fewer than 16 roundings of at most UNIT each, which the
-    copies have all at once, of random sign.
+    In float32 a value that a step computes has fewer than 16 roundings of at most UNIT each. Each
+    copy gets a random relative error of that size in every value.
     """
     source = np.random.default_rng(0)
     shape = len(CHAINS), 1 + num_copies, len(POINTS)
@@ -311,11 +311,12 @@ def exact_ends_of(name, chains, native, num_copies):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # zero SNR, and chains that do not exist
-def test_lost_to_rounding_ends_of_short_chains_of_every_schedule_and_spacing(name):
-    """Errors are bounded by what as many roundings do to the method itself, in float64.
+def test_float32_chains_of_every_schedule_and_spacing_are_as_exact_as_rounding_allows(name):
+    """The error is at most the effect of as many random roundings on the method in float64.
 
-    So a method that amplifies them (Heun's and PNDM's on few steps) is given what it amplifies.
-    Observed: at most a fifth of it. What the widths lost in a large jump was 7 to 18,000 times it.
+    So a method that amplifies rounding (Heun and PNDM with few steps) has a larger bound. The
+    errors are at most a fifth of the bound. Widths computed as differences of log SNRs gave errors
+    of 7 to 18,000 times the bound in large jumps.
     """
     sampler = SAMPLERS[name]()
     native = stack(FULL[of] for of, _ in CHAINS)
@@ -333,11 +334,12 @@ def test_lost_to_rounding_ends_of_short_chains_of_every_schedule_and_spacing(nam
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # zero SNR
-def test_lost_to_rounding_width_of_a_large_jump():
-    """Half the difference of two log SNRs in float64; infinite at the ends of the SNR alone.
+def test_the_width_of_a_step_is_exact_in_large_jumps_too():
+    """It is half the difference of two log SNRs, and infinite only where an SNR is 0 or infinite.
 
-    The columns are rounded, so that log SNRs are known to 2 UNIT, and beta / (1 - alpha_bar) is to
-    4 UNIT, of which nine tenths at most make 10 times as much in what is left of 1.
+    The columns are rounded, so log SNRs are known to 2 UNIT and r = beta / (1 - alpha_bar) to 4
+    UNIT. The relative error of 1 - r is up to 10 times as large, because r is at most 0.9 where
+    1 - r is used.
     """
     for num_steps in (1, 2, 3, 4, 5, 10, 20, 200):
         chains, exist = chains_of(num_steps)
@@ -351,8 +353,8 @@ def test_lost_to_rounding_width_of_a_large_jump():
 
 
 @pytest.mark.parametrize("num_steps", [3, 4, 5, 10])
-def test_lost_to_rounding_width_of_the_first_jump_of_the_cosine_schedule(num_steps):
-    """From its angles, in 40 digits: alpha_bar = cos^2 / cos^2(start), beta_T clipped at 0.999."""
+def test_the_width_of_the_first_step_of_the_cosine_schedule_is_exact(num_steps):
+    """In 40 digits: alpha_bar = cos^2(angle) / cos^2(first angle), with beta_T clipped at 0.999."""
     chain = schedules.respace(schedules.cosine(1000), num_steps)
     with mpmath.workdps(40):
         angles = [(mpmath.mpf(t) / 1000 + 0.008) / 1.008 * mpmath.pi / 2 for t in range(1000)]
@@ -365,8 +367,8 @@ def test_lost_to_rounding_width_of_the_first_jump_of_the_cosine_schedule(num_ste
 
 
 @pytest.mark.parametrize("digits", [-3, 0, 3])
-def test_lost_to_rounding_room_above_the_noisiest_row(digits):
-    """A row at T whose alpha_bar is some float32 digits off: there is no room to raise sigma."""
+def test_edm_does_not_raise_sigma_above_the_noisiest_row(digits):
+    """At the row T no noise is added, even if alpha_bar is off by a few float32 roundings."""
     full = schedules.linear(16)
     alpha_bar = full.alpha_bar.at[-1].multiply(1 + digits * 2 * UNIT)
     chain = dataclasses.replace(full, alpha_bar=alpha_bar)
@@ -383,12 +385,12 @@ def test_lost_to_rounding_room_above_the_noisiest_row(digits):
 MEANS_2D = np.array([[-0.8, -0.5], [0.7, -0.4], [0.1, 0.8]])
 WEIGHTS_2D = np.array([0.5, 0.3, 0.2])
 NUM_POINTS = 2000
-# steps enough for a method of first order; the chains of DDPM need more
+# enough steps for a method of first order; stochastic samplers need more
 NUM_STEPS = dict.fromkeys(ORDERS, 100) | dict.fromkeys(STOCHASTIC, 250)
 
 
 def energy_distance(x, y):
-    """Szekely & Rizzo 2013: 2 E|x - y| - E|x - x'| - E|y - y'|, 0 for one distribution alone."""
+    """2 E|x - y| - E|x - x'| - E|y - y'|, 0 only for equal distributions (Szekely & Rizzo 2013)."""
 
     def mean_distance(a, b):
         return np.linalg.norm(a[:, None] - b[None], axis=-1).mean()
@@ -406,14 +408,14 @@ def exact_points(seed, n=NUM_POINTS):
 
 @jax.jit
 def points_of(sampler, chain):
-    """Samples of the mixture; two names of one map are compiled once."""
+    """Samples of the mixture; two names of one sampler are compiled once."""
     predict = mixture(WEIGHTS_2D, MEANS_2D, 0.02)
     return sample(KEY, predict, chain, sampler, (NUM_POINTS, 2))
 
 
 @pytest.fixture(scope="module")
 def unlike():
-    """The energy distances of exact samples from exact ones: what chance makes of equals."""
+    """The energy distances between exact samples: the spread of the distance by chance."""
     return [energy_distance(exact_points(2 * i), exact_points(2 * i + 1)) for i in range(8)]
 
 
@@ -423,12 +425,12 @@ def test_samples_are_those_of_a_mixture(name, unlike):
     chain = schedules.respace(schedules.linear(1000), NUM_STEPS[name], spacing)
     points = np.asarray(points_of(SAMPLERS[name](), chain), np.float64)
     exact = exact_points(99)
-    # what remains of the discretisation, 0.003, is that of moving 1 point in 20 by a deviation
+    # 0.003 for the discretisation is like moving 1 point in 20 by a standard deviation
     assert energy_distance(points, exact) < np.mean(unlike) + 4 * np.std(unlike) + 0.003
     mean = WEIGHTS_2D @ MEANS_2D
     centred = MEANS_2D - mean
     covariance = (WEIGHTS_2D * centred.T) @ centred + 0.02 * np.eye(2)
-    # 4 deviations of a mean and of a covariance, and 0.02 and 5 % for the chain
+    # 4 standard errors of a mean and of a covariance, plus 0.02 and 5 % for the discretisation
     error = 4 * np.sqrt(np.diag(covariance) / NUM_POINTS) + 0.02
     assert (np.abs(points.mean(axis=0) - mean) < error).all()
     scale = np.sqrt(np.outer(np.diag(covariance), np.diag(covariance)))
@@ -437,7 +439,7 @@ def test_samples_are_those_of_a_mixture(name, unlike):
 
 
 def test_the_energy_distance_sees_a_wrong_distribution(unlike):
-    # points moved by a tenth, or weights off by a tenth, are outside
+    # Points moved by 0.1 and a weight that is 0.1 too small exceed the tolerance of the test above
     least = np.mean(unlike) + 4 * np.std(unlike) + 0.003
     points, source = exact_points(1), np.random.default_rng(2)
     moved = points - np.sign(points - points.mean(axis=0)) * 0.1
@@ -451,7 +453,7 @@ def test_the_energy_distance_sees_a_wrong_distribution(unlike):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_evaluations_are_those_that_are_counted(name):
+def test_num_evaluations_is_the_number_of_network_calls(name):
     calls = []
 
     def predict(x_t, row):
@@ -459,7 +461,7 @@ def test_the_evaluations_are_those_that_are_counted(name):
         return Prediction(x_t, x_t)
 
     sampler = SAMPLERS[name]()
-    # one step is a case of its own where steps are not alike
+    # A single step is a special case for samplers with several evaluations per step
     for num_steps in (5,) if sampler.num_evaluations(5) == 5 else (1, 5):
         calls.clear()
         chain = schedules.respace(schedules.linear(100), num_steps)
@@ -477,7 +479,7 @@ def test_the_evaluations_are_those_that_are_counted(name):
     share=strategies.floats(0, 1),
     spacing=strategies.sampled_from([*SPACINGS, *GRIDS]),
 )
-def test_a_chain_of_any_number_of_steps_is_a_chain(num_timesteps, share, spacing):
+def test_a_respaced_chain_of_any_length_is_a_schedule(num_timesteps, share, spacing):
     num_steps = 1 + round(share * (num_timesteps - 1))
     # a single step at t = 1 is refused
     hypothesis.assume(num_steps > 1 or spacing not in ("leading", "quadratic"))
@@ -487,10 +489,10 @@ def test_a_chain_of_any_number_of_steps_is_a_chain(num_timesteps, share, spacing
     beta = np.asarray(short.beta)
     assert ((beta > 0) & (beta <= 1)).all()
     assert (np.diff(short.timestep) > 0).all()
-    if spacing not in ("leading", "quadratic"):  # these begin short of T, as published
+    if spacing not in ("leading", "quadratic"):  # these begin below T, as published
         assert short.timestep[-1] == num_timesteps
         np.testing.assert_allclose(short.alpha_bar[-1], full.alpha_bar[-1], rtol=1e-5)
-    # the last step lands on x_0: the row before the first is t = 0
+    # The last step ends at x_0
     assert short.alpha_bar_prev[0] == 1
     assert short.beta[0] == short.one_minus_alpha_bar[0]
     product = np.cumprod(1 - beta.astype(np.float64))
@@ -505,9 +507,9 @@ def test_grids_are_even_in_their_own_coordinate(grid):
     np.testing.assert_allclose(sigma[[0, -1]], [0.02, 50.0], rtol=2e-6)
     coordinate = {"log_snr": np.log(sigma), "karras": sigma ** (1 / 5)}[grid]
     np.testing.assert_allclose(np.diff(coordinate), np.diff(coordinate).mean(), rtol=1e-4)
-    # what the network is told is that of the schedule at this noise
-    told = np.interp(np.log(sigma), np.log(np.asarray(full.sigma, np.float64)), full.timestep)
-    np.testing.assert_allclose(rows.timestep, told, rtol=1e-4)
+    # The network gets the timestep of the full schedule at this noise level
+    timestep = np.interp(np.log(sigma), np.log(np.asarray(full.sigma, np.float64)), full.timestep)
+    np.testing.assert_allclose(rows.timestep, timestep, rtol=1e-4)
     many = schedules.respace(full, 3000, grid)
     assert (np.diff(np.asarray(many.log_snr)) < 0).all()
     assert bool(jnp.isfinite(sample(KEY, MIXTURE, many[::100], samplers.heun(), (2, 1))).all())
@@ -555,7 +557,7 @@ def test_inversion_followed_by_sampling_returns_the_image(num_steps):
         ),
     ],
 )
-def test_refused(field, call):
+def test_an_impossible_argument_is_named(field, call):
     with pytest.raises(ConfigError, match=rf"^{field} = .*: (must be |unknown {field}\b)") as error:
         call()
     assert "\n" not in str(error.value)

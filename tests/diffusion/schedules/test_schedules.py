@@ -1,4 +1,4 @@
-"""Schedules against 40-digit arithmetic, published numbers and the invariants of the chain."""
+"""Schedules against 40-digit arithmetic, published numbers and the invariants of a chain."""
 
 import functools
 import inspect
@@ -29,7 +29,7 @@ COLUMNS = [
 ]
 LENGTHS = [1, 2, 10, 1000, 4000]
 
-# Arguments to try besides the defaults.
+# Arguments to test besides the defaults.
 CASES = {
     "linear": [{"beta_start": 1e-5, "beta_end": 0.015}],
     "cosine": [
@@ -41,8 +41,9 @@ CASES = {
     ],
     "sigmoid": [{"start": 0.0, "tau": 0.7}, {"tau": 0.3}, {"max_beta": 0.02, "min_beta": 1e-3}],
 }
-# Relative error of traced float32 where at most the last row is clipped; 1e-5 for running
-# products. The sigmoid of u = 10 (tau = 0.3) multiplies the rounding of u by 10.
+# The relative error of traced float32 columns where at most the last row is clipped. It is 1e-5
+# where columns are running products. A sigmoid of u = 10 (tau = 0.3) multiplies the rounding of u
+# by 10.
 TRACED = {"cosine": 1e-6, "sigmoid": 2e-6}
 
 
@@ -50,6 +51,7 @@ TRACED = {"cosine": 1e-6, "sigmoid": 2e-6}
 
 
 def between(start, end, steps):
+    """Evenly spaced numbers from start to end."""
     return [start + (end - start) * i / max(steps - 1, 1) for i in range(steps)]
 
 
@@ -58,6 +60,7 @@ def quadratic(num_timesteps, beta_start, beta_end):
 
 
 def clipped(alpha_bars, max_beta, min_beta):
+    """The betas of alpha_bar_0 .. alpha_bar_T, clipped to [min_beta, max_beta]."""
     ratios = [after / before for before, after in itertools.pairwise(alpha_bars)]
     return [max(min(1 - ratio, max_beta), min_beta) for ratio in ratios]
 
@@ -110,7 +113,7 @@ DEFINITIONS = {
 
 
 def columns_of(betas):
-    """Every column from its definition, given the betas in 40 digits; rounded to float64."""
+    """Every column by its definition, computed from betas of 40 digits and rounded to float64."""
     alpha = [1 - beta for beta in betas]
     alpha_bar = list(itertools.accumulate(alpha, lambda product, factor: product * factor))
     alpha_bar_prev = [mpf(1), *alpha_bar[:-1]]
@@ -148,7 +151,7 @@ def assert_close(schedule, expected, tolerance):
     for name, reference in expected.items():
         column = getattr(schedule, name)
         assert column.dtype == jnp.float32
-        # An exact 0 (the first posterior variance, the end at zero SNR) must be a 0.
+        # An exact 0 (the first posterior variance, zero terminal SNR) must be 0
         error = np.abs(np.asarray(column, np.float64) - reference)
         assert np.all(error <= tolerance * reference), (
             f"{name}: {np.max(error / np.where(reference > 0, reference, 1)):.2g}"
@@ -156,7 +159,7 @@ def assert_close(schedule, expected, tolerance):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_plain_numbers_round_the_40_digit_value_once(name):
+def test_schedules_of_plain_numbers_are_the_40_digit_values_rounded_once(name):
     for num_timesteps, arguments in itertools.product(LENGTHS, cases(name)):
         schedule = build(name, num_timesteps, arguments)
         assert_close(schedule, exact(name, num_timesteps, tuple(arguments.items())), 1e-7)
@@ -185,7 +188,7 @@ def test_traced_under_jit_and_vmap_stays_close_to_40_digits(name, num_timesteps)
 
 
 def test_naive_float32_loses_a_quarter_of_the_first_beta():
-    """Why the cosine is built from identities (DESIGN: 23-29 % at T = 4000 and small s)."""
+    """So the cosine schedule uses trigonometric identities, which are exact to 1e-6."""
     num_timesteps, s = 4000, np.float32(1e-4)
     t = np.arange(num_timesteps + 1, dtype=np.float32) / np.float32(num_timesteps)
     f = np.cos((t + s) / (1 + s) * np.float32(np.pi / 2)) ** 2
@@ -197,9 +200,9 @@ def test_naive_float32_loses_a_quarter_of_the_first_beta():
     assert abs(ours[0] / expected[0] - 1) < 1e-6
 
 
-def test_plain_max_beta_keeps_its_complement_when_s_is_traced():
+def test_alpha_is_one_minus_a_plain_max_beta_when_s_is_traced():
     traced = jax.jit(lambda s: schedules.cosine(1000, s))(0.008)
-    assert abs(1 - np.float32(0.999) - 0.001) / 0.001 > 1e-5  # what a float32 max_beta leaves
+    assert abs(1 - np.float32(0.999) - 0.001) / 0.001 > 1e-5  # 1 - max_beta in float32 is off
     np.testing.assert_allclose(traced.alpha[-1], 1 - 0.999, rtol=1e-7)
 
 
@@ -208,13 +211,13 @@ def test_plain_max_beta_keeps_its_complement_when_s_is_traced():
 
 def test_numbers_of_the_papers():
     cosine = schedules.cosine(1000)
-    # iDDPM section 3.2: sqrt(beta_1) a little under the pixel bin 1/127.5
+    # iDDPM section 3.2: sqrt(beta_1) is slightly smaller than the pixel bin 1/127.5
     np.testing.assert_allclose(cosine.beta[0], 4.128e-5, rtol=2e-4)
     assert 0.006 < np.sqrt(cosine.beta[0]) < 1 / 127.5
     assert np.sum(cosine.beta >= np.float32(0.999)) == 1
-    # k-diffusion's and diffusers' largest sigma of Stable Diffusion
+    # The largest sigma of Stable Diffusion in k-diffusion and diffusers
     np.testing.assert_allclose(schedules.scaled_linear(1000).sigma[-1], 14.6146, atol=5e-5)
-    # DDPM's chain ends at alpha_bar_T = 4.036e-5, whatever its length once rescaled
+    # DDPM's chain ends at alpha_bar_T = 4.036e-5; a rescaled chain of 4000 steps ends near it
     np.testing.assert_allclose(schedules.linear(1000).alpha_bar[-1], 4.036e-5, rtol=1e-4)
     rescaled = schedules.linear(4000, rescale=True)
     np.testing.assert_allclose(np.asarray(rescaled.beta)[[0, -1]], [2.5e-5, 5e-3], rtol=1e-7)
@@ -224,7 +227,7 @@ def test_numbers_of_the_papers():
 
 def test_clipped_cosine():
     schedule = schedules.cosine(1000, max_beta=0.02)
-    assert np.sum(schedule.beta >= np.float32(0.02)) == 98  # DESIGN section 4
+    assert np.sum(schedule.beta >= np.float32(0.02)) == 98
     assert schedule.alpha_bar[-1] > 0
     assert np.isfinite(schedule.sigma[-1])
 
@@ -255,9 +258,9 @@ def test_a_schedule_is_a_chain(name, transform):
     np.testing.assert_array_equal(before[1:], alpha_bar[:-1])
     np.testing.assert_array_equal(one_minus_before[1:], one_minus[:-1])
     np.testing.assert_allclose(alpha_bar, before * alpha, rtol=3e-7)
-    # four columns, each rounded once, of columns of which two were rounded before ("shifted")
+    # Four columns are rounded once each; in "shifted" two of them come from rounded columns
     np.testing.assert_allclose(variance, beta * one_minus_before / one_minus, rtol=6 * UNIT)
-    # The noise added at s reaches t through alpha_{s+1} .. alpha_t: the variances add up.
+    # Noise added at s is scaled by alpha_{s+1} .. alpha_t until t; the variances add up
     total = itertools.accumulate(zip(alpha, beta), lambda v, ab: ab[0] * v + ab[1], initial=0.0)
     np.testing.assert_allclose(list(total)[1:], one_minus, rtol=2e-6)
     np.testing.assert_allclose(schedule.snr, alpha_bar / one_minus, rtol=3e-7)
@@ -266,7 +269,7 @@ def test_a_schedule_is_a_chain(name, transform):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_one_timestep(name):
+def test_a_schedule_of_one_timestep(name):
     schedule = build(name, 1, float_arguments(name))
     np.testing.assert_allclose(schedule.one_minus_alpha_bar, schedule.beta)
     np.testing.assert_array_equal(schedule.posterior_variance, [0])
@@ -276,7 +279,7 @@ def test_one_timestep(name):
     assert_same(respace(schedule, 1), schedule)
 
 
-def test_zero_terminal_snr_is_lin_et_al():
+def test_zero_terminal_snr_is_the_rescaling_of_lin_et_al():
     for name in ["scaled_linear", "cosine", "linear"]:
         before = exact(name, 1000, tuple(float_arguments(name).items()))
         with mp.workdps(40):
@@ -341,7 +344,7 @@ def test_spacings_are_increasing_rows_of_the_chain(spacing):
 
 
 def test_spacings_are_those_of_diffusers_and_ddim():
-    """Timesteps of diffusers' DDIMScheduler at T = 1000 and 10 steps, which count from 0."""
+    """The expected numbers are diffusers' DDIMScheduler's, T = 1000, 10 steps, counted from 0."""
     assert [*SPACINGS["trailing"](1000, 10) - 1] == [
         99,
         199,
@@ -371,7 +374,7 @@ def test_respaced_rows_are_those_of_the_native_chain(spacing):
             for num_steps in range(1, num_timesteps + 1):
                 rows = SPACINGS[spacing](num_timesteps, num_steps)
                 if num_timesteps > 1 and rows[-1] == 1:
-                    continue  # a single step where there is no noise: refused
+                    continue  # a single step from t = 1 is refused
                 short = respace(schedule, num_steps, spacing)
                 visited = [mpf(1), *(bars[t] for t in rows)]
                 expected = columns_of([1 - b / a for a, b in itertools.pairwise(visited)])
@@ -405,10 +408,10 @@ def test_traced_schedules_can_be_transformed():
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 @pytest.mark.parametrize("num_steps", [1, 5, 2000])
-def test_lost_to_rounding_drops_between_neighbours_of_a_traced_grid(name, grid, num_steps):
-    """2,000 log SNRs are a ten thousandth apart, of which float32 knows three digits."""
+def test_betas_of_a_traced_grid_are_exact_where_log_snrs_are_close(name, grid, num_steps):
+    """Differences of 2,000 log SNRs are so small that float32 would keep three digits of them."""
     full = SCHEDULES[name](1000)
-    # the host's float64, rounded once
+    # computed in float64 on the host and rounded once
     expected = dict_of(respace(full, num_steps, grid))
     traced = jax.jit(respace, static_argnums=(1, 2))(full, num_steps, grid)
     assert_close(traced, expected, 1e-5)
@@ -433,8 +436,8 @@ def test_rows_and_slices():
 
 
 @pytest.mark.parametrize("index", [-1, 10, [3, -1], [[0], [10]]])
-def test_wrong_row_of_an_array_of_indices_is_an_error(index):
-    """-1 in an array is an index that was computed, such as that of the row before the first."""
+def test_a_row_outside_the_schedule_in_an_array_of_indices_is_an_error(index):
+    """-1 in an array does not mean the last row: it was computed, for example as first row - 1."""
     with pytest.raises(IndexError, match="of a schedule of 10 rows"):
         schedules.cosine(10)[np.array(index)]
     assert schedules.cosine(10)[np.array([[0], [9]])].beta.shape == (2, 1)
@@ -503,7 +506,7 @@ def test_gradient_of_the_first_beta_with_respect_to_the_offset():
     np.testing.assert_allclose(derivative, difference / 0.0002, rtol=1e-3)
 
 
-# --- what is refused, and what a config may hold --------------------------------------------
+# --- arguments that are refused -------------------------------------------------------------
 
 REFUSED = {
     "num_timesteps = 0: must be": lambda: schedules.linear(0),
@@ -558,7 +561,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_impossible_requests_are_refused_by_name(message):
+def test_an_impossible_argument_is_named(message):
     with pytest.raises(ConfigError) as error:
         REFUSED[message]()
     assert str(error.value).startswith(message)
@@ -577,7 +580,7 @@ def test_the_length_is_a_whole_number_of_at_least_one(name):
             without_type_checks(num_timesteps)
 
 
-def test_limits_that_are_allowed():
+def test_the_limits_of_arguments_are_allowed():
     assert schedules.linear(20, rescale=True).beta[-1] == 1
     zero_snr = schedules.cosine(10, max_beta=1.0)
     np.testing.assert_allclose(zero_snr.beta[-1], 1, rtol=1e-7)
@@ -596,15 +599,15 @@ EXTREME = {
 
 @pytest.mark.parametrize("message", EXTREME)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_not_finite_column_never_leaves_the_maker_of_a_schedule(message):
+def test_a_schedule_with_a_column_that_is_not_finite_is_an_error(message):
     with pytest.raises(ConfigError, match=r": the arguments are too extreme$") as error:
         EXTREME[message]()
     assert str(error.value).startswith(f"{message}: must be finite and above 0: ")
 
 
 @pytest.mark.parametrize("s", [0.0, 1.0, 1e20, 1e100])
-def test_not_finite_column_is_none_of_a_large_offset(s):
-    """Its limit is alpha_bar = (1 - t/T)^2."""
+def test_a_large_cosine_offset_gives_finite_columns(s):
+    """For s to infinity alpha_bar goes to (1 - t/T)^2."""
     schedule = schedules.cosine(10, s=s, max_beta=1.0)
     for column in jax.tree.leaves(schedule):
         assert np.isfinite(column).all()
@@ -618,7 +621,7 @@ def test_not_finite_column_is_none_of_a_large_offset(s):
 
 @pytest.mark.parametrize("num_timesteps", [10, 1000, 4000])
 def test_rows_at_the_schedules_own_log_snr_are_its_rows(num_timesteps):
-    """In every column, what the network is told included; traced as well."""
+    """This holds for plain and traced log SNRs, and for the timestep that the network gets."""
     schedule = schedules.cosine(num_timesteps)
     log_snr = np.log(np.float64(schedule.alpha_bar)) - np.log(
         np.float64(schedule.one_minus_alpha_bar)
@@ -630,12 +633,12 @@ def test_rows_at_the_schedules_own_log_snr_are_its_rows(num_timesteps):
             np.testing.assert_allclose(
                 getattr(rows, name), getattr(schedule, name), rtol=tolerance, err_msg=name
             )
-    # beta is the difference of two log SNRs, which float32 columns know to 1e-7 each
+    # beta is a difference of two log SNRs, each known to 1e-7 from the float32 columns
     step = np.abs(np.diff(log_snr, prepend=np.inf))
     np.testing.assert_allclose(found.beta, schedule.beta, rtol=1e-5 + 2e-6 / step.min())
 
 
-def test_between_two_rows_the_timestep_is_between():
+def test_a_log_snr_between_two_rows_has_a_timestep_between_theirs():
     schedule = schedules.cosine(100)
     log_snr = np.float64(schedule.log_snr)
     between = 0.25 * log_snr[1:] + 0.75 * log_snr[:-1]
@@ -651,7 +654,7 @@ def test_rows_outside_or_out_of_order_are_refused(log_snr):
 
 
 def test_a_chain_from_log_snr_is_exact():
-    """Against 40 digits: sigmoids and a ratio."""
+    """In 40 digits, alpha_bar is the sigmoid of log SNR and beta follows from ratios."""
     log_snr = np.linspace(9, -9, 50)
     schedule = schedules.from_log_snr(log_snr, np.arange(1.0, 51.0))
     exact = [1 / (1 + mp.e ** -mpf(float(value))) for value in log_snr]
