@@ -1,11 +1,12 @@
-r"""Wall time of an ablation against that of its jobs as runs of their own.
+r"""Wall time of an ablation, relative to that of its jobs as separate runs.
 
     python -m benchmarks.ablation --config=configs/digits_offset.py --workdir=DIR [FLAGS]
 
-Times whole commands, start-up and compilation included: the ablation with its report, and some of
-its jobs as ``--mode=train``, which samples as many images by the same chain, and then
-``--mode=evaluate``. Both do the same arithmetic. The first single run compiles what the others
-find in the cache, so that their median is of warm ones; the ablation compiles its own programs.
+It times whole commands, with start-up and compilation: the ablation with its report, and some of
+its jobs as ``--mode=train``, which also samples as many images by the same chain, and then
+``--mode=evaluate``. Both do the same arithmetic. The first single run fills the compilation cache
+for the others, so that the median is that of runs with a warm cache; the ablation compiles its own
+programs.
 """
 
 import pathlib

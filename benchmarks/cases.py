@@ -1,10 +1,10 @@
-"""What is measured: the same work for us and for every peer."""
+"""The cases of the benchmark: each is the same work for diffusion_jax and for its peers."""
 
 from typing import Any, NamedTuple
 
 
 class Size(NamedTuple):
-    """A U-Net in the words of DDPM, and the images it is for."""
+    """The hyperparameters of a U-Net, and its images."""
 
     dataset: str
     shape: tuple[int, int, int]
@@ -14,21 +14,21 @@ class Size(NamedTuple):
     attention_resolutions: tuple[int, ...]
     head_channels: int
     dropout: float
-    num_parameters: int  # that every contender of the same architecture must have
-    diffusers_groups: int  # it has one number of groups for all norms
+    num_parameters: int  # every contender of this architecture must have as many
+    diffusers_groups: int  # diffusers has one number of groups for all norms
 
 
 SIZES = {
     "mnist": Size("mnist", (28, 28, 1), 32, (1, 2, 2), 1, (7,), 32, 0.0, 1_112_801, 8),
     "cifar10": Size("cifar10", (32, 32, 3), 128, (1, 2, 2, 2), 2, (16,), 256, 0.1, 35_746_307, 32),
     "digits": Size("digits", (8, 8, 1), 32, (1, 2), 1, (4,), 32, 0.1, 701_345, 8),
-    # for trying the benchmarks themselves out
+    # for a quick test of the benchmarks themselves
     "tiny": Size("mnist", (28, 28, 1), 8, (1, 2), 1, (), 8, 0.0, 41_609, 2),
 }
 
-# A case of a CPU runs there on any machine, one of a GPU on the first one. There ours takes memory
-# as it needs it, and not three quarters at the start, which the others need.
-PLATFORMS = {  # the environment of a case's processes
+# The environment of the processes of a case: "cpu" hides all GPUs, "gpu" uses the first one. There
+# jax must not reserve three quarters of the memory at its start, because the peers need it too.
+PLATFORMS = {
     "cpu": {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
     "gpu": {
         "JAX_PLATFORMS": "cuda",
@@ -38,8 +38,8 @@ PLATFORMS = {  # the environment of a case's processes
 }
 EAGER = ("diffusers", "diffusers channels_last")
 COMPILED = ("diffusers compile", "diffusers compile channels_last")
-SAMPLING = EAGER[1], COMPILED[0], "ddpp"  # without channels_last the compiled one samples faster
-# torch.compile's other modes are made for GPUs: both by CUDA graphs, the second times kernels too
+SAMPLING = EAGER[1], COMPILED[0], "ddpp"  # compiled, it samples faster without channels_last
+# torch.compile's other modes are for GPUs: both use CUDA graphs, and the second autotunes kernels
 ON_GPU = (
     COMPILED[1],
     "diffusers reduce-overhead channels_last",
@@ -48,9 +48,10 @@ ON_GPU = (
 
 
 class Case(NamedTuple):
-    """One row of the table: what a contender is asked to do, and in what its speed is told.
+    """One row of the table: the work of each contender, and the unit of its speed.
 
-    ``do`` names a function of benchmarks/ours.py and benchmarks/peers.py, which gets ``options``.
+    ``do`` is the name of a function of benchmarks/ours.py and benchmarks/peers.py, and ``options``
+    are its arguments.
     """
 
     title: str
@@ -58,7 +59,7 @@ class Case(NamedTuple):
     options: dict[str, Any]
     amount: int  # of ``unit`` in one run
     unit: str
-    per_second: bool  # told as amount / seconds, not as milliseconds of one
+    per_second: bool  # the table shows units per second, not milliseconds per unit
     peers: tuple[str, ...]
     target: float | None = None  # ours / best peer in seconds, on two CPU cores or an H200
     platform: str = "cpu"  # of PLATFORMS
@@ -67,7 +68,7 @@ class Case(NamedTuple):
 def _train_step(
     size: str, batch_size: int, num_steps: int, peers: tuple[str, ...], target: float | None
 ) -> Case:
-    """Noising, loss, gradient, clipping, Adam, EMA."""
+    """Training steps: noising, loss, gradient, clipping, Adam, EMA."""
     options = {"size": size, "batch_size": batch_size, "num_steps": num_steps}
     title = f"train step, {size}, batch {batch_size}"
     return Case(title, "train_step", options, num_steps, "step", False, peers, target)
@@ -76,7 +77,7 @@ def _train_step(
 def _sample(
     sampler: str, batch_size: int, num_steps: int, peers: tuple[str, ...], target: float | None
 ) -> Case:
-    """A chain of so many steps, from the noise to images in the host's memory."""
+    """A chain of ``num_steps`` steps, from noise to images in the host's memory."""
     options = {"size": "mnist", "sampler": sampler}
     options |= {"batch_size": batch_size, "num_steps": num_steps}
     title = f"{sampler} sampling, mnist, batch {batch_size}, {num_steps} steps"
@@ -84,14 +85,14 @@ def _sample(
 
 
 def _growth(title: str, num_steps: int = 4, batch_size: int = 64, **fields: Any) -> Case:
-    """A train step of ours alone with another field, to show how its cost grows."""
+    """Our training step with other values of fields, to show how its cost grows; no peers."""
     options = {"size": "mnist", "batch_size": batch_size, "num_steps": num_steps, "fields": fields}
     title = f"train step, mnist, {title}"
     return Case(title, "train_step", options, num_steps, "step", False, ())
 
 
 def _on_gpu(do: str, target: float | None, num_steps: int, **options: Any) -> Case:
-    """The network of 35.7 M parameters in bfloat16."""
+    """A case on a GPU: the network of 35.7 M parameters, in bfloat16."""
     options |= {"size": "cifar10", "num_steps": num_steps, "dtype": "bfloat16"}
     title = f"{do.replace('_', ' ')}, cifar10, bfloat16, batch {options['batch_size']}"
     return Case(title, do, options, num_steps, "step", False, ON_GPU, target, "gpu")

@@ -1,4 +1,4 @@
-"""What is measured as whole commands: imports, the way to the first step, an ablation."""
+"""The cases that are whole commands: imports, the time to the first step, an ablation."""
 
 import contextlib
 import json
@@ -38,18 +38,22 @@ class Command(NamedTuple):
 
 @contextlib.contextmanager
 def fresh_caches() -> Iterator[dict[str, str]]:
-    """Environment of commands that find nothing compiled, but what those before them left."""
+    """An environment with empty compilation caches, which its commands share."""
     with tempfile.TemporaryDirectory() as folder:
         hidden = pathlib.Path(folder) / "hidden"
         hidden.mkdir()
-        # tensorboardX imports torch wherever it is, which is here for the peers alone
+        # tensorboardX imports torch if it is installed; here only the peers need it
         (hidden / "torch.py").write_text("raise ImportError('only the peers need it')\n")
         caches = {"XDG_CACHE_HOME": folder, "TORCHINDUCTOR_CACHE_DIR": folder}
         yield caches | {"HIDDEN": str(hidden)} | PLATFORMS["cpu"]
 
 
 def call(words: list[str], environment: dict[str, str], is_peer: bool = True) -> float:
-    """The wall time of a command of this Python, which must succeed."""
+    """The wall time in seconds of a command of this Python.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     begun = time.perf_counter()
     if code := _start(words, environment, is_peer).wait():
         raise RuntimeError(f"{words[:3]} ended with {code}")
@@ -69,26 +73,26 @@ def _start(words: list[str], environment: dict[str, str], is_peer: bool) -> subp
 
 
 def imports(ours: list[str], peers: dict[str, list[str]]) -> Measure:
-    """Start-up of Python included, in turn."""
+    """Wall time of commands that only import, with the start of Python; they take turns."""
 
     def measure(say: Say) -> dict[str, Figures]:
-        found = {"ours": [], **{name: [] for name in peers}}
+        times = {"ours": [], **{name: [] for name in peers}}
         with fresh_caches() as environment:
             for number in range(ROUNDS + 1):  # the first reads the files from the disk
                 for name, words in {"ours": ours, **peers}.items():
                     seconds = call(words, environment, is_peer=name != "ours")
                     if number:
-                        found[name].append(seconds)
-        return {name: Figures(seconds) for name, seconds in found.items()}
+                        times[name].append(seconds)
+        return {name: Figures(seconds) for name, seconds in times.items()}
 
     return measure
 
 
 def first_step(is_warm: bool) -> Measure:
-    """From the command to the first step; ours checks, prepares and records a run besides."""
+    """Wall time until the end of the first step; ours also checks, prepares and records a run."""
 
     def until_record(environment: dict[str, str], folder: pathlib.Path) -> float:
-        """Until the record of the first step is in the run's folder; then it is killed."""
+        """Wall time until the run has written the record of its first step; then kill the run."""
         words = ["main.py", "--config=configs/digits.py", f"--workdir={folder}"]
         words += [f"--config.compilation_cache={environment['XDG_CACHE_HOME']}/jax"]
         words += ["--config.train.log_every_steps=1"]
@@ -110,12 +114,12 @@ def first_step(is_warm: bool) -> Measure:
         return call(_worker(name, "train_step", options), environment)
 
     def measure(say: Say) -> dict[str, Figures]:
-        found = {}
+        figures = {}
         for name in ("ours", *PEERS):
             say(f"  {name}")
             seconds = []
             with fresh_caches() as environment, tempfile.TemporaryDirectory() as folder:
-                once(name, environment, pathlib.Path(folder) / "first")  # and prepares the data
+                once(name, environment, pathlib.Path(folder) / "first")  # prepares the data too
                 for number in range(3):
                     at = pathlib.Path(folder) / str(number)
                     if is_warm:
@@ -123,23 +127,23 @@ def first_step(is_warm: bool) -> Measure:
                         continue
                     with fresh_caches() as cold:
                         seconds.append(once(name, cold, at))
-            found[name] = Figures(seconds)
-        return found
+            figures[name] = Figures(seconds)
+        return figures
 
     return measure
 
 
 def _worker(name: str, do: str, options: dict[str, object]) -> list[str]:
-    """A worker that runs once: nobody tells it to run again."""
-    asked = {"do": do, "options": options, "platform": "cpu"}
-    return ["-m", "benchmarks.worker", name, json.dumps(asked)]
+    """The arguments of a worker that runs its case once: its standard input is empty."""
+    work = {"do": do, "options": options, "platform": "cpu"}
+    return ["-m", "benchmarks.worker", name, json.dumps(work)]
 
 
 def ablation(say: Say) -> dict[str, Figures]:
-    """Seven offsets, and seven times one run of the peer; in the first round they compile.
+    """Our ablation of seven offsets, and seven times one run of the peer; the first round compiles.
 
-    Ours also evaluates the bound of 100 images and writes the report. Its arms are saved in the
-    middle, where the one that two devices share changes devices.
+    Ours also evaluates the bound of 100 images and writes the report. It saves each arm halfway, so
+    that two devices can share an arm: one trains its first half, the other its second half.
     """
     words = ["main.py", "--config=configs/digits_offset.py", "--mode=ablate"]
     fields = {
@@ -152,7 +156,7 @@ def ablation(say: Say) -> dict[str, Figures]:
         "evaluate.num_examples": 100,
     }
     words += [f"--config.{name}={value}" for name, value in fields.items()]
-    found = {"ours": Figures([])}
+    figures = {"ours": Figures([])}
     options = {"size": "digits", "batch_size": BATCH_SIZE, "num_steps": ARM_STEPS}
     options |= {"num_images": ARM_IMAGES, "num_sampling_steps": CHAIN_STEPS}
     with fresh_caches() as environment, tempfile.TemporaryDirectory() as folder:
@@ -160,16 +164,16 @@ def ablation(say: Say) -> dict[str, Figures]:
         for number in range(ABLATION_ROUNDS):
             say("  ours")
             at = f"--workdir={folder}/{number}"
-            found["ours"].seconds.append(call([*words, at], environment, is_peer=False))
+            figures["ours"].seconds.append(call([*words, at], environment, is_peer=False))
     peer, compiled = PEERS
-    found[compiled] = Figures([], left_out="not run: each of its seven runs would compile anew")
-    found[peer] = Figures([])
+    figures[compiled] = Figures([], left_out="not run: each of its seven runs would compile anew")
+    figures[peer] = Figures([])
     with fresh_caches() as environment:
         for _ in range(ABLATION_ROUNDS):
             say(f"  {peer}")
             one = call(_worker(peer, "train_and_sample", options), environment)
-            found[peer].seconds.append(ARMS * one)
-    return found
+            figures[peer].seconds.append(ARMS * one)
+    return figures
 
 
 PYTHON = "-c"

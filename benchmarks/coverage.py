@@ -1,11 +1,11 @@
-r"""How often the bound's estimate and its standard error hold the truth, on a trained model.
+r"""Coverage of the confidence intervals of --mode=evaluate's bound, on a trained model.
 
     python -m benchmarks.coverage --config=configs/digits.py --workdir=DIR FLAGS
 
-with the FLAGS that trained the model. It computes the term of every test image at every timestep,
-and takes these images and terms for the population. Then it draws evaluations as
-`--mode=evaluate` does, of few images and few timesteps each, and counts how often the population's
-mean lies within 1.96 standard errors of the estimate. Writes a Markdown table.
+with the FLAGS that trained the model. It computes the term of every test image at every timestep:
+these terms are the population. Then it draws evaluations of few images and few timesteps from it,
+as `--mode=evaluate` draws them, and counts how often the population's mean lies within 1.96
+standard errors of the estimate. It prints a Markdown table.
 """
 
 import pathlib
@@ -30,14 +30,14 @@ from diffusion_jax.runtime.checkpoint import restore_average
 IMAGES = (10, 30, 100, 300)
 TIMESTEPS = (2, 5, 10, 100)  # of each image
 DRAWS = 2000  # evaluations of each size
-AT_ONCE = 10  # timesteps of all images in a call
-LEVEL = 1.96  # standard errors of a 95 % interval
+AT_ONCE = 10  # timesteps in a call, each of all images
+LEVEL = 1.96  # half the width of a 95 % interval, in standard errors
 
 Population = Float[np.ndarray, "timesteps images"]
 
 
 def compute_terms(argv: list[str]) -> Population:
-    """The term of the bound, in bits/dim, of each test image at each timestep, one eps for each."""
+    """The term of the bound, in bits/dim, of each test image at each timestep (one eps each)."""
     arguments = parse_arguments([*argv, "--mode=evaluate"])
     config = load(arguments.config_path, arguments.overrides)
     devices.start(1, config.evaluate.batch_size, False, divide=False)
@@ -75,7 +75,7 @@ def compute_terms(argv: list[str]) -> Population:
 def compute_coverage(
     population: Population, num_images: int, num_timesteps: int, source: np.random.Generator
 ) -> tuple[float, float]:
-    """The share of evaluations that hold the mean; the mean square error in standard errors."""
+    """The share of intervals that contain the mean, and mean squared error / squared std. error."""
     truth = population.sum(axis=0).mean()
     strata = stratify(len(population), num_timesteps)
     shape = (DRAWS, num_images)

@@ -3,9 +3,9 @@ r"""Every measurement on a GPU, one after another.
     pip install -e '.[bench]' 'jax[cuda13]'        # CUDA 13, as torch has it
     python -m benchmarks.gpu --into=docs/BENCHMARKS [--rounds=7] [CASE ...]
 
-First whether the project trains and then samples there at all, by main.py. Then the cases of a GPU
-next to the peers, all or those named, into the table. Last the floor and the profile of the
-training step in bfloat16: its share of the measured rate of a matrix product.
+First main.py trains and samples, to show that the project works there. Then benchmarks.run measures
+the cases of a GPU (or those named), with the peers, and writes the table. Last benchmarks.profile
+prints the floor and the profile of the training step in bfloat16.
 """
 
 import os
@@ -17,13 +17,13 @@ import time
 from benchmarks.cases import GPU_CASES, PLATFORMS
 from benchmarks.run import REPOSITORY, parse_arguments, say
 
-# by a process of its own, for one that has found a GPU keeps memory of it
+# in a process of its own, because a process that has started a GPU keeps memory of it
 FIND_GPU = "import jax; jax.devices('cuda')"
 TRAINED_STEPS = 200
 
 
 def call(*words: str) -> None:
-    """Run this Python on the GPU; its output is shown, and it must succeed."""
+    """Run a command of this Python on the GPU, show its output, and fail if it fails."""
     say(f"+ python {' '.join(words)}")
     begun = time.perf_counter()
     environment = os.environ | PLATFORMS["gpu"]
@@ -32,13 +32,14 @@ def call(*words: str) -> None:
 
 
 def main() -> None:
-    """Say what is run and how long it took."""
+    """Run every measurement, and print the command and the duration of each."""
     arguments = parse_arguments(__doc__, list(GPU_CASES))
-    environment = os.environ | PLATFORMS["gpu"] | {"JAX_PLATFORMS": ""}  # or jax says nothing
+    # jax gives the reason why it finds no GPU only if JAX_PLATFORMS is empty
+    environment = os.environ | PLATFORMS["gpu"] | {"JAX_PLATFORMS": ""}
     words = [sys.executable, "-c", FIND_GPU]
-    found = subprocess.run(words, env=environment, capture_output=True, text=True)
-    if found.returncode:
-        sys.exit((found.stderr.strip() or f"jax ended with {found.returncode}").splitlines()[-1])
+    search = subprocess.run(words, env=environment, capture_output=True, text=True)
+    if search.returncode:
+        sys.exit((search.stderr.strip() or f"jax ended with {search.returncode}").splitlines()[-1])
 
     with tempfile.TemporaryDirectory() as folder:
         words = "main.py", "--config=configs/digits.py", f"--workdir={folder}/run"

@@ -1,4 +1,4 @@
-"""The cases by diffusion_jax, through the functions that main.py calls."""
+"""The cases as diffusion_jax runs them, through the functions that main.py calls."""
 
 import atexit
 import contextlib
@@ -43,7 +43,7 @@ Prepared = tuple[Callable[[], object], dict[str, Any]]
 
 
 def create(size: str, fields: dict[str, Any]) -> tuple[Experiment, list[jax.Device]]:
-    """The experiment of a size with some fields, and jax's devices started as main.py does."""
+    """The experiment of a size with some fields, and the devices as main.py starts them."""
     chosen = SIZES[size]
     model = "width", "channel_multipliers", "num_blocks", "attention_resolutions", "head_channels"
     all_fields = {f"model.{name}": getattr(chosen, name) for name in (*model, "dropout")}
@@ -56,7 +56,7 @@ def create(size: str, fields: dict[str, Any]) -> tuple[Experiment, list[jax.Devi
 
 
 def num_parameters(params: Any) -> int:
-    """How many numbers a network has."""
+    """The number of parameters of a network."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -66,12 +66,12 @@ def device_kind() -> str:
 
 
 def peak_of_device() -> int:
-    """The most bytes of its memory that were in use."""
+    """The peak of the bytes in use in the device's memory."""
     return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
 
 class Step(NamedTuple):
-    """The compiled steps of all devices, and what they are called with."""
+    """The compiled steps of all devices, and their arguments."""
 
     steps: Callable[..., Any]
     state: TrainState
@@ -81,7 +81,7 @@ class Step(NamedTuple):
 
 
 def create_step(size: str, batch_size: int, fields: dict[str, Any]) -> Step:
-    """A step of ``train.train``, on random images."""
+    """The compiled steps of ``train.train``, with random images."""
     experiment, used_devices = create(size, {"train.batch_size": batch_size} | fields)
     schedule = experiment.schedule
     state = init_state(experiment, seed=0, num_timesteps=len(schedule))
@@ -112,7 +112,7 @@ def train_step(
     fields: dict[str, Any] | None = None,
     dtype: str = "float32",
 ) -> Prepared:
-    """Steps as ``train.train`` takes them: on a CPU each waits for the loss before its own."""
+    """Training steps: each call waits for the loss of the call before it, as training on a CPU."""
     all_fields = {"model.dtype": dtype} | (fields or {})
     steps, state, inputs, per_call, about = create_step(size, batch_size, all_fields)
     assert num_steps % per_call == 0
@@ -137,7 +137,7 @@ def sample(
     num_steps: int,
     dtype: str = "float32",
 ) -> Prepared:
-    """A batch of the plan, with the averaged weights of an untrained network."""
+    """Sample one batch by the plan's chain, with the weights of an untrained network."""
     fields = {
         "model.dtype": dtype,
         "sampling.sampler": sampler,
@@ -158,7 +158,7 @@ def sample(
 
 
 def read_batches(contender: str, batch_size: int, num_batches: int) -> Prepared:
-    """Shuffled batches of a split that lies in memory, by the pipeline of training."""
+    """Shuffled batches of a split in memory, from the input pipeline of training."""
     split = Split(*_images_and_labels(60_000, (28, 28, 1)))
     stream = batches_of.read_batches(split, batch_size, seed=0)
 
@@ -175,7 +175,7 @@ def _images_and_labels(count: int, shape: tuple[int, ...]) -> tuple[np.ndarray, 
 
 
 def evaluate(contender: str, size: str, num_examples: int, num_timesteps: int) -> Prepared:
-    """The evaluation of --mode=evaluate, its files too."""
+    """The evaluation of --mode=evaluate, including its files."""
     fields = {"evaluate.num_examples": num_examples, "evaluate.num_timesteps": num_timesteps}
     experiment, used_devices = create(size, fields)
     split = Split(*_images_and_labels(num_examples, experiment.dataset.shape))
@@ -186,7 +186,8 @@ def evaluate(contender: str, size: str, num_examples: int, num_timesteps: int) -
     folders = tempfile.TemporaryDirectory()
 
     def run() -> None:
-        folder = pathlib.Path(tempfile.mkdtemp(dir=folders.name))  # another would go on
+        # a new folder each time: in the same one the evaluation would be resumed
+        folder = pathlib.Path(tempfile.mkdtemp(dir=folders.name))
         evaluator.evaluate(trained, split, about={}, folder=folder)
 
     return run, {"num_parameters": num_parameters(params)}
@@ -206,14 +207,14 @@ def _save(folder: pathlib.Path, step: int, state: TrainState) -> None:
 
 
 def save(contender: str, size: str) -> Prepared:
-    """Write a checkpoint and wait until it is there; training would not wait."""
+    """Write a checkpoint and wait until it is on the disk; training does not wait."""
     state, folder = _state(size)
     number = itertools.count(1)
     return lambda: _save(folder, next(number), state), {}
 
 
 def restore(contender: str, size: str) -> Prepared:
-    """Read it, compare its digest, and put it together."""
+    """Restore a checkpoint: read it and compare its digest."""
     state, folder = _state(size)
     _save(folder, 1, state)
 

@@ -1,10 +1,10 @@
-r"""Milliseconds of a training step of one job, by ``config.ablate.parallel``.
+r"""Milliseconds per training step of a job, for each value of ``config.ablate.parallel``.
 
     python -m benchmarks.parallel --config=configs/digits_offset.py --workdir=DIR [FLAGS]
 
-On all devices, a CPU's cores being one each. The ways take turns, so that a machine that slows down
-slows all of them; prints the median and the quartiles of rounds of five steps. vmap has two jobs on
-a device. DIR is not written.
+All devices are used; on a CPU each core is a device. The values take turns, so that a machine that
+slows down slows all of them. It prints the median and the quartiles over rounds of five steps.
+vmap has two jobs on each device. Nothing is written into DIR.
 """
 
 import sys

@@ -1,9 +1,10 @@
-"""The cases by diffusers and denoising-diffusion-pytorch, each as fast as it goes.
+"""The cases as diffusers and denoising-diffusion-pytorch run them, with their fastest settings.
 
-A contender is "diffusers" or "ddpp" with its options: "compile" (torch.compile in its default
-mode), "reduce-overhead", "max-autotune" (in others), "channels_last". Adam is torch's fused one and
-the averaged weights are one foreach call, as the fastest training scripts have it. In bfloat16 the
-weights stay float32 in training, and are bfloat16 in sampling. They run on a GPU that torch sees.
+A contender is "diffusers" or "ddpp" (denoising-diffusion-pytorch) with options: "compile"
+(torch.compile in its default mode), "reduce-overhead" and "max-autotune" (its other modes),
+"channels_last". Adam is torch's fused one, and the EMA is one foreach call, as in the fastest
+training scripts. In bfloat16 the weights are float32 in training and bfloat16 in sampling. If torch
+sees a GPU, the peers run on it.
 """
 
 import atexit
@@ -25,7 +26,7 @@ from benchmarks.cases import SIZES, Size
 Prepared = tuple[Callable[[], object], dict[str, Any]]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-torch.backends.cudnn.benchmark = True  # it times cuDNN's algorithms, as XLA always does
+torch.backends.cudnn.benchmark = True  # autotune cuDNN's algorithms, as XLA always does
 MODES = {"compile": "default", "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"}
 
 
@@ -35,12 +36,12 @@ def device_kind() -> str:
 
 
 def peak_of_device() -> int:
-    """The most bytes of its memory that were in use."""
+    """The peak of the bytes in use in the GPU's memory."""
     return torch.cuda.max_memory_allocated()
 
 
 def create_diffusers(size: Size) -> torch.nn.Module:
-    """UNet2DModel of the same layers."""
+    """The UNet2DModel that has the same layers as our U-Net."""
     shape, channels = size.shape, [size.width * m for m in size.channel_multipliers]
     heights = [shape[0] >> level for level in range(len(channels))]
     kinds = ["Attn" if height in size.attention_resolutions else "" for height in heights]
@@ -59,7 +60,7 @@ def create_diffusers(size: Size) -> torch.nn.Module:
 
 
 def create_ddpp(size: Size) -> torch.nn.Module:
-    """Its own U-Net, whose layers are others: linear attention at every level."""
+    """The U-Net of denoising-diffusion-pytorch, which has linear attention at every level."""
     from denoising_diffusion_pytorch import Unet
 
     return Unet(
@@ -72,7 +73,7 @@ def create_ddpp(size: Size) -> torch.nn.Module:
 
 
 def create(contender: str, size: Size) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The network, and the same as it is called."""
+    """A network, and the same network compiled as the contender's options say."""
     name, *options = contender.split()
     module = {"diffusers": create_diffusers, "ddpp": create_ddpp}[name](size).to(DEVICE)
     if "channels_last" in options:
@@ -82,14 +83,14 @@ def create(contender: str, size: Size) -> tuple[torch.nn.Module, torch.nn.Module
 
 
 def num_parameters(module: torch.nn.Module) -> int:
-    """How many numbers a network has."""
+    """The number of parameters of a network."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def train_step(
     contender: str, size: str, batch_size: int, num_steps: int, dtype: str = "float32"
 ) -> Prepared:
-    """Noising by the library's scheduler, loss, gradient, clipping, Adam, EMA."""
+    """Training steps: noising by the library's scheduler, loss, gradient, clipping, Adam, EMA."""
     chosen = SIZES[size]
     module, network = create(contender, chosen)
     parameters = list(module.parameters())
@@ -113,7 +114,7 @@ def train_step(
         ).to(DEVICE)
 
         def mean_loss(x_0: torch.Tensor) -> torch.Tensor:
-            return process((x_0 + 1) / 2)  # it wants [0, 1]
+            return process((x_0 + 1) / 2)  # GaussianDiffusion takes images in [0, 1]
     else:
         scheduler = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2")
 
@@ -152,14 +153,14 @@ def sample(
     num_steps: int,
     dtype: str = "float32",
 ) -> Prepared:
-    """The library's own pipeline, without its progress bar; to the host's memory."""
+    """Sample a batch by the library's own pipeline, into the host's memory."""
     chosen = SIZES[size]
     module, network = create(contender, chosen)
     module.eval()
     if dtype == "bfloat16":
         if not contender.startswith("diffusers"):
             raise ValueError(f"{contender} samples in float32 only")
-        # the weights, and float32 images after the first step: the pipeline returns no others
+        # bfloat16 weights; x_t stays float32, because the pipeline cannot return bfloat16 images
         forward = module.to(torch.bfloat16).forward
 
         def in_bfloat16(x_t: torch.Tensor, timestep: torch.Tensor) -> UNet2DOutput:
@@ -199,7 +200,7 @@ def train_and_sample(
     num_images: int,
     num_sampling_steps: int,
 ) -> Prepared:
-    """What one arm of an ablation needs; the images are of another network of the same size."""
+    """The work of one arm of an ablation; another network of the same size samples the images."""
     train, about = train_step(contender, size, batch_size, num_steps)
     draw, _ = sample(contender, size, "ancestral", num_images, num_sampling_steps)
 
@@ -211,7 +212,7 @@ def train_and_sample(
 
 
 def read_batches(contender: str, batch_size: int, num_batches: int) -> Prepared:
-    """Torch's DataLoader over tensors in memory, shuffled, a batch indexed at once."""
+    """Shuffled batches from torch's DataLoader; tensors in memory are indexed a batch at a time."""
     source = np.random.default_rng(0)
     images = torch.from_numpy(source.integers(0, 256, (60_000, 28, 28, 1), np.uint8))
     dataset = torch.utils.data.TensorDataset(images, torch.randint(0, 10, (60_000,)))
@@ -246,7 +247,7 @@ def _saved(size: str) -> tuple[dict[str, Any], pathlib.Path]:
 
 
 def save(contender: str, size: str) -> Prepared:
-    """torch.save, to a file that is on the disk at the end."""
+    """torch.save, and fsync: the file is on the disk at the end."""
     state, path = _saved(size)
 
     def run() -> None:
@@ -258,7 +259,7 @@ def save(contender: str, size: str) -> Prepared:
 
 
 def restore(contender: str, size: str) -> Prepared:
-    """torch.load, which compares nothing."""
+    """torch.load, which compares no digest."""
     state, path = _saved(size)
     torch.save(state, path)
     return lambda: torch.load(path), {}

@@ -1,10 +1,10 @@
-r"""Where the time of our training step goes, and the floor that the machine sets it.
+r"""Profile of our training step, and its floor: the shortest time possible on the machine.
 
     python -m benchmarks.profile --size=mnist --batch-size=64 [--dtype=bfloat16]
 
-The floor is the operations of all convolutions and matrix products, in their plain form, at the
-rate of a large matrix product on every device at once. The profile is the sum over the devices of
-the time in each kind of operation of the compiled step.
+The floor is the number of operations of all convolutions and matrix products, divided by the
+measured rate of a large matrix product on all devices at once. The profile is the time in each kind
+of operation of the compiled step, summed over the devices.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from benchmarks import ours
 from diffusion_jax.runtime import devices
 
 ROUNDS, CALLS = 7, 3
-PRODUCTS = 10  # that are under way, so that none waits for Python
+PRODUCTS = 10  # calls under way at once, so that the device does not wait for Python
 GEMM = {"cpu": 2048, "gpu": 8192}  # side of the matrices
 COPIED = {"cpu": 2**25, "gpu": 2**28}  # floats that are copied on each device
-# how the compiler calls the libraries' convolutions and products on a GPU
+# parts of the names of the library calls in a program that is compiled for a GPU
 LIBRARY_CALLS = {
     "convForward": "convolutions: forward",
     "convBiasActivationForward": "convolutions: forward",
@@ -40,7 +40,7 @@ LIBRARY_CALLS = {
 
 
 def operations(jaxpr: Any) -> float:
-    """Multiplications and additions of a program's convolutions and matrix products."""
+    """The number of multiplications and additions in a program's convolutions and products."""
     total = 0.0
     for equation in jaxpr.eqns:
         inputs, parameters = equation.invars, equation.params
@@ -48,14 +48,14 @@ def operations(jaxpr: Any) -> float:
             kernel = inputs[1].aval.shape
             spec = parameters["dimension_numbers"].rhs_spec
             taps = np.prod([kernel[axis] for axis in spec[1:]])
-            dilated = np.prod(parameters["lhs_dilation"])  # zeros between: nothing to multiply
+            dilated = np.prod(parameters["lhs_dilation"])  # the zeros between inputs do not count
             total += 2 * np.prod(equation.outvars[0].aval.shape) * taps / dilated
         elif equation.primitive.name == "dot_general":
             (contracted, _), _ = parameters["dimension_numbers"]
             summed = np.prod([inputs[0].aval.shape[axis] for axis in contracted])
             total += 2 * np.prod(equation.outvars[0].aval.shape) * summed
         inner = [operations(program) for program in jaxprs_in_params(parameters)]
-        if equation.primitive.name == "cond":  # by platform: the plain form has the most
+        if equation.primitive.name == "cond":  # by platform: the plain form has the most operations
             total += max(inner)
         else:
             total += sum(inner) * parameters.get("length", 1)  # of a scan
@@ -63,9 +63,9 @@ def operations(jaxpr: Any) -> float:
 
 
 def rate(function: Callable[..., Any], shape: tuple[int, ...], dtype: str, amount: float) -> float:
-    """The most per second of ``amount`` on each device, all of them at once."""
+    """The highest measured rate of a function on all devices at once: ``amount`` per second."""
     count = jax.local_device_count()
-    # at random: of equal numbers a GPU multiplies more, for it gets less hot
+    # random numbers: a GPU that multiplies equal numbers stays cooler, and is faster
     x = jax.random.normal(jax.random.key(0), (count, *shape), dtype)
     x = devices.divide(x, jax.local_devices())
     compiled = jax.pmap(function)
@@ -79,7 +79,7 @@ def rate(function: Callable[..., Any], shape: tuple[int, ...], dtype: str, amoun
 
 
 def kind_of(name: str, definitions: dict[str, tuple[str, str]], bodies: dict[str, str]) -> str:
-    """What an operation of the compiled step does, in a few words."""
+    """The kind of an operation of the compiled step, for the table."""
     rest, source = definitions.get(name, ("", ""))
     target = re.search(r'custom_call_target="([^"]*)"', rest)
     for part, kind in LIBRARY_CALLS.items():
@@ -108,7 +108,7 @@ def kind_of(name: str, definitions: dict[str, tuple[str, str]], bodies: dict[str
 
 
 def profile(text: str, run: Callable[[], None]) -> collections.Counter:
-    """Nanoseconds by kind of operation while ``run`` runs, of the compiled program ``text``."""
+    """Nanoseconds in each kind of operation while ``run`` runs the compiled program ``text``."""
     bodies = {}
     for part in text.split("\n\n"):
         head = re.match(r"(?:ENTRY )?%?([\w.\-]+) ", part)
@@ -116,10 +116,10 @@ def profile(text: str, run: Callable[[], None]) -> collections.Counter:
             bodies[head.group(1)] = part
     definitions = {}
     for line in text.splitlines():
-        found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line)
-        if found:
+        match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line)
+        if match:
             source = re.search(r'op_name="([^"]*)"', line)
-            definitions[found.group(1)] = found.group(2), source.group(1) if source else ""
+            definitions[match.group(1)] = match.group(2), source.group(1) if source else ""
     total = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -128,7 +128,7 @@ def profile(text: str, run: Callable[[], None]) -> collections.Counter:
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
             for line in plane.lines:
                 for event in line.events:
-                    # on a GPU the event has the name of the kernel
+                    # not the event's own name, which on a GPU is that of a kernel
                     if name := dict(event.stats).get("hlo_op"):
                         total[kind_of(name, definitions, bodies)] += event.duration_ns
     return total

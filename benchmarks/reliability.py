@@ -1,12 +1,12 @@
-"""What happens to a run that is killed, damaged, short of space, started twice or read meanwhile.
+"""Whether runs survive kills, damaged files, a full disk, a second start and concurrent readers.
 
     python -m benchmarks.reliability [--into=docs/RELIABILITY.md] [--seed=0] [CASE ...]
 
-Every case is real: processes of main.py, signals, files on a disk, a full tmpfs. A trial holds if
-the run ends with the very arrays, records and samples of one that nothing happened to, or is
-refused in one line; that of a damaged file if what is restored are the arrays of a step. Without
-CASE all of them run, and the table of the page is written. The exit status is 1 if a trial did not
-hold.
+The trials are real: processes of main.py, signals, files on a disk, a full tmpfs. A trial holds if
+the run ends with exactly the arrays, records and samples of an undisturbed run, or is refused in
+one line. A trial with a damaged file holds if the restored arrays are exactly those of a saved
+step. Without CASE all cases run, and the table of the page is written. The exit status is 1 if a
+trial did not hold.
 """
 
 import argparse
@@ -59,7 +59,7 @@ IN_USE = "in use by another run"
 
 
 class Outcome(NamedTuple):
-    """A row of the table: how many trials there were, how many held, and what was seen."""
+    """A row of the table: the number of trials, the number that held, and the observations."""
 
     trials: int
     held: int
@@ -67,11 +67,11 @@ class Outcome(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """Where the trials take place, and the run that nothing happens to."""
+    """The folder of the trials, and the undisturbed run that they are compared with."""
 
     folder: pathlib.Path
     untouched: pathlib.Path
-    seconds: float  # that the untouched run took
+    seconds: float  # duration of the undisturbed run
     random: random.Random
 
     def words(self, workdir: pathlib.Path, **changes: Any) -> list[str]:
@@ -82,7 +82,7 @@ class Scene(NamedTuple):
         return [sys.executable, str(REPOSITORY / "main.py"), *flags]
 
     def start(self, workdir: pathlib.Path, **changes: Any) -> subprocess.Popen:
-        """A run under way."""
+        """Start a run, and do not wait for it."""
         return subprocess.Popen(
             self.words(workdir, **changes),
             cwd=REPOSITORY,
@@ -93,19 +93,19 @@ class Scene(NamedTuple):
         )
 
     def run(self, workdir: pathlib.Path, **changes: Any) -> tuple[int, str]:
-        """The exit status of a run, and what it wrote to standard error."""
+        """The exit status of a run, and its standard error."""
         process = self.start(workdir, **changes)
-        said = process.communicate()[1]
-        return process.returncode, said
+        log = process.communicate()[1]
+        return process.returncode, log
 
     def is_untouched(self, workdir: pathlib.Path) -> bool:
-        """Whether a run ended with the arrays, records and samples of the untouched one."""
+        """Whether a run ended with the arrays, records and samples of the undisturbed run."""
         ends = [_end_of(path) for path in (workdir, self.untouched)]
         return ends[0] == ends[1]
 
 
 def _end_of(workdir: pathlib.Path) -> tuple:
-    """The digest of the newest checkpoint, the records without their speed, and the samples."""
+    """The newest step, the digest of its arrays, the records without the speed, the samples."""
     directory = workdir / "checkpoints"
     newest = max(checkpoint.saved_steps(directory))
     digest = checkpoint.digest(checkpoint.load(directory, newest))
@@ -138,10 +138,10 @@ def killed(scene: Scene) -> Iterator[Outcome]:
         process.send_signal(kind)
         process.communicate()
         steps = checkpoint.saved_steps(workdir / "checkpoints") if workdir.exists() else []
-        code, said = scene.run(workdir)
+        code, log = scene.run(workdir)
         held = code == 0 and scene.is_untouched(workdir)
         where = "at its end" if steps[-1:] == [NUM_STEPS] else "in training" if steps else "before"
-        yield Outcome(1, held, f"{kind.name} {where}" + ("" if held else f": {code} {said[-300:]}"))
+        yield Outcome(1, held, f"{kind.name} {where}" + ("" if held else f": {code} {log[-300:]}"))
         shutil.rmtree(workdir)
 
 
@@ -180,11 +180,11 @@ def damaged(scene: Scene) -> Iterator[Outcome]:
 
 def full(scene: Scene) -> Iterator[Outcome]:
     """A tmpfs with room for some checkpoints; then it is made larger and the run goes on."""
-    disk, kept = scene.folder / "disk", scene.folder / "kept"
+    disk, copy = scene.folder / "disk", scene.folder / "kept"
     disk.mkdir()
     size = sum(path.stat().st_size for path in (scene.untouched / "checkpoints").rglob("*"))
     everything = sum(path.stat().st_size for path in scene.untouched.rglob("*"))
-    room = everything - size + 4 * size // 3  # of three checkpoints one more does not fit
+    room = everything - size + 4 * size // 3  # of this, a third of ``size`` is filled below
     command = shlex.join(scene.words(disk / "run"))
     script = f"""
         mount -t tmpfs -o size={room} tmpfs {disk} || exit 9
@@ -193,7 +193,7 @@ def full(scene: Scene) -> Iterator[Outcome]:
         ls {disk}/run/checkpoints >{scene.folder}/first.steps
         mount -o remount,size=1g {disk}
         {command} >/dev/null 2>{scene.folder}/second.err; echo $? >{scene.folder}/second.code
-        cp -r {disk}/run {kept}
+        cp -r {disk}/run {copy}
     """
     done = subprocess.run(
         ["unshare", "--map-root-user", "--mount", "sh", "-c", script],
@@ -210,31 +210,31 @@ def full(scene: Scene) -> Iterator[Outcome]:
     errors = [line for line in read["first.err"].splitlines() if "Error" in line]
     errors += [line for line in read["first.err"].splitlines() if "Traceback" in line]
     steps = [int(name) for name in read["first.steps"].split() if name.isdigit()]
-    held = codes == (1, 0) and len(errors) == 1 and bool(steps) and scene.is_untouched(kept)
+    held = codes == (1, 0) and len(errors) == 1 and bool(steps) and scene.is_untouched(copy)
     seen = f"exit {codes[0]} with {len(errors)} line, steps {steps} stay, then exit {codes[1]}"
     yield Outcome(1, held, seen if held else f"{seen}: {errors[:3]}")
 
 
 def twice(scene: Scene) -> Iterator[Outcome]:
-    """A second run in the folder of a run, and again once the first was killed."""
+    """A second run started in the folder of a run, and again after the first run was killed."""
     for number in range(NUM_TWICE):
         workdir = scene.folder / f"twice{number}"
         first = scene.start(workdir, train__num_steps=1_000_000)
         _wait_for_step(first, workdir, EVERY)
-        code, said = scene.run(workdir)
-        is_refused = code == 2 and said.splitlines()[-1].endswith(IN_USE)
+        code, log = scene.run(workdir)
+        is_refused = code == 2 and log.splitlines()[-1].endswith(IN_USE)
         is_running = first.poll() is None
         first.kill()
         first.communicate()
         steps = max(checkpoint.saved_steps(workdir / "checkpoints")) + EVERY
-        code, said = scene.run(workdir, train__num_steps=steps)
+        code, log = scene.run(workdir, train__num_steps=steps)
         held = is_refused and is_running and code == 0
-        yield Outcome(1, held, "refused, then free" if held else f"{code}: {said[-300:]}")
+        yield Outcome(1, held, "refused, then free" if held else f"{code}: {log[-300:]}")
         shutil.rmtree(workdir)
 
 
 def read(scene: Scene) -> Iterator[Outcome]:
-    """A live run, which another process reads over and over, and a third one is guided by."""
+    """A live run; a process reads its checkpoints repeatedly, and a second run is guided by it."""
     for number in range(NUM_READ):
         workdir, other = scene.folder / f"read{number}", scene.folder / f"guided{number}"
         live = scene.start(workdir)
@@ -252,10 +252,10 @@ def read(scene: Scene) -> Iterator[Outcome]:
         steps = []
         while live.poll() is None or guided.poll() is None:
             steps.append(checkpoint.restore(workdir / "checkpoints", template).step)
-        said = live.communicate()[1] + guided.communicate()[1]
+        log = live.communicate()[1] + guided.communicate()[1]
         held = live.returncode == guided.returncode == 0 and scene.is_untouched(workdir)
         seen = f"{len(steps)} reads of {len(set(steps))} steps"
-        yield Outcome(1, held, seen if held else f"{seen}: {said[-300:]}")
+        yield Outcome(1, held, seen if held else f"{seen}: {log[-300:]}")
         shutil.rmtree(workdir)
         shutil.rmtree(other)
 
@@ -270,7 +270,7 @@ CASES: dict[str, Callable[[Scene], Iterator[Outcome]]] = {
 
 
 def summarise(outcomes: list[Outcome]) -> Outcome:
-    """All trials of a case: what was seen how often."""
+    """The sums over all trials of a case, with the number of times of each observation."""
     seen = sorted(outcome.seen for outcome in outcomes)
     counts = [f"{len(list(group))} x {text}" for text, group in itertools.groupby(seen)]
     if len(counts) == len(seen):
@@ -283,12 +283,12 @@ def summarise(outcomes: list[Outcome]) -> Outcome:
 
 
 def write_table(outcomes: dict[str, Outcome], page: pathlib.Path) -> None:
-    """Put the table between its two marks in the page."""
+    """Write the table between its two marks in the page."""
     machine = tables.environment(None)
     lines = ["| what happens | trials | held | seen |", "|---|---|---|---|"]
     for name, outcome in outcomes.items():
-        what = (CASES[name].__doc__ or "").rstrip(".")
-        lines.append(f"| {what} | {outcome.trials} | {outcome.held} | {outcome.seen} |")
+        title = (CASES[name].__doc__ or "").rstrip(".")
+        lines.append(f"| {title} | {outcome.trials} | {outcome.held} | {outcome.seen} |")
     versions = f"jax {machine['versions']['jax']}, Python {machine['python']}"
     lines += ["", f"At {machine['commit']}, {machine['date']}, {versions}, {machine['cpu']}."]
     before, _, rest = page.read_text().partition(BEGIN)
@@ -300,13 +300,13 @@ def main() -> int:
     """Run the cases, print each trial, and write the table if all cases ran."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--into", default="docs/RELIABILITY.md", type=pathlib.Path)
-    parser.add_argument("--seed", default=0, type=int, help="of the moments and the places")
+    parser.add_argument("--seed", default=0, type=int, help="of the times of kills and of damage")
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}")
     arguments = parser.parse_args()
     unknown = set(arguments.cases) - set(CASES)
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
-    logging.getLogger("diffusion_jax").setLevel(logging.ERROR)  # damage is what is counted here
+    logging.getLogger("diffusion_jax").setLevel(logging.ERROR)  # warnings of damage are expected
     outcomes = {}
     with tempfile.TemporaryDirectory() as folder:
         scene = Scene(
@@ -317,9 +317,9 @@ def main() -> int:
         )
         for path in (scene.folder / "first", scene.untouched):  # the first one compiles
             begun = time.monotonic()
-            code, said = scene.run(path)
+            code, log = scene.run(path)
             if code:
-                sys.exit(said)
+                sys.exit(log)
         scene = scene._replace(seconds=time.monotonic() - begun)
         for name in arguments.cases or CASES:
             trials = []

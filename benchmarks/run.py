@@ -1,13 +1,13 @@
-r"""Our figures and the peers' in turn on one machine, as a table.
+r"""The cases measured for diffusion_jax and its peers in turn on one machine, as a table.
 
     pip install -e '.[bench]'
     python -m benchmarks.run --into=docs/BENCHMARKS [--rounds=7] [CASE ...]
 
-Without CASE all of a CPU; those of a GPU are benchmarks.gpu's. In each round every contender runs
-once, each in a process of its own that waits while the others run; a ratio is the median over the
-rounds of ours / the best peer's, which is the one of the smallest median. Each case that is done
-goes into the JSON file beside the others, from which the table of the Markdown is written: a case
-can be measured again by itself. The machine should do nothing else.
+Without CASE it runs all cases of a CPU; benchmarks.gpu runs those of a GPU. In each round every
+contender runs once, in a process of its own that waits while the others run. A ratio is the median
+over the rounds of our time / the time of the best peer, the one with the smallest median. A case
+replaces its older measurement in the JSON file, and the table of the Markdown file is written from
+that, so one case can be measured again by itself. The machine should do nothing else.
 """
 
 import argparse
@@ -28,11 +28,11 @@ class Worker:
     """A process of benchmarks.worker."""
 
     def __init__(self, contender: str, case: Case) -> None:
-        # no pipe: nobody would read what a compiler has to say, and a full one stops it
+        # not a pipe: nothing reads it, and a compiler that fills a pipe with warnings would block
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process
-        asked = {"do": case.do, "options": case.options, "platform": case.platform}
+        work = {"do": case.do, "options": case.options, "platform": case.platform}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", contender, json.dumps(asked)],
+            [sys.executable, "-m", "benchmarks.worker", contender, json.dumps(work)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -47,17 +47,17 @@ class Worker:
         if not line:
             code = self._process.wait()
             self._errors.seek(0)
-            said = [text for text in self._errors.read().splitlines() if "Error" in text]
-            raise RuntimeError(said[-1] if said else f"it ended with {code}")
+            errors = [text for text in self._errors.read().splitlines() if "Error" in text]
+            raise RuntimeError(errors[-1] if errors else f"it ended with {code}")
         return json.loads(line)
 
     def seconds(self) -> float:
-        """Run the case once."""
+        """Run the case once; its wall time in seconds."""
         print("go", file=self._process.stdin, flush=True)
         return self._answer()["seconds"]
 
     def peak_mib(self) -> float:
-        """End it; the largest memory that it ever had."""
+        """End the process; its peak memory in MiB."""
         self._process.stdin.close()
         peak = self._answer()["peak_mib"]
         self._process.wait()
@@ -65,14 +65,19 @@ class Worker:
 
 
 def measure(case: Case, rounds: int) -> tuple[dict[str, tables.Figures], str | None]:
-    """The seconds of every contender in every round, or why it was left out; the GPU, if any."""
-    workers, found, seconds = {}, {}, {}
+    """The measurements of every contender, or why it was left out; and the name of the GPU, if any.
+
+    Raises:
+        RuntimeError: ours fails.
+        ValueError: a contender has another number of parameters than its architecture has.
+    """
+    workers, figures, seconds = {}, {}, {}
 
     def leave_out(contender: str, error: RuntimeError) -> None:
         if contender == "ours":
             raise error
         say(f"  left out: {contender}: {error}")
-        found[contender] = tables.Figures([], left_out=str(error))
+        figures[contender] = tables.Figures([], left_out=str(error))
         workers.pop(contender, None)
 
     for contender in ("ours", *case.peers):
@@ -94,17 +99,17 @@ def measure(case: Case, rounds: int) -> tuple[dict[str, tables.Figures], str | N
             expected = SIZES[case.options["size"]].num_parameters
             if count != expected:
                 raise ValueError(f"{contender} has {count} parameters, not {expected}")
-        found[contender] = tables.Figures(seconds[contender], worker.peak_mib(), count)
-    return found, workers["ours"].about.get("device")
+        figures[contender] = tables.Figures(seconds[contender], worker.peak_mib(), count)
+    return figures, workers["ours"].about.get("device")
 
 
 def say(text: str) -> None:
-    """Tell how far it is, beside the table."""
+    """Print the progress to standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
 def parse_arguments(description: str, names: list[str]) -> argparse.Namespace:
-    """The cases, of those that there are, the table that they go into, and how many rounds."""
+    """Parse the command line: the cases (of ``names``), the path of the table, the rounds."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -119,7 +124,7 @@ def parse_arguments(description: str, names: list[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, and write both files after each case."""
+    """Measure the cases, and write both files after each case."""
     cases = CASES | GPU_CASES
     arguments = parse_arguments(__doc__, [*cases, *commands.COMMANDS])
     into = pathlib.Path(arguments.into)
@@ -128,14 +133,14 @@ def main() -> None:
         gpu = None
         if name in cases:
             case = cases[name]
-            found, gpu = measure(case, arguments.rounds)
+            figures, gpu = measure(case, arguments.rounds)
             fields = ("title", "do", "options", "amount", "unit", "per_second", "target")
         else:
             case = commands.COMMANDS[name]
-            found = case.measure(say)
+            figures = case.measure(say)
             fields = ("title", "amount", "unit", "per_second", "target", "limit")
         row = {field: getattr(case, field) for field in fields}
-        tables.add(into, name, row, found, gpu)
+        tables.add(into, name, row, figures, gpu)
     print(into.with_suffix(".md").read_text())
 
 

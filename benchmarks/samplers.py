@@ -1,13 +1,13 @@
-r"""Sample quality of every sampler by its number of steps, on a trained model.
+r"""Sample quality of every sampler on a trained model, by the number of network evaluations.
 
     python -m benchmarks.samplers --config=configs/mnist.py --workdir=DIR FLAGS \
         --config.sampling.num_images=500
 
-with the FLAGS that trained the model. Writes a Markdown table of the classifier Frechet distance
-to the test split (evaluation/distances.py; smaller is better), each with its 95 % interval, as it
-goes. All chains begin with the same noise. Samplers that evaluate twice a step take half of the
-steps, so that a column compares equal work. Chains of samplers that solve the flow stand on EDM's
-grid up to sigma = 80, the others on the timesteps, "trailing".
+with the FLAGS that trained the model. It prints a Markdown table of the classifier Frechet distance
+to the test split (evaluation/distances.py; smaller is better), with 95 % intervals. All chains
+start from the same noise. A sampler that evaluates the network twice per step takes half as many
+steps, so that a column compares equal work. The chains of ancestral, ddim and predictor_corrector
+use "trailing" timesteps, those of the other samplers EDM's grid up to sigma = 80.
 """
 
 import pathlib
@@ -29,17 +29,17 @@ from diffusion_jax.runtime import devices
 from diffusion_jax.runtime.checkpoint import restore_average
 from diffusion_jax.sampling.generator import Generator
 
-BUDGETS = (10, 20, 50)  # evaluations of the network, about
+BUDGETS = (10, 20, 50)  # approximate numbers of network evaluations per image
 ON_TIMESTEPS = ("ancestral", "ddim", "predictor_corrector")
 SAME = (
     "euler",
     "dpmpp_1s",
     "euler_ancestral",
-)  # as ddim and ancestral, see tests/diffusion/samplers
+)  # equal to ddim and ancestral, see tests/diffusion/samplers
 
 
 def chain_of(name: str, num_steps: int) -> Chain:
-    """The grid on which a sampler is at home."""
+    """A chain with the spacing that suits a sampler."""
     if name in ON_TIMESTEPS:
         spacing, sigma_max = "trailing", None
     else:
@@ -60,13 +60,13 @@ def main(argv: list[str]) -> None:
     real = features(classifier, to_x_0(dataset.test.images[:], dataset.levels))
 
     def cell(x_0: np.ndarray) -> str:
-        found = with_interval("frechet", features(classifier, x_0), real, seed=0)
-        return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+        distance = with_interval("frechet", features(classifier, x_0), real, seed=0)
+        return f"{distance.value:.2f} [{distance.low:.2f}, {distance.high:.2f}]"
 
     num_images = config.sampling.num_images
-    # at random: neighbours in MNIST's training archive are of two populations by turns
-    drawn = np.random.default_rng(0).permutation(len(dataset.train))[:num_images]
-    training = to_x_0(dataset.train.images[drawn], dataset.levels)
+    # a random subset, because MNIST's training archive alternates between two groups of writers
+    indices = np.random.default_rng(0).permutation(len(dataset.train))[:num_images]
+    training = to_x_0(dataset.train.images[indices], dataset.levels)
     print(f"step {step}, {num_images} images, classifier {classifier.test_accuracy:.4f} right")
     print(f"as many training images: {cell(training)}\n")
     print("| sampler | grid | " + " | ".join(f"{n} calls" for n in BUDGETS) + " |")

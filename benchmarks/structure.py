@@ -1,26 +1,27 @@
-"""How the code is built: imports, layers, long signatures, long functions, repeated blocks.
+"""The structure of the code: imports, layers, long signatures, long functions, repeated blocks.
 
     python -m benchmarks.structure                 # this checkout
     python -m benchmarks.structure FOLDER          # another one, for example
     git worktree add ../before 0a48fca && python -m benchmarks.structure ../before
 
-The files are parsed, never imported. They are the modules of diffusion_jax and main.py; configs/
-is the user's. What is counted:
+The files are parsed, never imported. They are main.py and the modules of diffusion_jax, without
+configs/, which belongs to the user. Definitions:
 
-- An import is one anywhere in a file, inside functions too. `import a.b` is an import of a.b.
-  `from a import name` is an import of a.name where that is a module, unless the face of a (its
+- Imports count anywhere in a file, also inside functions. `import a.b` is an import of a.b.
+  `from a import name` is an import of a.name if that is a module, unless the face of a (its
   __init__.py) binds the name to something else; otherwise it is an import of a.
 - The longest chain counts modules, each importing the next. Modules that import each other in a
   cycle count as one, and the cycle is reported.
 - A folder is the first part of a name below diffusion_jax; a file there is a folder of its own.
-  Floors are the longest chain of folders, without errors.py, the ground that all stand on.
-- An import is against the layers if it leads to a folder that does not stand lower (LAYERS).
-- A function is public if no part of its name, classes included, starts with "_" and it is not
-  inside another function. Neither self, cls nor keyword-only parameters are counted.
-- A function's lines go from its def to its end, signature and docstring included, decorators not.
-- A repeated block is what pylint's duplicate-code finds in two files, with min-similarity-lines=6:
-  to pylint that is more than six lines that are not mere brackets. Imports, comments and docstrings
-  are left out. Signatures are not, which is stricter than pylint's default.
+  Floors are the longest chain of folders, without errors.py, which all folders may import.
+- An import is against the layers if the imported folder is not in a lower layer (LAYERS).
+- A function is public if it is not inside another function, and no part of its name, including its
+  classes, starts with "_". Its parameters are counted without self, cls and keyword-only ones.
+- The lines of a function are those from its def to its end, with its signature and docstring, but
+  without its decorators.
+- A repeated block is a match of pylint's duplicate-code in two files, with min-similarity-lines=6:
+  more than six lines that are not only brackets. Imports, comments and docstrings are ignored.
+  Signatures are not ignored, which is stricter than pylint's default.
 """
 
 import argparse
@@ -35,7 +36,7 @@ import sys
 from collections.abc import Iterator, Mapping, Set
 
 PACKAGE = "diffusion_jax"
-LAYERS = (  # from the ground; the folders of one layer do not import each other
+LAYERS = (  # the lowest first; the folders of one layer do not import each other
     {"errors"},
     {"diffusion"},
     {"models", "config", "data", "runtime", "drawing"},
@@ -55,26 +56,26 @@ READING_PATH = (
     *("diffusion_jax/diffusion/process.py", "diffusion_jax/diffusion/schedules/schedule.py"),
     *("diffusion_jax/diffusion/schedules/families.py", "diffusion_jax/models/unet.py"),
 )
-FLAT_READING_PATH = (  # before there were folders
+FLAT_READING_PATH = (  # of revisions without folders
     *("main.py", "diffusion_jax/train.py", "diffusion_jax/losses.py", "diffusion_jax/process.py"),
     *("diffusion_jax/schedules.py", "diffusion_jax/models/unet.py"),
 )
 MAX_CHAIN, MAX_FLOORS, MAX_PARAMETERS, MAX_LINES, MAX_READING = 20, 8, 5, 60, 1_450
 REPEATED_LINES = 6
 
-Graph = Mapping[str, Set[str]]  # who imports whom
+Graph = Mapping[str, Set[str]]  # from each module or folder to those that it imports
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Module:
-    """One file: its name with dots, its syntax tree, and whether it is a package's face."""
+    """One file: its dotted name, its syntax tree, and whether it is the face of a package."""
 
     name: str
     tree: ast.Module
     is_face: bool
 
     def resolve(self, node: ast.ImportFrom) -> str:
-        """The full name of what a `from ... import` takes its names from."""
+        """The full name of the module that a `from ... import` imports from."""
         package = self.name if self.is_face else self.name.rpartition(".")[0]
         return importlib.util.resolve_name("." * node.level + (node.module or ""), package)
 
@@ -85,7 +86,7 @@ class Function:
 
     name: str  # module: Class.method
     is_public: bool
-    parameters: int  # that can be given by position
+    parameters: int  # positional ones
     lines: int
 
 
@@ -115,7 +116,7 @@ def bound_names(face: Module) -> set[str]:
 
 
 def imported_names(module: Module, modules: Mapping[str, Module]) -> set[str]:
-    """What a module imports: modules of ours where they are, otherwise the names as written."""
+    """The names of the modules that a module imports, ours and those of other packages."""
     names = set()
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Import):
@@ -156,7 +157,7 @@ def folder_graph(graph: Graph) -> dict[str, set[str]]:
 
 
 def reachable(graph: Graph, start: str) -> set[str]:
-    """All that is imported from one node, at once or through others."""
+    """All nodes that a node imports, directly or through others."""
     seen: set[str] = set()
     waiting = [start]
     while waiting:
@@ -194,12 +195,12 @@ def longest_chain(graph: Graph) -> list[str]:
 
 
 def is_flat(modules: Mapping[str, Module]) -> bool:
-    """Whether this is the tree before there were layers."""
+    """Whether this is the tree of a revision without layers."""
     return f"{PACKAGE}.diffusion" not in modules
 
 
 def against_layers(graph: Graph) -> list[str]:
-    """The imports that do not go down, as "importer -> imported"."""
+    """The imports that do not go to a lower layer, as "importer -> imported"."""
     height = {folder: floor for floor, folders in enumerate(LAYERS) for folder in folders}
 
     def goes_down(module: str, other: str) -> bool:
@@ -245,7 +246,7 @@ def functions(modules: Mapping[str, Module]) -> list[Function]:
 
 
 def wide_functions(modules: Mapping[str, Module]) -> list[Function]:
-    """Public functions with more than five parameters that can be given by position."""
+    """Public functions with more than five positional parameters."""
     return [
         function
         for function in functions(modules)
@@ -265,7 +266,7 @@ def reading_lines(folder: pathlib.Path) -> dict[str, int]:
 
 
 def readers_of_argv(modules: Mapping[str, Module]) -> list[str]:
-    """The modules that name argv, or import a parser of it."""
+    """The modules that contain the name argv, or import a parser of command lines."""
     argv = {"argv", "sys.argv", "argparse", "getopt", "optparse", "absl.app", "absl.flags"}
     readers = []
     for name, module in modules.items():
@@ -283,7 +284,11 @@ def readers_of_argv(modules: Mapping[str, Module]) -> list[str]:
 
 
 def repeated_blocks(folder: pathlib.Path) -> list[str]:
-    """What pylint's duplicate-code says: the two places of each block, then its lines."""
+    """The messages of pylint's duplicate-code: the two places of each block, then its lines.
+
+    Raises:
+        RuntimeError: pylint is not installed, or a file cannot be parsed.
+    """
     paths = [folder / "main.py", *sorted((folder / PACKAGE).rglob("*.py"))]
     options = (
         *("--rcfile=/dev/null", "--persistent=n", "--disable=all", "--enable=duplicate-code"),
@@ -295,7 +300,7 @@ def repeated_blocks(folder: pathlib.Path) -> list[str]:
         cwd=folder,
         capture_output=True,
         text=True,
-        check=False,  # its status is not 0 where there are blocks
+        check=False,  # its exit status is not 0 if there are blocks
     )
     if not answer.stdout.startswith("["):
         raise RuntimeError(f"pylint did not run: {answer.stderr}")
@@ -307,7 +312,7 @@ def repeated_blocks(folder: pathlib.Path) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Print a row for each number, then what is behind it; 1 if one is not as wanted."""
+    """Print a row for each number, then its details; the exit status is 1 if a limit is broken."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.structure")
     parser.add_argument("folder", nargs="?", type=pathlib.Path, default=pathlib.Path.cwd())
     parser.add_argument("--verbose", action="store_true", help="show the repeated blocks")
@@ -327,7 +332,7 @@ def main(argv: list[str]) -> int:
     blocks = repeated_blocks(arguments.folder)
     shown_blocks = blocks if arguments.verbose else []
 
-    rows = (  # name, number, wanted, what is shown below the table
+    rows = (  # name, number, limit, details that are printed below the table
         ("modules", len(modules), "", []),
         ("longest chain of imports", len(chain), f"at most {MAX_CHAIN}", chain),
         ("floors between the folders", len(floors), f"at most {MAX_FLOORS}", floors),
@@ -338,8 +343,8 @@ def main(argv: list[str]) -> int:
         (f"repeated blocks, min-similarity-lines={REPEATED_LINES}", len(blocks), "0", shown_blocks),
         ("lines of the reading path", sum(reading.values()), f"under {MAX_READING}", files),
     )
-    for name, number, wanted, _ in rows:
-        print(f"{name:50}{number:>10}  {wanted}".rstrip())
+    for name, number, limit, _ in rows:
+        print(f"{name:50}{number:>10}  {limit}".rstrip())
     for name, _, _, items in rows:
         if items:
             print(f"\n{name}:", *(f"    {item}" for item in items), sep="\n")

@@ -1,4 +1,4 @@
-"""The measurements as a JSON file, and the Markdown that is written from it."""
+"""The measurements as a JSON file, and the Markdown table that is written from it."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# The Markdown file has its own words around the table.
+# The Markdown file has other text around the table.
 BEGIN, END = "<!-- written by benchmarks.run -->", "<!-- end of what benchmarks.run writes -->"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers", "denoising-diffusion-pytorch")
 
@@ -20,7 +20,7 @@ class Figures(NamedTuple):
     """A contender's measurements in a case, or why there are none."""
 
     seconds: list[float]  # of every round
-    peak_mib: float | None = None  # resident memory of its process, or the GPU's in use
+    peak_mib: float | None = None  # peak of the process's resident memory, or of the GPU's
     num_parameters: int | None = None
     left_out: str | None = None
 
@@ -31,7 +31,7 @@ def _git(*words: str) -> str:
 
 
 def environment(gpu: str | None) -> dict[str, Any]:
-    """The machine and the versions."""
+    """The machine, the versions of packages, and the commit."""
     cpu = platform.processor()
     info = pathlib.Path("/proc/cpuinfo")
     if info.exists():
@@ -43,7 +43,7 @@ def environment(gpu: str | None) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    # the table itself changes from case to case
+    # without docs/, where the table changes after each case
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs")
     commit = _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     return {
@@ -58,7 +58,10 @@ def environment(gpu: str | None) -> dict[str, Any]:
 
 
 def summarise(found: dict[str, Figures]) -> dict[str, Any]:
-    """The best peer and the ratio to it: by round, as both were measured next to each other."""
+    """The best peer, and the ratios of our time to its time, round by round, and of the memory.
+
+    The times of one round are measured one after another, so a slow spell of the machine cancels.
+    """
     peers = {name: f for name, f in found.items() if name != "ours" and f.seconds}
     if not peers:
         return {"best_peer": None}
@@ -77,7 +80,7 @@ def add(
     found: dict[str, Figures],
     gpu: str | None,
 ) -> None:
-    """Put a case into the JSON file in the place of its older measurement; write the Markdown."""
+    """Replace a case's older measurement in the JSON file, and write the Markdown file anew."""
     path = into.with_suffix(".json")
     rows = json.loads(path.read_text()) if path.exists() else {}
     figures = {contender: f._asdict() for contender, f in found.items()}
@@ -87,7 +90,7 @@ def add(
 
 
 def write_page(into: pathlib.Path, rows: dict[str, Any]) -> None:
-    """Put the table into its place in the Markdown file."""
+    """Write the table into its place in the Markdown file."""
     page = into.with_suffix(".md")
     text = page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
     before, _, rest = text.partition(BEGIN)
@@ -95,7 +98,7 @@ def write_page(into: pathlib.Path, rows: dict[str, Any]) -> None:
 
 
 def _speed(row: dict[str, Any], seconds: list[float]) -> str:
-    """Median [quartiles], as the row tells its speed."""
+    """The median [quartiles] of the speed, in the row's unit."""
     low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75))
     if row["per_second"]:
         low, median, high = (row["amount"] / s for s in (high, median, low))
@@ -116,7 +119,7 @@ def _verdict(row: dict[str, Any]) -> str:
 
 
 def markdown(rows: dict[str, Any]) -> str:
-    """A summary row for each case, then every contender of each."""
+    """The Markdown tables: a row for each case, then one for each contender of each case."""
     lines = [
         "| case | unit | ours | best peer | time, ours / peer | memory, ours / peer | target "
         "| rounds, commit |",

@@ -1,11 +1,12 @@
-"""How well a 1-nearest-neighbour classifier tells a run's samples from held-out images.
+"""Two-sample test: a 1-nearest-neighbour classifier of a run's samples and held-out images.
 
     python -m benchmarks.two_sample --config=configs/digits.py --workdir=runs/digits
 
-Leave-one-out accuracy of the classifier "sample or real" (Lopez-Paz & Oquab 2017): 0.5 is
-perfect, 1 is told apart always, below 0.5 is closer to the real ones than they are to each other.
-Beside it the same for training images, and how far samples and held-out images are from their
-nearest training image, which tells memorising from learning.
+It prints the leave-one-out accuracy of the classifier "sample or real" (Lopez-Paz & Oquab 2017).
+0.5 is perfect; at 1 samples and images are always distinguished; below 0.5 samples are closer to
+real images than real images are to each other. The same accuracy for training images is a
+reference. The distances of samples and of held-out images to their nearest training image show
+whether the model has memorised its training images.
 """
 
 import pathlib
@@ -21,11 +22,11 @@ from diffusion_jax.data.load import load_dataset
 from diffusion_jax.data.pixels import to_uint8, to_x_0
 from diffusion_jax.experiment.dataset import create_dataset_choice
 
-DRAWS = 10  # of as many samples as there are held-out images, or half of them
+DRAWS = 10  # random subsets of samples, as many as held-out images or half of all samples
 
 
 def accuracy(first: np.ndarray, second: np.ndarray) -> float:
-    """Leave-one-out accuracy of the nearest neighbour's set, over both."""
+    """Leave-one-out accuracy, over both sets, of the set of the nearest neighbour."""
     points = np.concatenate([first, second])
     is_second = np.arange(len(points)) >= len(first)
     _, nearest = NearestNeighbors(n_neighbors=2).fit(points).kneighbors(points)
@@ -40,7 +41,7 @@ def nearest_distance(points: np.ndarray, training: np.ndarray) -> float:
 
 
 def main(argv: list[str]) -> None:
-    """Print the figures of a run's samples.npz."""
+    """Print the accuracies and distances of a run's samples.npz."""
     arguments = parse_arguments(argv)
     config = load(arguments.config_path, arguments.overrides)
     dataset = load_dataset(create_dataset_choice(config))
@@ -59,10 +60,10 @@ def main(argv: list[str]) -> None:
     size = min(len(held_out), len(samples) // 2)
     real = source.permutation(held_out)[:size]
     for name, images in {"samples": samples, "training images": training}.items():
-        found = [accuracy(source.permutation(images)[:size], real) for _ in range(DRAWS)]
+        accuracies = [accuracy(source.permutation(images)[:size], real) for _ in range(DRAWS)]
         print(
-            f"{name} against {size} held-out images: {np.mean(found):.3f}, "
-            f"standard deviation {np.std(found, ddof=1):.3f} over {DRAWS} draws"
+            f"{name} against {size} held-out images: {np.mean(accuracies):.3f}, "
+            f"standard deviation {np.std(accuracies, ddof=1):.3f} over {DRAWS} draws"
         )
     for name, images in {"samples": samples, "held-out images": held_out}.items():
         distance = nearest_distance(images, training)

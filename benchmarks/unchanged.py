@@ -1,12 +1,12 @@
-r"""Whether an earlier revision and the working tree do the same, bit for bit.
+r"""Whether an earlier revision and the working tree give the same results, bit for bit.
 
     python -m benchmarks.unchanged --before=0a48fca [--archives=FOLDER] [PART ...]
 
-Both run the same small commands of main.py, each in a process of its own on a CPU, and what they
-leave is compared: losses and checkpoints of 20 steps; samples of every sampler, edit and guidance;
-evaluations; and what this tree does with folders that the earlier revision wrote. Without PART all
-of that. The losses of MNIST need its original archives and are left out without --archives. Each
-comparison is a line; the exit status is 1 if anything differs.
+Both run the same small commands of main.py, each in a process of its own on a CPU. The files that
+they write are compared: losses and checkpoints of 20 steps; samples of every sampler, edit and
+guidance; evaluations. The part "folders" lets the working tree go on with folders of the earlier
+revision. Without PART all parts run. The losses of MNIST need its original archives and are left
+out without --archives. Each comparison is a line; the exit status is 1 if anything differs.
 """
 
 import argparse
@@ -87,13 +87,13 @@ ABLATION = TINY | {
 
 
 class Tree(NamedTuple):
-    """A revision's files, and a folder that its commands run in."""
+    """The files of a revision, and the folder that its commands run in."""
 
     root: pathlib.Path
     folder: pathlib.Path
 
     def python(self, *words: str) -> str:
-        """What a process prints that imports this tree's package; it must succeed."""
+        """The output of a Python process that imports this tree's package; exits if it fails."""
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(self.root)}
         how = {"cwd": self.folder, "env": environment, "capture_output": True, "text": True}
         done = subprocess.run([sys.executable, *words], **how)
@@ -104,7 +104,7 @@ class Tree(NamedTuple):
     def main(
         self, workdir: str, fields: Fields, mode: str = "train", config: str = "digits"
     ) -> str:
-        """What main.py prints; folders are told relative to ``folder``, and so equal in both."""
+        """The output of main.py; its paths are relative to ``folder``, equal in both trees."""
         flags = [f"--config={self.root}/configs/{config}.py", f"--workdir={workdir}"]
         fields = {"dataset.data_dir": "data", "compilation_cache": "../cache", **fields}
         flags += [f"--mode={mode}", *(f"--config.{name}={fields[name]}" for name in fields)]
@@ -112,7 +112,7 @@ class Tree(NamedTuple):
 
 
 class Comparison:
-    """Two trees and the comparisons of what they left."""
+    """Two trees, and the comparisons of the files that they wrote."""
 
     def __init__(self, before: Tree, after: Tree, archives: str | None) -> None:
         self.before, self.after, self.archives = before, after, archives
@@ -127,13 +127,13 @@ class Comparison:
         print(f"{title}: {'equal' if before == after else 'DIFFERENT'}", flush=True)
 
     def files(self, title: str, *names: str) -> None:
-        """Compare what both left in files of these names."""
+        """Compare the contents of the files of these names in both trees."""
         for name in names:
             read = READERS[pathlib.Path(name).suffix]
             self.say(f"{title}, {name}", *(read(tree.folder / name) for tree in self))
 
     def hand_over(self, workdir: str) -> None:
-        """Give the other tree a folder as the earlier one wrote it."""
+        """Copy a folder that the earlier revision wrote to the working tree."""
         shutil.copytree(self.before.folder / workdir, self.after.folder / workdir)
 
 
@@ -177,7 +177,7 @@ def losses(both: Comparison) -> None:
     for name, fields in LOSSES.items():
         if name == "mnist":
             if both.archives is None:
-                print("losses, mnist: LEFT OUT, for --archives names no folder", flush=True)
+                print("losses, mnist: LEFT OUT, because --archives is not set", flush=True)
                 continue
             fields = fields | {"dataset.archives": both.archives}
         for tree in both:
@@ -186,10 +186,10 @@ def losses(both: Comparison) -> None:
 
 
 def samples(both: Comparison) -> None:
-    """Images and points of a trained model each; points are not rounded to grey levels."""
-    given = np.random.default_rng(0).integers(256, size=(2, 8, 8, 1), dtype=np.uint8)
+    """Samples of a model of images and of a model of points; points are not rounded to levels."""
+    inputs = np.random.default_rng(0).integers(256, size=(2, 8, 8, 1), dtype=np.uint8)
     for tree in both:
-        np.savez(tree.folder / "in.npz", images=given)
+        np.savez(tree.folder / "in.npz", images=inputs)
         Image.fromarray(np.uint8(255 * np.tri(8))).save(tree.folder / "mask.png")
     for config, (trained, cases) in SAMPLES.items():
         workdir = f"samples/{config}"
@@ -212,13 +212,13 @@ def evaluate(both: Comparison) -> None:
 
 
 def contents(path: pathlib.Path) -> dict[pathlib.Path, tuple[bytes, int]]:
-    """The bytes and the date of every file in a folder, but for its lock."""
+    """The bytes and the modification time of every file in a folder, except its lock."""
     files = [file for file in path.rglob("*") if file.is_file() and file != path / ".lock"]
     return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
 
 
 def folders(both: Comparison) -> None:
-    """What the earlier revision began goes on, and its finished ablation reports."""
+    """A run that the earlier revision began is resumed, and its finished ablation is reported."""
     both.before.main("run", TINY | {"train.num_steps": 10})
     both.hand_over("run")
     for tree, mode in itertools.product(both, ("train", "sample", "evaluate")):
@@ -232,11 +232,11 @@ def folders(both: Comparison) -> None:
     for report in reports:
         report.unlink()
     before = contents(path)
-    said = both.after.main("ablation", ABLATION, "ablate")
+    output = both.after.main("ablation", ABLATION, "ablate")
     both.say(
         "folders, finished ablation: its files", True, contents(path).items() >= before.items()
     )
-    is_idle = "2 finished" in said and "training" not in said and "scoring" not in said
+    is_idle = "2 finished" in output and "training" not in output and "scoring" not in output
     both.say("folders, finished ablation: trains and scores nothing", True, is_idle)
     both.say("folders, finished ablation: reports", True, all(file.exists() for file in reports))
     both.files("folders, finished ablation", "ablation/ablation.csv")
@@ -246,15 +246,15 @@ PARTS = {"losses": losses, "samples": samples, "evaluate": evaluate, "folders": 
 
 
 def main() -> None:
-    """Check the earlier revision out, compare, and remove it."""
+    """Check out the earlier revision, compare it with the working tree, and remove it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--before", required=True, help="a revision, 0a48fca say")
-    parser.add_argument("--archives", type=os.path.abspath, help="of MNIST, a folder")
+    parser.add_argument("--before", required=True, help="the earlier revision, for example 0a48fca")
+    parser.add_argument("--archives", type=os.path.abspath, help="folder of the MNIST archives")
     parser.add_argument("parts", nargs="*", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and remove the worktree
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worktree is removed
     git = "git", "-C", str(REPOSITORY), "worktree"
     with tempfile.TemporaryDirectory() as scratch:
         root = pathlib.Path(scratch)
@@ -264,9 +264,9 @@ def main() -> None:
             trees = Tree(earlier, root / "before"), Tree(REPOSITORY, root / "after")
             for tree in trees:
                 tree.folder.mkdir()
-                found = tree.python("-c", "import diffusion_jax; print(diffusion_jax.__path__[0])")
-                if not pathlib.Path(found.strip()).is_relative_to(tree.root):
-                    sys.exit(f"{tree.root}: its processes import {found.strip()}")
+                path = tree.python("-c", "import diffusion_jax; print(diffusion_jax.__path__[0])")
+                if not pathlib.Path(path.strip()).is_relative_to(tree.root):
+                    sys.exit(f"{tree.root}: its processes import {path.strip()}")
             both = Comparison(*trees, arguments.archives)
             for part in arguments.parts or PARTS:
                 PARTS[part](both)

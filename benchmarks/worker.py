@@ -1,11 +1,11 @@
-"""A process that has prepared one case for one contender and runs it whenever it is told to.
+"""A process that prepares one case for one contender, and runs it once for each line it reads.
 
     python -m benchmarks.worker CONTENDER CASE
 
 CASE is JSON: "do", "options" and "platform". Every contender has a process of its own, so that the
-peak memory is its own and nobody's threads or caches serve another. It answers when it has run
-once, then for each line that it reads runs again and answers the seconds, and at the end its peak
-memory.
+peak memory is its own and no threads or caches are shared. The process prints JSON lines: facts
+about the contender after a first run, the seconds of each later run, and the peak memory at the end
+of its input.
 """
 
 import importlib
@@ -17,24 +17,24 @@ import time
 
 
 def main(contender: str, case: str) -> None:
-    """Answer on what was stdout; whatever libraries print goes to stderr."""
+    """Prepare, run and answer; answers go to the original stdout, output of libraries to stderr."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
     def answer(**fields: object) -> None:
         print(json.dumps(fields), file=answers)
 
-    asked = json.loads(case)
+    work = json.loads(case)
     if contender == "ours":
-        # tensorboardX imports torch wherever it is, which is here for the peers alone
+        # tensorboardX imports torch if it is installed; here only the peers need it
         sys.modules["torch"] = None
     name = "benchmarks.ours" if contender == "ours" else "benchmarks.peers"
     module = importlib.import_module(name)
-    run, about = getattr(module, asked["do"])(contender, **asked["options"])
+    run, about = getattr(module, work["do"])(contender, **work["options"])
     run()  # compiles
-    on_gpu = asked["platform"] == "gpu"
+    on_gpu = work["platform"] == "gpu"
     if on_gpu:
-        run()  # the second time CUDA graphs are recorded
+        run()  # torch records CUDA graphs in the second run
         about["device"] = module.device_kind()
     answer(**about)
     for _ in sys.stdin:
@@ -43,7 +43,7 @@ def main(contender: str, case: str) -> None:
         answer(seconds=time.perf_counter() - begun)
     if on_gpu:
         answer(peak_mib=module.peak_of_device() / 2**20)
-    else:  # of Linux, in KiB
+    else:  # on Linux ru_maxrss is in KiB
         answer(peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

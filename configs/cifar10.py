@@ -1,8 +1,8 @@
 """CIFAR-10 with the model and training of DDPM (Ho et al. 2020, section 4 and appendix B).
 
 35.7 M parameters, linear schedule, 800,000 steps of 128, Adam at 2e-4, EMA 0.9999, dropout 0.1,
-random flips. The paper reports an FID of 3.17 for it; it has not been trained here. It wants
-several accelerators:
+random flips. The paper reports an FID of 3.17. This config has not been trained here yet. It
+needs several accelerators:
 
     python main.py --config=configs/cifar10.py --workdir=runs/cifar10
 """

@@ -1,6 +1,6 @@
-"""The default config, at the place where configs beside this file look for it.
+"""The default config, so that ``--config=configs/default.py`` works.
 
-All fields are written out in diffusion_jax/config/default.py.
+diffusion_jax/config/default.py lists all fields.
 """
 
 from diffusion_jax.config.default import get_config

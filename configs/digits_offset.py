@@ -1,8 +1,8 @@
-"""The offset s of the cosine schedule on scikit-learn's digits: seven arms, three seeds.
+"""Ablation of the cosine schedule's offset s on scikit-learn's digits: seven arms, three seeds.
 
-The network of configs/digits.py, with a quarter of its training. Digits have 17 grey levels: a
-pixel bin is 1/8, sixteen times that of 256 levels for which s = 0.008 was chosen (Nichol & Dhariwal
-2021, section 3.2).
+The network is that of configs/digits.py, with a quarter of the training steps. Digits have 17 grey
+levels, so a pixel bin is 1/8. That is sixteen times the bin of 256 levels, for which Nichol &
+Dhariwal 2021 (section 3.2) chose s = 0.008.
 Hardware and time: docs/RESULTS.md.
 
     python main.py --config=configs/digits_offset.py --workdir=runs/offset --mode=ablate
@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.ablate.grid = "schedule.s=0,0.001,0.004,0.008,0.02,0.05,0.1"
     config.ablate.reference = "schedule.s=0.008"
     config.ablate.seeds = (0, 1, 2)
-    config.ablate.distance = "kernel"  # of 300 test digits and as many samples
+    config.ablate.distance = "kernel"  # of 300 samples and the 300 test digits
     config.train.num_steps = 400
     config.train.log_every_steps = 50
     config.train.sample_every_steps = 0

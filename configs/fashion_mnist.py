@@ -1,6 +1,7 @@
-"""Fashion-MNIST: the configuration of configs/mnist.py on Zalando's clothes.
+"""Fashion-MNIST: the config of configs/mnist.py on Zalando's images of clothes.
 
-Not trained to the end yet: no number is expected of it. Commands as in configs/mnist.py.
+It has not been trained to the end yet, so there is no expected loss. The commands are those of
+configs/mnist.py.
 """
 
 from ml_collections import ConfigDict

@@ -1,13 +1,13 @@
-r"""MNIST: the configuration that the offset of the cosine schedule is ablated with.
+r"""MNIST: the base of configs/mnist_offset.py, which ablates the offset of the cosine schedule.
 
-Source: the U-Net of DDPM (Ho et al. 2020), smaller, on the cosine schedule of iDDPM (Nichol &
-Dhariwal 2021), at the images' own 28x28.
+Source: a smaller U-Net than that of DDPM (Ho et al. 2020) with the cosine schedule of iDDPM (Nichol
+& Dhariwal 2021). The images have their original size, 28x28.
 
 On one accelerator (the defaults below; not measured yet):
 
     python main.py --config=configs/mnist.py --workdir=runs/mnist
 
-On two CPU cores, 13 minutes, loss 0.043, digits that a person recognises (docs/RESULTS.md):
+On two CPU cores: 13 minutes, loss 0.043, recognisable digits (docs/RESULTS.md):
 
     python main.py --config=configs/mnist.py --workdir=runs/mnist_cpu --config.model.width=16 \
         --config.model.channel_multipliers='(1,2,6)' --config.model.num_blocks=1 \
@@ -17,7 +17,8 @@ On two CPU cores, 13 minutes, loss 0.043, digits that a person recognises (docs/
         --config.train.num_steps=1350 --config.train.sample_every_steps=0 \
         --config.checkpoint.every_steps=500 --config.sampling.num_steps=250
 
-It needs the network once, or --config.dataset.archives=DIR with the four original files.
+The first start downloads MNIST. Without internet access, use --config.dataset.archives=DIR, where
+DIR holds the four original files.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,8 @@
-r"""The offset s of the cosine schedule on MNIST (a pixel bin is 1/127.5): seven arms, three seeds.
+r"""Ablation of the cosine schedule's offset s on MNIST: seven arms, three seeds.
 
-The network of configs/mnist.py and a tenth of its steps, on one accelerator (not measured yet):
+A pixel bin is 1/127.5. The network is that of configs/mnist.py, with a tenth of the training steps.
+
+On one accelerator (not measured yet):
 
     python main.py --config=configs/mnist_offset.py --workdir=runs/offset --mode=ablate
 

@@ -1,7 +1,7 @@
-"""Denoising diffusion models in JAX: schedules, samplers and losses, and what trains with them.
+"""Denoising diffusion models in JAX: a library of the mathematics, and an application that uses it.
 
-``from diffusion_jax import schedules, samplers, process`` imports the library of diffusion/;
-importing the package itself imports neither jax nor anything else.
+``from diffusion_jax import schedules, samplers, process`` imports modules of the library, which is
+the folder diffusion/. ``import diffusion_jax`` alone does not import jax.
 """
 
 import importlib

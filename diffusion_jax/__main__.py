@@ -3,15 +3,14 @@
     python main.py --config=configs/digits.py --workdir=DIR                 train, then sample
     python main.py --config=configs/digits.py --workdir=DIR --mode=sample   sample again
     python main.py --config=configs/digits.py --workdir=DIR --mode=evaluate bits/dim of the test set
-    python main.py --config=configs/digits_offset.py --workdir=DIR --mode=ablate  all of a grid
+    python main.py --config=configs/digits_offset.py --workdir=DIR --mode=ablate  a grid of runs
 
-The same command in the same folder goes on where it stopped. Any field of a config is a flag:
---config.schedule.s=0.02. diffusion_jax/config/default.py says what
-fields there are.
+The same command in the same folder continues a run that was stopped or killed, in every mode.
+Every field of a config is a flag, for example --config.schedule.s=0.02.
+diffusion_jax/config/default.py lists the fields.
 
-Exit status: 0 done; 1 a failure while running; 2 a mistake in the command line or the config,
-and nothing was written; 143 stopped by SIGTERM after saving (130 by Ctrl-C). Sampling, evaluation
-and ablations go on where they were killed.
+Exit status: 0 success; 1 a failure while running; 2 a mistake in the command line or the config,
+with nothing written; 143 stopped by SIGTERM after saving (130 by Ctrl-C).
 """
 
 import logging
@@ -30,7 +29,7 @@ MODES = ("train", "sample", "evaluate", "ablate")
 
 
 class Arguments(NamedTuple):
-    """The command line; overrides are pairs such as ("schedule.s", "0.02")."""
+    """The parsed command line; overrides are pairs such as ("schedule.s", "0.02")."""
 
     config_path: str
     workdir: str
@@ -39,10 +38,10 @@ class Arguments(NamedTuple):
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """The words of the command line, after the program's name and without --help.
+    """Parse the arguments of the command line, without the program's name and --help.
 
     Raises:
-        ConfigError: an unknown, repeated or missing flag, one without a value, an unknown mode.
+        ConfigError: a flag is unknown, repeated, missing or has no value, or the mode is unknown.
     """
     values: dict[str, str] = {}
     words = iter(argv)
@@ -75,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         arguments = parse_arguments(argv)
-        # imported here so that --help and a mistyped flag answer at once
+        # imported here so that --help and a mistyped flag need not wait for jax
         from diffusion_jax.config.config import load
 
         config = load(arguments.config_path, arguments.overrides)
@@ -87,30 +86,30 @@ def main(argv: Sequence[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # while training it is a request to save, see runtime/stop.py
+    except KeyboardInterrupt:  # training handles SIGINT itself: runtime/stop.py
         print("interrupted", file=sys.stderr)
         return 130
 
 
 def _start_log() -> None:
-    """Send what the project logs to standard error, with the time of each line.
+    """Send the project's log to standard error, with a time on each line.
 
-    What fails in a thread that nobody waits for, TensorBoard's for example, is a line of it too.
+    Uncaught exceptions of background threads, such as TensorBoard's, become one line of this log.
     """
     from absl import flags
     from absl import logging as absl_logging
 
-    flags.FLAGS.mark_as_parsed()  # ours are parsed here; absl's logging asks for this
+    flags.FLAGS.mark_as_parsed()  # absl's logging requires it; parse_arguments reads our flags
     log = logging.getLogger("diffusion_jax")
     log.addHandler(absl_logging.get_absl_handler())
     log.setLevel(logging.INFO)
     log.propagate = False
 
-    def fail(failed: threading.ExceptHookArgs) -> None:
-        name = "a thread" if failed.thread is None else failed.thread.name
-        log.error("%s: %s: %s", name, failed.exc_type.__name__, failed.exc_value)
+    def log_failure(failure: threading.ExceptHookArgs) -> None:
+        name = "a thread" if failure.thread is None else failure.thread.name
+        log.error("%s: %s: %s", name, failure.exc_type.__name__, failure.exc_value)
 
-    threading.excepthook = fail
+    threading.excepthook = log_failure
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What the modes of the command line do: train, sample, evaluate, ablate.
+"""The modes of the command line: train, sample, evaluate, ablate.
 
-Every mode checks all that it can before it writes anything. Functions return exit statuses.
+Every mode checks as much as possible before it writes anything, and returns an exit status.
 """
 
 import contextlib
@@ -42,32 +42,32 @@ LOG = logging.getLogger("diffusion_jax")
 
 
 def run(mode: str, config: ConfigDict, path: pathlib.Path, command: str) -> int:
-    """Run one mode in a folder; ``command`` is the command line, for the record of an ablation.
+    """Run one mode in a folder; an ablation's report shows ``command``, the command line.
 
     Raises:
-        ConfigError: a mistake in the config or about the folder; nothing was written.
+        ConfigError: a mistake in the config or the choice of the folder; nothing was written.
     """
     try:
         return MODES[mode](config, path, command)
     except WorkdirError as error:
         raise ConfigError(f"--{error}") from error
     except RunError as error:
-        if isinstance(error.__context__, RunError):  # it was ending the run when this one came
+        if isinstance(error.__context__, RunError):  # the error that ended the run
             print(f"{type(error.__context__).__name__}: {error.__context__}", file=sys.stderr)
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
     except (OSError, ImportError) as error:
-        kept = Workdir(path).keep_traceback(traceback.format_exc())
-        print(f"{type(error).__name__}: {error}{kept}", file=sys.stderr)
+        where = Workdir(path).keep_traceback(traceback.format_exc())
+        print(f"{type(error).__name__}: {error}{where}", file=sys.stderr)
     return 1
 
 
 class _Context(NamedTuple):
-    """What a mode of a single run works with, all of it checked."""
+    """The checked inputs of a mode that works on a single run."""
 
     config: ConfigDict
     experiment: Experiment
     workdir: Workdir
-    recorded: dict[str, Any] | None  # the config of the run that is in the folder already
+    recorded: dict[str, Any] | None  # the config of the run that the folder holds already
     dataset: Dataset
     devices: list[jax.Device]
     weak: Weak | None
@@ -75,30 +75,30 @@ class _Context(NamedTuple):
 
     @property
     def card(self) -> pathlib.Path:
-        """The picture of the run's schedule."""
+        """The path of the schedule card, the picture of the run's schedule."""
         return self.workdir.path / "schedule.png"
 
     def describe_schedule(self, schedule: Schedule) -> str:
-        """The lines that a run prints of its schedule."""
+        """The summary of the schedule that a run prints."""
         experiment = self.experiment
         levels, title = experiment.dataset.levels, experiment.schedule_title
         return plots.describe_schedule(schedule, levels, experiment.num_clipped, title)
 
     def draw_card(self, schedule: Schedule) -> None:
-        """Draw the picture of the schedule."""
+        """Draw the schedule card."""
         experiment = self.experiment
         plots.schedule_card(
             schedule, experiment.dataset.levels, experiment.schedule_title, self.card
         )
 
     def generator(self) -> Generator:
-        """What samples from the run's network, guided by the weaker one if there is one."""
+        """The generator of the run's network, guided by the weak network if there is one."""
         network = None if self.weak is None else self.weak.network
         return Generator(self.experiment, network, self.devices)
 
 
 def _open(config: ConfigDict, path: pathlib.Path, batch_size: int, is_training: bool) -> _Context:
-    """Start the devices, check the config and the folder, and load the data; writes no run."""
+    """Start the devices, check the config and the folder, load the data; writes no run files."""
     require_batches(config)
     runtime_devices.start(config.num_devices, batch_size, config.distributed, divide=is_training)
     with together():
@@ -127,20 +127,20 @@ def _open(config: ConfigDict, path: pathlib.Path, batch_size: int, is_training: 
 
 @contextlib.contextmanager
 def _begin(context: _Context) -> Iterator[bool]:
-    """Hold the folder and say what is used; yields whether this is the process that writes."""
+    """Lock the folder and log the devices; yields whether this process writes the files."""
     runtime_devices.start_compilation_cache(context.config.compilation_cache)
     is_writer = jax.process_index() == 0
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         with together():
             if is_writer:
-                held.enter_context(context.workdir.lock())
+                stack.enter_context(context.workdir.lock())
                 context.workdir.require_record(context.recorded)
                 runtime_devices.log(context.devices)
         yield is_writer
 
 
 def train(config: ConfigDict, path: pathlib.Path, command: str) -> int:
-    """Train, or go on with, the run in a folder, then sample from it."""
+    """Train the run in a folder, from its newest checkpoint if it has one, then sample from it."""
     context = _open(config, path, config.train.batch_size, is_training=True)
     experiment, workdir = context.experiment, context.workdir
     is_saved_later = is_ahead(context.weak, workdir, experiment.training)
@@ -168,14 +168,14 @@ def train(config: ConfigDict, path: pathlib.Path, command: str) -> int:
 
 
 def _record(context: _Context) -> None:
-    """Write what the run is, and say it."""
+    """Write the run's config.json, and print and draw its schedule."""
     config, schedule = context.config, context.experiment.schedule
     for line in describe_changes(config, context.recorded):
         LOG.warning(line)
     context.workdir.record(to_record(config))
     if context.recorded is None or config.schedule.name != "learned":
         print(context.describe_schedule(schedule))
-    if not context.card.exists():  # a run that goes on has its card already
+    if not context.card.exists():  # a resumed run has its card
         context.draw_card(schedule)
 
 
@@ -193,9 +193,9 @@ def sample(config: ConfigDict, path: pathlib.Path, command: str) -> int:
 
 
 def _sample(context: _Context, generator: Generator, params: tuple[PyTree, PyTree]) -> None:
-    """Write the samples of a trained network; ``params`` are its own and the weaker one's."""
+    """Write samples; ``params`` are the parameters of the trained and of the weak network."""
     experiment = context.experiment
-    generator.rows(params)  # refuses, before anything is written, ends that were not learned
+    generator.rows(params)  # checks sigma_min and sigma_max before anything is written
     schedule = _trained_schedule(context, params[0])
     samples = Samples(
         generator=generator,
@@ -210,7 +210,7 @@ def _sample(context: _Context, generator: Generator, params: tuple[PyTree, PyTre
 
 
 def _trained_schedule(context: _Context, ema: PyTree) -> Schedule:
-    """The schedule of a trained run, described and drawn if it was learned."""
+    """The schedule of a trained run; a learned one is also printed and drawn."""
     schedule = context.experiment.schedule_of(ema)
     if schedule is not context.experiment.schedule:
         print(context.describe_schedule(schedule))
@@ -233,10 +233,10 @@ def evaluate(config: ConfigDict, path: pathlib.Path, command: str) -> int:
 
 
 def _evaluate(context: _Context, plan: EvaluationPlan, ema: PyTree, step: int) -> None:
-    """Write the evaluation of a trained network, and print it."""
+    """Evaluate a trained network, then write and print the results."""
     experiment = context.experiment
     schedule = _trained_schedule(context, ema)
-    assert context.dataset.test is not None  # fit has seen to it
+    assert context.dataset.test is not None  # fit refuses a set without it
     report = Evaluator(experiment.network, plan, context.devices).evaluate(
         Trained(params=ema, step=step, schedule=schedule, seed=experiment.seed),
         context.dataset.test,
@@ -247,8 +247,8 @@ def _evaluate(context: _Context, plan: EvaluationPlan, ema: PyTree, step: int) -
 
 
 def ablate(config: ConfigDict, path: pathlib.Path, command: str) -> int:
-    """Check every arm, then train, evaluate and sample all of them, and report."""
-    # imported here: the report's libraries take a second that other modes need not wait for
+    """Check every arm, train, evaluate and sample all of them, and write the report."""
+    # imported here, because importing the report's libraries takes a second
     from diffusion_jax.ablation import ablate as ablation_of
     from diffusion_jax.ablation.grid import count_jobs, create_ablation
     from diffusion_jax.ablation.jobs import Site
@@ -279,7 +279,7 @@ def ablate(config: ConfigDict, path: pathlib.Path, command: str) -> int:
         site = Site(dataset=dataset, path=path, devices=devices, parallel=parallel)
         stopped_by = ablation_of.ablate(ablation, site, command)
     if stopped_by is not None:
-        LOG.info("stopped by signal %d; what was under way is saved", stopped_by)
+        LOG.info("stopped by signal %d after saving the jobs under way", stopped_by)
         return 128 + stopped_by
     return 0
 

@@ -1,7 +1,7 @@
-"""What can go wrong, in words for the person who runs the program.
+"""The errors that the program reports to its user, and the functions that raise them.
 
-A ``ConfigError`` is a mistake in what was asked for: nothing has been written, and the exit status
-is 2. A ``RunError`` stops a run that was right: the exit status is 1.
+A ``ConfigError`` is a mistake of the user: nothing has been written, and the exit status is 2. A
+``RunError`` stops a run whose config was valid: the exit status is 1.
 """
 
 import contextlib
@@ -12,16 +12,16 @@ from typing import Any, Literal, NoReturn, SupportsFloat, overload
 
 
 class ConfigError(ValueError):
-    """A mistake of the user's, in one line: the field, its value, what is allowed."""
+    """A mistake of the user, in one line: the field, its value, and the allowed values."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
 
 
 class WorkdirError(ConfigError):
-    """A mistake about the folder of a run: ``workdir=PATH: REASON``.
+    """The folder of a run cannot be used: ``workdir=PATH: REASON``.
 
-    The command line puts the dashes of its flag before it.
+    The command line prints the message with two dashes in front, as its flag --workdir.
     """
 
     def __init__(self, path: object, reason: str) -> None:
@@ -29,23 +29,23 @@ class WorkdirError(ConfigError):
 
 
 class RunError(Exception):
-    """A run that was right cannot go on; one line, exit status 1."""
+    """A run with a valid config cannot continue; one line, exit status 1."""
 
 
 class NonFiniteSampleError(RunError):
-    """A sample that is not a number: the network or the sampler has diverged."""
+    """A sample is not finite: the network or the sampler has diverged."""
 
 
 class NonFiniteLossError(RunError):
-    """A loss, the gradient of a step or a term of the bound is not a number."""
+    """A loss, the gradient norm of a step or a term of the bound is not finite."""
 
 
 @contextlib.contextmanager
 def after_writing(state: str) -> Iterator[None]:
-    """A mistake of the user's that nobody could see before something was written.
+    """Turn a ConfigError into a RunError, for code that runs after the first file was written.
 
     Raises:
-        RunError: the ``state`` that was reached, and the mistake.
+        RunError: the ``state`` that the run has reached, and the message of the ConfigError.
     """
     try:
         yield
@@ -58,37 +58,37 @@ def require(condition: Literal[False], field: str, value: Any, allowed: str) -> 
 @overload
 def require(condition: Any, field: str, value: Any, allowed: str) -> None: ...
 def require(condition: Any, field: str, value: Any, allowed: str) -> None:
-    """Refuse a value: ``config.train.batch_size = 0: must be at least 1``.
+    """Refuse a value unless ``condition`` holds.
 
     Raises:
-        ConfigError: the condition does not hold.
+        ConfigError: ``config.train.batch_size = 0: must be at least 1``, for example.
     """
     if not condition:
         raise ConfigError(f"{field} = {_show(value)}: must be {allowed}")
 
 
 def _show(value: Any) -> str:
-    """An array by its shape, all else as one would write it."""
+    """The value as text: the shape of an array, the Python literal of anything else."""
     if getattr(value, "ndim", 0):
         return f"array of shape {value.shape}"
     return repr(value.item() if hasattr(value, "item") else value)
 
 
 def bounds(low: SupportsFloat, high: SupportsFloat) -> str:
-    """Computed bounds, [low, high] in six digits: rounded inwards, so that both are allowed."""
+    """The text [low, high] in six digits, rounded inwards: both printed bounds are allowed."""
     texts = at_least(low), at_most(high)
-    if float(texts[0]) > float(texts[1]):  # nothing of six digits is between them
+    if float(texts[0]) > float(texts[1]):  # no number of six digits lies between them
         texts = repr(float(low)), repr(float(high))
     return f"[{', '.join(texts)}]"
 
 
 def at_least(bound: SupportsFloat) -> str:
-    """A computed lower bound in six digits, rounded up."""
+    """The text of a lower bound in six digits, rounded up."""
     return _rounded(bound, decimal.ROUND_CEILING)
 
 
 def at_most(bound: SupportsFloat) -> str:
-    """A computed upper bound in six digits, rounded down."""
+    """The text of an upper bound in six digits, rounded down."""
     return _rounded(bound, decimal.ROUND_FLOOR)
 
 
@@ -98,10 +98,10 @@ def _rounded(bound: SupportsFloat, rounding: str) -> str:
 
 
 def choose(field: str, value: str, options: Mapping[str, Any] | Sequence[str], noun: str) -> Any:
-    """The entry of a registry that a field names, or of a list of names the name itself.
+    """Look up ``value`` in a registry, or check that it is in a list of names and return it.
 
     Raises:
-        ConfigError: there is none; the message has the nearest spelling and all the names.
+        ConfigError: an unknown name; the message has the nearest spelling and all the names.
     """
     if value not in options:
         raise ConfigError(f"{field} = {value!r}: unknown {noun}{nearest(value, options)}")
@@ -109,7 +109,7 @@ def choose(field: str, value: str, options: Mapping[str, Any] | Sequence[str], n
 
 
 def nearest(word: str, options: Iterable[str]) -> str:
-    """The end of a message about an unknown word: the nearest option, and all of them."""
+    """The end of a message about an unknown word: the nearest option, then all options."""
     names = sorted(options)
     near = difflib.get_close_matches(word, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -118,7 +118,7 @@ def nearest(word: str, options: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def in_section(section: str) -> Iterator[None]:
-    """Name the section of the config in the errors of a function that knows its arguments only.
+    """Put the section of the config before the argument's name in the errors of library functions.
 
     Raises:
         ConfigError: ``config.sampling.eta = 2.0: must be in [0, 1]`` for ``eta = 2.0: ...``.

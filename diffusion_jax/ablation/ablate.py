@@ -1,8 +1,8 @@
-"""The jobs of an ablation: trained by one compiled step, scored by one compiled evaluation.
+"""An ablation: train every job, score it, and report how the arms differ.
 
-A job is a training run in its own folder, arms/ARM/seed_N. Its checkpoints are those of
-`--mode=train` with the arm's config. Jobs with equal static choices share one compiled step; the
-schedule, the seed and the state are arguments of the step.
+A job is one arm with one seed: a training run in its own folder, arms/ARM/seed_N. Up to rounding,
+its checkpoints are those of `--mode=train` with the arm's config. Jobs with equal static choices
+share one compiled step; the schedule, the seed and the state are arguments of the step.
 """
 
 import json
@@ -54,11 +54,11 @@ LOG = logging.getLogger("diffusion_jax")
 def check(
     ablation: Ablation, folder: Workdir, devices: list[jax.Device], parallel: Parallel
 ) -> None:
-    """Refuse an ablation that cannot be run, before anything is written.
+    """Refuse an ablation that cannot run, before anything is written.
 
     Raises:
-        ConfigError: a single run is in the folder, a job was begun with another config, a batch
-            cannot be divided among the devices, or there are more arms than fit.
+        ConfigError: the folder holds a single run, a job was started with another config, the
+            devices cannot share a batch evenly, or the memory or the disk is too small.
     """
     if folder.checkpoints.exists():
         raise WorkdirError(folder.path, "must be a folder for an ablation: a single run is in it")
@@ -74,10 +74,11 @@ def check(
 
 
 def check_data(ablation: Ablation, dataset: Dataset) -> None:
-    """Refuse data that cannot be evaluated or compared with, before anything is trained.
+    """Refuse a data set on which models cannot be evaluated or samples cannot be scored.
 
     Raises:
-        ConfigError: the test split has too few images, or no labels, or there is none.
+        ConfigError: there is no test split, it has too few images, or the set has no labels to
+            train the classifier on.
     """
     for job in ablation.jobs:
         fit(job.experiment.evaluation, dataset.test)
@@ -88,25 +89,27 @@ def check_data(ablation: Ablation, dataset: Dataset) -> None:
 
 
 def ablate(ablation: Ablation, site: Site, command: str) -> int | None:
-    """Train and score the missing jobs, and report; returns a signal that stopped the training.
+    """Train and score the jobs that are not finished, then write the report.
 
-    A shard does its share only: a call without a shard writes the report.
+    Returns the signal that stopped the training, or None. A shard trains and scores its share of
+    the jobs and writes no report; a last call without a shard writes it.
 
     Raises:
-        FailedJobsError: some jobs failed; the report is written without their arms.
+        FailedJobsError: some jobs failed. The report leaves out their arms; it is not written if
+            the reference arm failed.
     """
     missing = [job for job in ablation.mine if not is_finished(job, site.path)]
     arms = len({job.arm.name for job in ablation.jobs})
     note = f"{len(ablation.mine)} jobs, {len(ablation.mine) - len(missing)} finished"
     LOG.info("%d arms, %s; %s, %d at once on a device", arms, note, *site.parallel)
-    failed: dict[str, str] = {}  # by the titles of jobs
+    failed: dict[str, str] = {}  # from the title of a job to the reason
     stopped_by = train_jobs(missing, site, failed)
     if stopped_by is not None:
         return stopped_by
     trained = [job for job in missing if title_of(job) not in failed]
     score_jobs(trained, site, command, failed)
     if ablation.is_shard:
-        LOG.info("this share is done; when all are, the command without a shard reports")
+        LOG.info("this share is done; after all shards, run the command without a shard to report")
     else:
         lost = {job.arm.name for job in ablation.jobs if title_of(job) in failed}
         complete = tuple(job for job in ablation.jobs if job.arm.name not in lost)
@@ -118,7 +121,7 @@ def ablate(ablation: Ablation, site: Site, command: str) -> int | None:
 
 
 def report(ablation: Ablation, site: Site, command: str, lost: list[str]) -> None:
-    """Compare the finished jobs: ablation.csv and report.html. ``lost`` are arms that failed."""
+    """Write ablation.csv and report.html, and print the scores; ``lost`` are arms that failed."""
     dataset, path = site.dataset, site.path
     classifier = load_classifier(dataset, 0, path)
     notes = [f"{name} failed and is left out." for name in lost]
@@ -139,7 +142,7 @@ def report(ablation: Ablation, site: Site, command: str, lost: list[str]) -> Non
 
 
 def _facts(ablation: Ablation, dataset: Dataset, classifier: Classifier) -> dict[str, str]:
-    """How the jobs were trained and scored, in words."""
+    """How the jobs were trained and scored, as texts of the report."""
 
     def parameters(job: Job) -> str:
         return f"{sum(leaf.size for leaf in jax.tree.leaves(job.experiment.model.template)):,}"
@@ -147,7 +150,7 @@ def _facts(ablation: Ablation, dataset: Dataset, classifier: Classifier) -> dict
     def bound(job: Job) -> str:
         plan = fit(job.experiment.evaluation, dataset.test)
         whole = len(job.experiment.schedule)
-        return f"{plan.num_examples} test images, each at {plan.num_timesteps} timesteps of {whole}"
+        return f"{plan.num_examples} test images, each at {plan.num_timesteps} of {whole} timesteps"
 
     def samples(job: Job) -> str:
         plan, name = job.experiment.sampling, job.config.sampling.sampler
@@ -163,12 +166,12 @@ def _facts(ablation: Ablation, dataset: Dataset, classifier: Classifier) -> dict
         "training": f"{plan.num_steps:,} steps of {plan.batch_size}",
         "bound": all_of(bound),
         "samples": all_of(samples),
-        "classifier": f"{100 * classifier.test_accuracy:.2f} % of the test images right",
+        "classifier": f"{100 * classifier.test_accuracy:.2f} % accuracy on the test images",
     }
 
 
 def describe_results(results: Results) -> str:
-    """The table of arms, as lines of text."""
+    """The scores of all arms, as lines of text."""
     lines = []
     for name, kind in SCORES.items():
         lines.append(f"{kind.heading} ({kind.unit}) with 95 % intervals, and the paired difference")
@@ -185,40 +188,41 @@ def describe_results(results: Results) -> str:
 
 def _ends(interval: Interval) -> str:
     if np.isinf(interval.low):
-        return "[no interval of one seed]"
+        return "[one seed: no interval]"
     return f"[{interval.low:.4f}, {interval.high:.4f}]"
 
 
 def check_room(jobs: Sequence[Job], path: pathlib.Path, per_device: int) -> None:
-    """Refuse more arms than fit: their states in the memory, their checkpoints on the disk.
+    """Refuse jobs whose states exceed the memory, or whose checkpoints exceed the free disk space.
 
     Raises:
-        ConfigError: there are more.
+        ConfigError: too many arms per device, or too many jobs.
     """
     largest = max((_size_of_state(group[0]) for group in group_jobs(jobs)), default=0)
     statistics = jax.local_devices()[0].memory_stats() or {}
     memory = statistics.get("bytes_limit")
-    if memory is None:  # a CPU, whose devices share it
+    if memory is None:  # a CPU: its devices share the memory of the host
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         memory //= jax.local_device_count()
     allowed = f"at most {memory // largest}: a state has {largest:,} bytes, a device {memory:,}"
     field = "config.ablate.arms_per_device"
     require(per_device * largest <= memory, field, per_device, allowed)
     missing = [job for job in jobs if not folder_of(job, path).checkpoints.exists()]
-    existing = next(
+    parent = next(
         folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists()
     )
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(parent).free
     plan = jobs[0].experiment.training
     saves = plan.keep_last + plan.keep_best
-    at_once = min(len(missing), per_device * jax.local_device_count())  # each saves one more
+    # A run that saves has one checkpoint more, until it removes the oldest one.
+    at_once = min(len(missing), per_device * jax.local_device_count())
     needed = (len(missing) * saves + at_once) * largest
-    allowed = f"fewer: {saves} checkpoints of each need {needed:,} bytes, {existing} has {free:,}"
+    allowed = f"fewer: {saves} checkpoints of each need {needed:,} bytes, {parent} has {free:,}"
     require(needed <= free, "config.ablate.grid", f"{len(missing)} jobs", allowed)
 
 
 def _size_of_state(job: Job) -> int:
-    """The bytes of the arrays of a training state."""
+    """The size of a training state in bytes."""
     experiment = job.experiment
     length = len(experiment.schedule)
     state = jax.eval_shape(lambda: init_state(experiment, seed=job.seed, num_timesteps=length))

@@ -1,4 +1,4 @@
-"""The results of an ablation, read from the folders of its jobs."""
+"""Read the results of an ablation from the folders of its jobs."""
 
 import csv
 import json
@@ -32,11 +32,11 @@ from diffusion_jax.evaluation.distances import paired_difference, with_interval
 from diffusion_jax.evaluation.interval import Interval
 
 BIN = 1.0  # width of a bin of log SNR
-SHOWN_IMAGES = 16  # samples of each job in a report
+SHOWN_IMAGES = 16  # samples of each job that a report shows
 
 
 class About(NamedTuple):
-    """The record of an ablation beside its scores."""
+    """How the scores were made: the command, versions, facts and notes of a report."""
 
     command: str
     versions: dict[str, str]
@@ -50,10 +50,10 @@ def collect(
     """Read the scores of all jobs from their folders below ``path``, and compare the arms.
 
     Raises:
-        RunError: no log SNR is common to all arms.
+        RunError: the schedules of the arms have no log SNR in common.
     """
     all_schedules = [job.experiment.schedule for job in ablation.jobs]
-    assert dataset.test is not None  # the classifier has been trained on this set
+    assert dataset.test is not None  # check_data has required it
     assert dataset.levels is not None
     real = to_x_0(dataset.test.images[:], dataset.levels)
     reading = _Reading(
@@ -65,13 +65,13 @@ def collect(
         real=classifier_features(classifier, real),
     )
     by_arm: dict[str, list[JobScores]] = {}
-    features: dict[str, np.ndarray] = {}  # of the last seed's samples
+    features: dict[str, np.ndarray] = {}  # by arm, of the samples of its last seed
     for job in ablation.jobs:
         scores, features[job.arm.name] = _read(job, reading)
         by_arm.setdefault(job.arm.name, []).append(scores)
     num_seeds = len(by_arm[ablation.reference])
     compared = _compare_arms(by_arm, ablation.reference)
-    if num_seeds == 1:  # the samples themselves are paired, and have an interval
+    if num_seeds == 1:  # the interval is over pairs of samples, not over seeds
         means = {name: jobs[0].quality for name, jobs in by_arm.items()}
         compared["quality"] = _compare_samples(means, features, reading, ablation.reference)
     arms = tuple(
@@ -83,7 +83,7 @@ def collect(
             jobs=tuple(by_arm[job.arm.name]),
             scores={score: of_arms[job.arm.name] for score, of_arms in compared.items()},
         )
-        for job in ablation.jobs[: len(by_arm)]  # all arms of the first seed
+        for job in ablation.jobs[: len(by_arm)]  # the jobs of the first seed: one for each arm
     )
     return Results(
         dataset=dataset.name,
@@ -103,7 +103,7 @@ def collect(
 def _compare_arms(
     by_arm: dict[str, list[JobScores]], reference: str
 ) -> dict[str, dict[str, Score]]:
-    """Every score of every arm, compared over the seeds."""
+    """Every score of every arm, with its intervals over the seeds."""
     return {
         score: compare(
             {name: score_values(jobs, score) for name, jobs in by_arm.items()}, reference
@@ -113,18 +113,18 @@ def _compare_arms(
 
 
 def bin_edges(all_schedules: Sequence[Schedule]) -> Float[np.ndarray, " edges"]:
-    """The edges of bins that hold the log SNR of every timestep of every schedule.
+    """The edges of bins that contain every finite log SNR of every schedule.
 
-    The first and the last edge are whole numbers.
+    The edges are multiples of ``BIN``.
     """
     log_snr = np.concatenate([np.asarray(schedule.log_snr) for schedule in all_schedules])
-    log_snr = log_snr[np.isfinite(log_snr)]  # zero terminal SNR
+    log_snr = log_snr[np.isfinite(log_snr)]  # it is -inf at zero terminal SNR
     start, stop = math.floor(log_snr.min() / BIN), math.ceil(log_snr.max() / BIN)
     return BIN * np.arange(start, max(stop, start + 1) + 1)
 
 
 def common_range(all_schedules: Sequence[Schedule]) -> tuple[float, float]:
-    """The interval of log SNR that lies between the first and last timestep of every schedule.
+    """The interval of log SNR that the timesteps of every schedule span.
 
     Raises:
         RunError: no log SNR is common to all schedules.
@@ -132,7 +132,7 @@ def common_range(all_schedules: Sequence[Schedule]) -> tuple[float, float]:
     ends = [(schedule.log_snr[-1], schedule.log_snr[0]) for schedule in all_schedules]
     low, high = (float(end) for end in (max(e[0] for e in ends), min(e[1] for e in ends)))
     if not low < high:
-        raise RunError("no log SNR is common to all arms: they cannot be compared")
+        raise RunError("no log SNR is common to all arms: their errors cannot be compared")
     return low, high
 
 
@@ -142,9 +142,9 @@ def mean_over(
     log_snr: Float[np.ndarray, " timesteps"],
     values: Float[np.ndarray, " timesteps"],
 ) -> float:
-    """The mean over log SNR from low to high of values that are interpolated linearly.
+    """The mean over log SNR, from low to high, of values that are interpolated linearly.
 
-    ``log_snr`` falls from one timestep to the next.
+    ``log_snr`` must decrease with the timestep.
     """
     inside = (log_snr > low) & (log_snr < high)
     at = np.concatenate([[low], log_snr[inside][::-1], [high]])
@@ -157,10 +157,11 @@ def density(
     log_snr: Float[np.ndarray, " timesteps"],
     bits: Float[np.ndarray, " timesteps"],
 ) -> Float[np.ndarray, " bins"]:
-    """The bits of t = 2 .. T per unit of log SNR; term t is spread evenly from SNR(t) to SNR(t-1).
+    """The bits of the timesteps 2..T (L_1 to L_{T-1}) per unit of log SNR.
 
-    The integral over log SNR is the sum of these bits for every schedule. In continuous time it
-    depends on the ends of the schedule only (Kingma et al. 2021, VDM, eq. 18).
+    The bits of timestep t are spread evenly over the interval from log SNR(t) to log SNR(t-1), so
+    the integral over log SNR is the sum of the bits. In continuous time this integral depends on
+    the schedule only through its first and last SNR (Kingma et al. 2021, VDM, eq. 18).
     """
     inside = np.clip(log_snr, edges[0], edges[-1])
     low, high = inside[1:], inside[:-1]
@@ -170,7 +171,7 @@ def density(
 
 
 class _Reading(NamedTuple):
-    """The inputs that the scores of all jobs have in common."""
+    """The inputs that ``_read`` needs for every job."""
 
     path: pathlib.Path
     edges: Float[np.ndarray, " edges"]
@@ -211,7 +212,7 @@ def _read(job: Job, reading: _Reading) -> tuple[JobScores, Float[np.ndarray, "n 
 
 
 class _ByLogSnr(NamedTuple):
-    """The terms of a job's bound by log SNR, the axis that all schedules share."""
+    """The bits and the error of eps of a job by log SNR, an axis that all schedules share."""
 
     density: Float[np.ndarray, " bins"]
     eps_error: Float[np.ndarray, " bins"]
@@ -221,25 +222,26 @@ class _ByLogSnr(NamedTuple):
 def _read_terms(
     job: Job, folder: pathlib.Path, report: dict[str, Any], reading: _Reading
 ) -> _ByLogSnr:
-    """Read evaluation.csv, which has a row for each timestep, and sort its terms into bins."""
+    """Read evaluation.csv, with one row per evaluated timestep, and sort its terms into bins."""
     with (folder / "evaluation.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
     schedule, edges = job.experiment.schedule, reading.edges
     log_snr = np.asarray(schedule.log_snr, np.float64)
     timestep = columns["t"].astype(int) - 1
-    # A timestep stands for its stratum: each image was evaluated at one timestep of it.
+    # Each image was evaluated at one timestep per stratum. The weight of an image there is the
+    # size of the stratum, so the sum over timesteps estimates the sum over the whole chain.
     strata = stratify(len(schedule), report["num_timesteps_per_example"])
     size = np.repeat(strata.size, strata.size)
     bits = np.zeros(len(schedule))
-    drawn = columns["images"] * size[timestep] / report["num_examples"]
-    bits[timestep] = columns["bits_per_dim"] * drawn
+    weight = columns["images"] * size[timestep] / report["num_examples"]
+    bits[timestep] = columns["bits_per_dim"] * weight
     place = np.clip(np.digitize(log_snr[timestep], edges) - 1, 0, len(edges) - 2)
-    weight = np.bincount(place, drawn, len(edges) - 1)
-    error = np.bincount(place, drawn * columns["mse_eps"], len(edges) - 1)
+    bin_weight = np.bincount(place, weight, len(edges) - 1)
+    bin_error = np.bincount(place, weight * columns["mse_eps"], len(edges) - 1)
     with np.errstate(invalid="ignore"):
-        eps_error = error / weight
-    finite = np.isfinite(log_snr[timestep])  # zero terminal SNR: the last one is not
+        eps_error = bin_error / bin_weight
+    finite = np.isfinite(log_snr[timestep])  # log SNR is -inf at zero terminal SNR
     loss = mean_over(*reading.common, log_snr[timestep][finite], columns["mse_eps"][finite])
     return _ByLogSnr(density=density(edges, log_snr, bits), eps_error=eps_error, loss=loss)
 
@@ -250,7 +252,7 @@ def _compare_samples(
     reading: _Reading,
     reference: str,
 ) -> dict[str, Score]:
-    """The sample quality of arms with one seed, compared over samples of the same noise."""
+    """The sample quality of arms with one seed; samples of the same initial noise are paired."""
     differences = {
         name: paired_difference(
             reading.distance, features[name], features[reference], reading.real, seed=0
@@ -266,7 +268,7 @@ def _compare_samples(
 
 
 def _swept(arms: Sequence[ArmScores]) -> str | None:
-    """The only field in which arms differ, if it is a number."""
+    """The name of the field in which the arms differ, if there is one field and it is numeric."""
     fields = {tuple(arm.fields) for arm in arms}
     if len(fields) != 1 or len(arms[0].fields) != 1:
         return None
@@ -277,18 +279,18 @@ def _swept(arms: Sequence[ArmScores]) -> str | None:
 
 
 def _notes(num_seeds: int, dataset: Dataset, common: tuple[float, float]) -> tuple[str, ...]:
-    """Sentences that a reader of the scores needs."""
+    """The sentences below the table of a report."""
     assert dataset.levels is not None
     notes = [
-        f"Pixels have {dataset.levels} levels: a pixel bin is 2/{dataset.levels - 1} wide, in x_0 "
-        "from -1 to 1, and is what sqrt(beta_1) is to be seen beside.",
-        "Test images are the same for all arms, and so is the noise they are given at a timestep "
-        f"of one number. The error of eps is a mean over log SNR from {common[0]:.1f} to "
-        f"{common[1]:.1f}, where all of these arms have timesteps.",
+        f"Pixels have {dataset.levels} grey levels. With x_0 in [-1, 1], a pixel bin is "
+        f"2/{dataset.levels - 1} wide: compare sqrt(beta_1) with this width.",
+        "All arms are evaluated on the same test images. At the same timestep, an image has the "
+        "same noise in every arm. The error of eps is a mean over log SNR from "
+        f"{common[0]:.1f} to {common[1]:.1f}, where every arm has timesteps.",
     ]
     if num_seeds == 1:
         notes.append(
-            "There is one seed: the intervals are over test images or samples alone, and say "
-            "nothing of how much two trainings of the same arm differ."
+            "There is one seed, so the intervals are over test images or samples alone. They do "
+            "not show how much two trainings of the same arm differ."
         )
     return tuple(notes)

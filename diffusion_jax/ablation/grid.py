@@ -1,4 +1,4 @@
-"""The grid of an ablation's config: the arms that it lists, and a job for each arm and seed."""
+"""Read ``config.ablate.grid``: the arms that it lists, and a job for each arm and seed."""
 
 import contextlib
 import itertools
@@ -18,20 +18,21 @@ from diffusion_jax.runtime.checkpoint import digest, flatten
 FIELD = "config.ablate.grid"
 PARALLEL = ("auto", "device", "sequence", "vmap")
 
-# What arms may differ in. Data, batches and the number of steps are the same for all.
+# The fields in which arms may differ. All arms have the same data, batches and number of steps.
 ABLATED = {Effect.MODEL, Effect.TRAINING}
-LONGEST_NAME = 200  # bytes, of a folder
+LONGEST_NAME = 200  # bytes of an arm's name, which is the name of a folder
 
 
 def count_jobs(config: ConfigDict) -> int:
-    """The number of jobs of a grid, or of this shard of it, before anything is created.
+    """The number of jobs of a grid, or of this shard of it, without creating the jobs.
 
     Raises:
-        ConfigError: there is no grid, or it or the shard cannot be read.
+        ConfigError: the grid is unset, the grid or the shard cannot be parsed, or
+            config.distributed is true.
     """
     text = config.ablate.grid
     require(text is not None, FIELD, text, "set to ablate, to schedule.s=0,0.008 for example")
-    allowed = "false: the jobs of an ablation are shared out by config.ablate.shard"
+    allowed = "false: config.ablate.shard divides the jobs of an ablation among processes"
     require(not config.distributed, "config.distributed", config.distributed, allowed)
     num_jobs = len(config.ablate.seeds) * sum(len(_choices(part)) for part in text.split("|"))
     index, num_shards = _shard(config.ablate.shard, num_jobs)
@@ -42,7 +43,7 @@ def create_ablation(config: ConfigDict) -> Ablation:
     """The ablation that a config describes.
 
     Raises:
-        ConfigError: the first field that is wrong, alone or with the others.
+        ConfigError: a field has a wrong value, or the arms cannot be compared.
     """
     fields = config.ablate
     jobs = create_jobs(config)
@@ -73,8 +74,8 @@ def _reference(config: ConfigDict, names: list[str]) -> str:
     text = config.ablate.reference
     if text is None:
         return names[0]
-    # An arm has one name, but its values can be spelt in several ways. A text with an unknown
-    # field, or with several choices, is the name of no arm.
+    # The name of an arm has one spelling, but a user may spell its values in other ways. A text
+    # that cannot be parsed as one choice stays as it is, and ``choose`` refuses it.
     with contextlib.suppress(ValueError):
         (choice,) = _choices(text)
         text = _arm(override(config, choice), choice).name
@@ -90,16 +91,16 @@ def _require_comparable(config: ConfigDict, jobs: list[Job]) -> None:
     ):
         require(value is None, f"config.{name}", value, "unset in an ablation")
     num_images = config.sampling.num_images
-    require(num_images >= 2, "config.sampling.num_images", num_images, "2 at least, to be compared")
+    require(num_images >= 2, "config.sampling.num_images", num_images, "at least 2, to be scored")
     for job in jobs:
         learned = job.config.schedule.name == "learned"
-        require(not learned, FIELD, job.arm.name, "of given schedules: each seed learns another")
+        require(not learned, FIELD, job.arm.name, "a fixed schedule: each seed would learn another")
     dataset = jobs[0].experiment.dataset
     require(
         dataset.levels is not None and dataset.num_classes is not None,
         "config.dataset.name",
         config.dataset.name,
-        "a set of images with labels, for the classifier that compares samples",
+        "a set of images with labels, to train the classifier that scores samples",
     )
 
 
@@ -115,13 +116,15 @@ def _shard(text: str | None, num_jobs: int) -> tuple[int, int]:
 
 
 def create_jobs(config: ConfigDict) -> list[Job]:
-    """A job for every arm of ``config.ablate.grid`` and every seed, by seeds and then by arms.
+    """Create a job for every arm of ``config.ablate.grid`` and every seed, ordered by seed first.
 
-    A grid is a product of lists, ``a=1,2; b=x,y`` (four arms), or several, ``a=1,2 | b=x`` (three).
+    A grid is a product of lists, ``a=1,2; b=x,y`` (four arms), or a union of products,
+    ``a=1,2 | b=x`` (three arms).
 
     Raises:
-        ConfigError: a field is unknown or must not differ between arms, a list has no values, the
-            config of an arm is wrong, two arms are the same, or there are no seeds.
+        ConfigError: a field is unknown, is in a product twice, or must not differ between arms; a
+            list has no values; the config of an arm is wrong; the name of an arm cannot be the
+            name of a folder; two arms are the same; or the seeds are empty, repeated or negative.
     """
     seeds = config.ablate.seeds
     require(len(seeds) > 0, "config.ablate.seeds", seeds, "one seed at least")
@@ -144,7 +147,7 @@ def create_jobs(config: ConfigDict) -> list[Job]:
             raise ConfigError(f"{where}: {error}") from error
         name = job.arm.name
         fits = "/" not in name and len(name.encode()) <= LONGEST_NAME
-        require(fits, FIELD, name, f"without / and {LONGEST_NAME} bytes long, to name a folder")
+        require(fits, FIELD, name, f"at most {LONGEST_NAME} bytes without /, to name a folder")
         meaning = job.static_choices, digest(flatten(job.experiment.schedule))
         if meaning in names:
             raise ConfigError(f"{where}: the same as the arm {names[meaning]}")
@@ -161,13 +164,13 @@ def create_jobs(config: ConfigDict) -> list[Job]:
 
 
 def _choices(product: str) -> list[tuple[tuple[str, str], ...]]:
-    """Every choice of one value from each list of a product, as pairs of a field and a text."""
+    """The choices of a product: one value from each list, as pairs of a field and a text."""
     axes: dict[str, list[str]] = {}
     for axis in product.split(";"):
         name, _, values = (part.strip() for part in axis.partition("="))
         listed = [value.strip() for value in re.split(r",(?![^(]*\))", values)]
         if not (name and all(listed)):
-            form = "FIELD=VALUE,VALUE or several of that with ; between them"
+            form = "FIELD=VALUE,VALUE or several of these with ; between them"
             raise ConfigError(f"{FIELD}: {axis.strip()!r} lacks a value: must be {form}")
         if "." not in name or effect_of(name) not in ABLATED:
             fitting = (other for other, field in FIELDS.items() if field.effect in ABLATED)
@@ -180,13 +183,13 @@ def _choices(product: str) -> list[tuple[tuple[str, str], ...]]:
 
 
 def _arm(config: ConfigDict, choice: tuple[tuple[str, str], ...]) -> Arm:
-    """The arm of a choice; its name does not depend on how the values are spelt."""
+    """The arm of a choice; its name does not depend on how the user spelt the values."""
     fields = {name: value_of(config, name) for name, _ in choice}
     return Arm(",".join(f"{name}={_write(value)}" for name, value in fields.items()), fields)
 
 
 def _write(value: Any) -> str:
-    """A value in the name of an arm: the shortest exact spelling, without spaces."""
+    """The text of a value in the name of an arm: a short, exact spelling without spaces."""
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     return str(value).replace(" ", "")

@@ -22,14 +22,14 @@ LOG = logging.getLogger("diffusion_jax")
 
 
 class Arm(NamedTuple):
-    """One choice of the fields that are ablated."""
+    """One value for each field that an ablation varies."""
 
-    name: str  # "schedule.s=0.008", and its folder
+    name: str  # "schedule.s=0.008", which is also the name of its folder
     fields: dict[str, Any]  # {"schedule.s": 0.008}
 
 
 class Job(NamedTuple):
-    """One arm with one seed: a training run like any other, with a config of its own."""
+    """One arm with one seed: a training run with a config of its own."""
 
     arm: Arm
     seed: int
@@ -38,17 +38,17 @@ class Job(NamedTuple):
 
     @property
     def config_hash(self) -> str:
-        """Twelve hexadecimal digits: a hash of every field that the scores depend on."""
-        # The schedule itself is hashed too, because betas may come from a file.
+        """A hash of every field that the scores depend on, as twelve hexadecimal digits."""
+        # The schedule is hashed too, because its betas may come from a file.
         parts = self.relevant_fields(), digest(flatten(self.experiment.schedule))
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def static_choices(self) -> str:
-        """The fields that a compiled training step depends on; jobs with equal ones share a step.
+        """The fields that a compiled training step depends on; jobs with equal fields share it.
 
-        The seed and the schedule, including T, are arguments of the step. Importance sampling is
-        the exception: its state has a loss history for each timestep, so T is static.
+        The seed and the schedule, including T, are arguments of the step. With importance sampling
+        T is static, because the state has a loss history for each timestep.
         """
         fields = self.relevant_fields()
         del fields["schedule"], fields["seed"]
@@ -73,12 +73,12 @@ class Ablation(NamedTuple):
     mine: tuple[Job, ...]  # of this shard
     is_shard: bool
     reference: str  # the name of an arm
-    parallel: str
+    parallel: str  # "auto", "device", "sequence" or "vmap"
     arms_per_device: int | None
-    distance: str
+    distance: str  # of the sample quality: "frechet", "kernel"
 
 
-# The scores of a job are read from these files.
+# The files of a job that its scores are read from.
 SCORED_FILES = (
     "metrics.jsonl",
     "evaluation.json",
@@ -89,14 +89,14 @@ SCORED_FILES = (
 
 
 class Parallel(NamedTuple):
-    """How jobs run: the way (device, sequence, vmap) and how many at once on a device."""
+    """How jobs run: "device", "sequence" or "vmap", and how many run at once on a device."""
 
     way: str
     per_device: int
 
 
 class Site(NamedTuple):
-    """The data, the folder and the devices that the jobs of an ablation run with, and the way."""
+    """The data, folder and devices of an ablation, and how its jobs run on the devices."""
 
     dataset: Dataset
     path: pathlib.Path
@@ -105,11 +105,11 @@ class Site(NamedTuple):
 
 
 class FailedJobsError(RunError):
-    """Some jobs could not be trained or scored; all other jobs are."""
+    """Some jobs could not be trained or scored; all other jobs are finished."""
 
 
 def folder_of(job: Job, path: pathlib.Path) -> Workdir:
-    """The folder of a job in the folder of an ablation."""
+    """The folder of a job, below the folder ``path`` of its ablation."""
     return Workdir(Workdir(path).arms / job.arm.name / f"seed_{job.seed}")
 
 
@@ -119,7 +119,7 @@ def title_of(job: Job) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions of libraries that scores may depend on, and the devices."""
+    """The versions of the libraries that scores may depend on, and the devices."""
     names = ("diffusion_jax", "jax", "jaxlib", "flax", "optax", "numpy")
     libraries = {name: importlib.metadata.version(name) for name in names}
     device = f"{jax.local_device_count()} {jax.devices()[0].device_kind}"
@@ -127,15 +127,15 @@ def versions() -> dict[str, str]:
 
 
 def record_of(job: Job, path: pathlib.Path) -> pathlib.Path:
-    """The file that records the config with which a job was finished."""
+    """The file finished.json, which a job gets when it is scored."""
     return folder_of(job, path).path / "finished.json"
 
 
 def is_finished(job: Job, path: pathlib.Path) -> bool:
-    """Whether the job is trained, evaluated and sampled from with exactly this config.
+    """Whether the job was trained and scored with the same config hash.
 
-    Its files must be the ones that were scored: a run of another mode in its folder may have
-    replaced them.
+    The files that were scored must be unchanged: a run of another mode in the folder of the job
+    may have replaced them.
     """
     record = record_of(job, path)
     if not record.exists():
@@ -150,14 +150,14 @@ def is_finished(job: Job, path: pathlib.Path) -> bool:
 
 
 def digests_of(folder: pathlib.Path) -> dict[str, str]:
-    """The SHA-256 sums of the files that scores are read from."""
+    """The SHA-256 digests of the files that scores are read from."""
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in SCORED_FILES}
 
 
 def group_jobs(
     jobs: Sequence[Job], key: Callable[[Job], object] = lambda job: None
 ) -> list[list[Job]]:
-    """Jobs in groups: those of a group have equal static choices and equal values of ``key``."""
+    """Group the jobs by their static choices and by their values of ``key``."""
     groups: dict[object, list[Job]] = {}
     for job in jobs:
         groups.setdefault((job.static_choices, key(job)), []).append(job)
@@ -165,6 +165,6 @@ def group_jobs(
 
 
 def fail(job: Job, error: Exception, failed: dict[str, str]) -> None:
-    """Put the reason why a job failed into ``failed``, by its title."""
+    """Log why a job failed, and put the reason into ``failed`` under the title of the job."""
     LOG.error("%s: %s", title_of(job), error)
     failed[title_of(job)] = str(error)

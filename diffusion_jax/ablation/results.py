@@ -1,4 +1,4 @@
-"""The results of an ablation: the scores of every arm and seed, and intervals of differences."""
+"""The results of an ablation: the scores of every arm and seed, and how the arms differ."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,54 +12,54 @@ from diffusion_jax.evaluation.interval import Interval
 
 
 class JobScores(NamedTuple):
-    """The scores of one job, that is of one arm trained with one seed."""
+    """The scores of one job: one arm trained with one seed."""
 
     seed: int
     config_hash: str
-    folder: str  # relative to the workdir
+    folder: str  # the path of the job, relative to the workdir
     step: int
-    steps: Int[np.ndarray, " records"]
+    steps: Int[np.ndarray, " records"]  # of the records in metrics.jsonl
     # Each loss is the mean over the steps since the last record. Losses are not comparable across
     # schedules: each schedule averages over different noise levels.
     losses: Float[np.ndarray, " records"]
     bits: Float[np.ndarray, " images"]  # bits/dim of each test image
-    terms: dict[str, float]  # of the bound: L_T, L_1 to L_{T-1}, L_0, in bits/dim
+    terms: dict[str, float]  # the terms of the bound, "L_T", "L_1 to L_{T-1}", "L_0", in bits/dim
     density: Float[np.ndarray, " bins"]  # bits/dim per unit of log SNR (Results.edges), without L_0
-    eps_error: Float[np.ndarray, " bins"]  # mean squared error of eps; nan: the bin is empty
-    loss: float  # the mean squared error of eps over the log SNRs that every arm has
-    quality: Interval  # over the samples
-    pictures: UInt8[np.ndarray, "n h w c"]  # the first samples; their noise is the same in all arms
+    eps_error: Float[np.ndarray, " bins"]  # mean squared error of eps; nan: no timestep in the bin
+    loss: float  # mean squared error of eps over the range of log SNR that all arms share
+    quality: Interval  # distance of the samples to the test images, interval over the samples
+    pictures: UInt8[np.ndarray, "n h w c"]  # the first samples; all arms start from the same noise
 
 
 class Score(NamedTuple):
-    """A number of an arm over its seeds, and its difference to that of the reference arm."""
+    """A number of an arm: its mean over the seeds, and its difference to the reference arm."""
 
     mean: Interval
-    difference: Interval | None  # paired; None: this is the reference arm
-    mark: str  # "best", "better", "worse" or "", by the intervals of the differences
+    difference: Interval | None  # paired; None: the arm is the reference arm
+    mark: str  # "best", "better", "worse" or "", see ``comparison.marks``
 
 
 class ArmScores(NamedTuple):
     """The scores of one arm, over all its jobs."""
 
-    name: str  # "s=0.008"
+    name: str  # "schedule.s=0.008"
     fields: dict[str, Any]  # {"schedule.s": 0.008}
     title: str  # the schedule with all its arguments
     schedule: Schedule
     jobs: tuple[JobScores, ...]
-    scores: dict[str, Score]  # by the names in SCORES
+    scores: dict[str, Score]  # the keys are those of SCORES
 
 
 class Results(NamedTuple):
-    """All that a report shows."""
+    """Everything that a report shows."""
 
     dataset: str
     levels: int
     reference: str  # the name of an arm
-    swept: str | None  # the numeric field, if it is the only one that arms differ in: "schedule.s"
+    swept: str | None  # "schedule.s": the only field that the arms vary, if it is numeric
     arms: tuple[ArmScores, ...]
     edges: Float[np.ndarray, " bins_and_1"]  # of the bins of log SNR
-    distance: str  # of the sample quality: "frechet", "kernel"
+    distance: str  # that measures the sample quality: "frechet", "kernel"
     command: str
     versions: dict[str, str]
     facts: dict[str, str]  # further entries of the record: "parameters": "701,345"
@@ -67,9 +67,9 @@ class Results(NamedTuple):
 
 
 class ScoreKind(NamedTuple):
-    """A kind of score: its heading in a report, its unit, and its values of a job.
+    """A kind of score: its heading in a report, its unit, and a function that reads it from a job.
 
-    A job has one value, or one for each test image.
+    ``values`` returns one value, or one value for each test image.
     """
 
     heading: str
@@ -77,7 +77,7 @@ class ScoreKind(NamedTuple):
     values: Callable[[JobScores], Float[np.ndarray, " *images"]]
 
 
-# Lower is better in all of them.
+# Lower is better for every score.
 SCORES: dict[str, ScoreKind] = {
     "bits_per_dim": ScoreKind(
         heading="bound",
@@ -89,7 +89,7 @@ SCORES: dict[str, ScoreKind] = {
         unit="classifier distance",
         values=lambda job: np.asarray(job.quality.value, np.float64),
     ),
-    # Not the loss of training, which averages over other log SNRs with every schedule.
+    # The training loss is no score: each schedule averages it over different noise levels.
     "loss": ScoreKind(
         heading="error of eps",
         unit="mean over the common log SNRs",
@@ -101,17 +101,17 @@ SCORES: dict[str, ScoreKind] = {
 def score_values(
     jobs: Sequence[JobScores], name: str
 ) -> Float[np.ndarray, " seeds"] | Float[np.ndarray, "seeds images"]:
-    """The values of a score: one for each seed, or for each seed and test image."""
+    """The values of a score: one for each seed, or one for each seed and test image."""
     return np.stack([SCORES[name].values(job) for job in jobs])
 
 
 def score_of_job(job: JobScores, name: str) -> float:
-    """A score as one number of a job: a mean over the test images where each has a value."""
+    """A score of a job as one number: the mean over the test images, if each has a value."""
     return float(SCORES[name].values(job).mean())
 
 
 def compare(values: dict[str, np.ndarray], reference: str) -> dict[str, Score]:
-    """A score of every arm with its paired difference to the reference arm."""
+    """The mean of a score for every arm, and its paired difference to the reference arm."""
     marks = comparison.marks(values, reference)
     return {
         name: Score(

@@ -1,4 +1,4 @@
-"""The scoring of trained jobs: the variational bound and samples of each."""
+"""Score trained jobs: evaluate the variational bound of each, and sample from it."""
 
 import json
 import logging
@@ -28,10 +28,10 @@ LOG = logging.getLogger("diffusion_jax")
 
 
 def score_jobs(jobs: Sequence[Job], site: Site, command: str, failed: dict[str, str]) -> None:
-    """Evaluate and sample from every trained job.
+    """Evaluate every trained job and sample from it.
 
-    Jobs with equal static choices and equal T share what is compiled. The noise of an evaluation
-    and of samples depends on the seed alone. Jobs that fail are put into ``failed``.
+    Jobs with equal static choices and equal T share the compiled functions. Arms with the same
+    seed are evaluated and sampled with the same noise. A job that fails is put into ``failed``.
     """
     for group in group_jobs(jobs, key=lambda job: len(job.experiment.schedule)):
         first = group[0].experiment
@@ -43,7 +43,7 @@ def score_jobs(jobs: Sequence[Job], site: Site, command: str, failed: dict[str, 
             try:
                 with folder_of(job, site.path).lock():
                     _score(job, site, evaluator, generator, command)
-            except (RunError, ConfigError) as error:  # not finite, or in use
+            except (RunError, ConfigError) as error:  # a result not finite, or folder in use
                 fail(job, error, failed)
 
 
@@ -54,7 +54,7 @@ def _score(job: Job, site: Site, evaluator: Evaluator, generator: Generator, com
     if step != experiment.training.num_steps:
         raise RunError(f"its newest checkpoint is of step {step}")
     schedule = experiment.schedule_of(ema)
-    assert site.dataset.test is not None  # the classifier has been trained on this set
+    assert site.dataset.test is not None  # check_data has required it
     evaluator.evaluate(
         Trained(params=ema, step=step, schedule=schedule, seed=job.seed),
         site.dataset.test,

@@ -1,4 +1,4 @@
-"""Slots for the runs of an ablation: how several runs train at once on the devices."""
+"""Slots for the runs of an ablation: how the devices train several runs at once."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -23,23 +23,26 @@ from diffusion_jax.training.step import (
     train_step,
 )
 
-SIDE_BY_SIDE = ("device", "vmap")  # ways in which every device has whole batches
-MAX_ARMS_PER_DEVICE = 8  # of vmap, if the config does not say how many
+SIDE_BY_SIDE = ("device", "vmap")  # ways to run jobs in which a device gets whole batches
+MAX_ARMS_PER_DEVICE = 8  # for vmap, if config.ablate.arms_per_device is unset
 
 
 class Slots(NamedTuple):
-    """Slots for runs that train at once, and the ways of their arrays to the devices and back."""
+    """Slots, each of which trains one run, and functions that move arrays to the devices and back.
+
+    ``steps`` trains the runs of all slots in one call.
+    """
 
     num: int
     steps: Steps
-    indices: Int[np.ndarray, "devices ..."]
-    put: Callable[[Sequence[PyTree]], PyTree]  # a tree for each slot -> an argument of ``steps``
+    indices: Int[np.ndarray, "*devices batch"]  # the examples of a batch that a device has
+    put: Callable[[Sequence[PyTree]], PyTree]  # one tree per slot -> an argument of ``steps``
     put_batches: Callable[[Sequence[Batch]], Batch]
     get: Callable[[int, PyTree], PyTree]  # (slot, a tree on the devices) -> its part on the host
 
 
 def one_by_one(step: Steps, batch_size: int, devices: list[jax.Device]) -> Slots:
-    """One slot, whose batch is divided among all devices, as in training."""
+    """One slot; the devices share its batch, as in ``--mode=train``."""
     return Slots(
         num=1,
         steps=compile_steps(step, devices),
@@ -51,7 +54,10 @@ def one_by_one(step: Steps, batch_size: int, devices: list[jax.Device]) -> Slots
 
 
 def side_by_side(step: Steps, batch_size: int, devices: list[jax.Device], per_device: int) -> Slots:
-    """Slots on every device, each with a whole batch: leaves are [device, slot there, ...]."""
+    """``per_device`` slots on every device, each with a whole batch of its own.
+
+    The arrays of ``steps`` have the shape [device, slot of the device, ...].
+    """
     steps = several_steps(step)
     if per_device > 1:
         of_device = jax.vmap(steps, in_axes=(0, 0, None, 0))
@@ -61,7 +67,8 @@ def side_by_side(step: Steps, batch_size: int, devices: list[jax.Device], per_de
 
     def put(trees: Sequence[PyTree]) -> PyTree:
         def stack(*leaves: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-            # On the host, because all slots may be more than one device holds; keys are small.
+            # Stack on the host: one device may not have the memory for the states of all slots.
+            # PRNG keys, which numpy cannot stack, are small.
             module = jnp if jnp.issubdtype(leaves[0].dtype, jax.dtypes.prng_key) else np
             return module.stack(leaves).reshape(*shape, *leaves[0].shape)
 
@@ -82,7 +89,7 @@ def side_by_side(step: Steps, batch_size: int, devices: list[jax.Device], per_de
 
     compiled = jax.pmap(
         of_device,
-        axis_name="device",  # as in what ``put`` returns; otherwise the second call would compile
+        axis_name="device",  # as in ``divide``; with another name the second call compiles again
         in_axes=(0, 0, None, 0),
         out_axes=0,
         devices=devices,
@@ -99,7 +106,7 @@ def side_by_side(step: Steps, batch_size: int, devices: list[jax.Device], per_de
 
 
 def _of_single_slot(steps: Steps) -> Steps:
-    """The steps of a device with one slot; vmap would make slow convolutions of them."""
+    """The steps of a device with one slot, without vmap, which makes convolutions slow."""
 
     def of_device(state: PyTree, constants: PyTree, indices: PyTree, batches: Batch) -> PyTree:
         state, constants, batches = jax.tree.map(lambda leaf: leaf[0], (state, constants, batches))
@@ -110,10 +117,10 @@ def _of_single_slot(steps: Steps) -> Steps:
 
 
 def choose_way_on_cpu(parallel: str, num_jobs: int, num_devices: int) -> str:
-    """The way of ``num_jobs`` jobs on a CPU; it is decided before its cores become devices.
+    """Choose how ``num_jobs`` jobs run on a CPU, before jax makes devices of its cores.
 
-    "auto" is one arm per device, unless there are fewer arms than devices: no device waits for
-    another, which is fastest (docs/RESULTS.md).
+    "auto" runs one job per device, because no device then waits for another, which is fastest
+    (docs/RESULTS.md). With fewer jobs than devices, it runs the jobs in sequence.
     """
     if parallel != "auto":
         return parallel
@@ -121,9 +128,10 @@ def choose_way_on_cpu(parallel: str, num_jobs: int, num_devices: int) -> str:
 
 
 def choose_parallel(ablation: Ablation, way_on_cpu: str, num_devices: int) -> Parallel:
-    """How the jobs of an ablation run, once it is known whether there is an accelerator.
+    """Choose how the jobs of an ablation run, after jax has found its devices.
 
-    A small model does not fill an accelerator, so there "auto" is vmap; that is not measured yet.
+    On a CPU the choice is ``way_on_cpu``. On an accelerator "auto" is vmap, because one small
+    model does not fill the accelerator (not measured yet).
     """
     is_auto, is_cpu = ablation.parallel == "auto", jax.default_backend() == "cpu"
     way = "vmap" if is_auto and not is_cpu else way_on_cpu
@@ -135,7 +143,7 @@ def choose_parallel(ablation: Ablation, way_on_cpu: str, num_devices: int) -> Pa
 
 
 def create_slots(parallel: Parallel, jobs: Sequence[Job], devices: list[jax.Device]) -> Slots:
-    """The slots of jobs that have equal static choices."""
+    """Create the slots for jobs with equal static choices."""
     experiment = jobs[0].experiment
     batch_size = experiment.training.batch_size
     exchange = BETWEEN_DEVICES if parallel.way == "sequence" else ALONE

@@ -1,4 +1,4 @@
-"""The training of an ablation's jobs: several at once, by one compiled step."""
+"""Train the jobs of an ablation, several at once with one compiled step."""
 
 import contextlib
 import functools
@@ -26,11 +26,11 @@ LOG = logging.getLogger("diffusion_jax")
 def train_jobs(jobs: Sequence[Job], site: Site, failed: dict[str, str]) -> int | None:
     """Train every job to its end, from its newest checkpoint if there is one.
 
-    Jobs with other static choices have another compiled step, and run after the others. Jobs that
-    fail are put into ``failed`` and do not stop the others.
+    Jobs with equal static choices share a compiled step and train together; one such group runs
+    after another. A job that fails is put into ``failed`` and does not stop the others.
 
-    Returns the signal that stopped the training early, if one did: then every run under way is
-    saved.
+    Returns the signal that asked the training to stop, or None. After a signal, every run under
+    way is saved.
     """
     with contextlib.closing(Stop()) as stop:
         for group in group_jobs(jobs):
@@ -46,9 +46,10 @@ def train_jobs(jobs: Sequence[Job], site: Site, failed: dict[str, str]) -> int |
 
 
 class _Training:
-    """Jobs that share one compiled step; a slot whose run has ended takes the next turn.
+    """Trains jobs that share one compiled step; a free slot takes the next turn.
 
-    ``advance`` takes steps and ``fill`` opens the next runs, until it returns False.
+    The caller alternates ``fill``, which opens runs in free slots, and ``advance``, which takes
+    steps, until ``fill`` returns False.
     """
 
     def __init__(
@@ -66,12 +67,12 @@ class _Training:
         self._length = max(len(job.experiment.schedule) for job in jobs)
         self._steps_per_call, self._in_flight = pace(jobs[0].experiment.training, site.devices[0])
         self._runs: dict[int, tuple[Turn, Run]] = {}  # by slot
-        self._ended: dict[int, Run] = {}  # by the number of the job; a last save may go on
+        self._ended: dict[int, Run] = {}  # by job; their last checkpoint may still be saving
         self._constants: list[Constants | None] = [None] * slots.num
-        self._inputs: PyTree = None  # state and constants of every slot, on the devices
+        self._inputs: PyTree = None  # (state, constants) of all slots, on the devices
 
     def fill(self) -> bool:
-        """Open waiting jobs in the free slots, and return whether any run is under way."""
+        """Open the runs of waiting turns in the free slots; return whether any run is under way."""
         new = {}
         for slot in range(self._slots.num):
             while slot not in self._runs and (turn := self._next_turn()) is not None:
@@ -80,7 +81,7 @@ class _Training:
                     self._end(turn.index)
                 try:
                     run = self._open(job, slot)
-                except (RunError, ConfigError) as error:  # no intact checkpoint, or a locked folder
+                except (RunError, ConfigError) as error:  # no intact checkpoint, or folder in use
                     fail(job, error, self._failed)
                     continue
                 if run.is_done:
@@ -94,9 +95,9 @@ class _Training:
         return bool(self._runs)
 
     def _put(self, new: dict[int, TrainState]) -> None:
-        """Put the states of new runs onto the devices, beside those of runs that go on.
+        """Put the states of the new runs onto the devices, with the states of the other runs.
 
-        A slot that stays free works on a copy of another slot, whose results are not read.
+        A free slot trains a copy of another slot's run; nobody reads the result.
         """
         donor = next(iter(new))
         inputs = []
@@ -109,19 +110,19 @@ class _Training:
         self._inputs = self._slots.put(inputs)
 
     def _next_turn(self) -> Turn | None:
-        """Take the first waiting turn of a job that has no run under way."""
+        """Remove and return the first waiting turn whose job has no run under way."""
         names = [title_of(job) for job in self._jobs]
         self._waiting = [t for t in self._waiting if names[t.index] not in self._failed]
-        taken = {turn.index for turn, _ in self._runs.values()}
-        free = next((turn for turn in self._waiting if turn.index not in taken), None)
-        if free is not None:
-            self._waiting.remove(free)
-        return free
+        running = {turn.index for turn, _ in self._runs.values()}
+        first = next((turn for turn in self._waiting if turn.index not in running), None)
+        if first is not None:
+            self._waiting.remove(first)
+        return first
 
     def _open(self, job: Job, slot: int) -> Run:
-        """Lock the folder of a job, until the run is closed, and restore its newest checkpoint."""
+        """Lock the folder of a job until its run is closed, and restore its newest checkpoint."""
         plan, folder = job.experiment.training, folder_of(job, self._site.path)
-        # The functions of the first job do the same and are compiled already.
+        # The init function of the first job does the same and is compiled already.
         first, length = self._jobs[0].experiment, len(job.experiment.schedule)
         fresh = init_state(first, seed=job.seed, num_timesteps=length)
         read = functools.partial(self._slots.get, slot)
@@ -129,8 +130,8 @@ class _Training:
         journal = functools.partial(Journal, max_in_flight=self._in_flight, read=read, name=title)
         waiting = len({turn.index for turn in self._waiting})
         LOG.info("training %s; %d more are waiting", title, waiting)
-        with contextlib.ExitStack() as held:
-            held.enter_context(folder.lock())
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(folder.lock())
             folder.record(to_record(job.config))
             return Run(
                 plan,
@@ -139,13 +140,14 @@ class _Training:
                 seed=job.seed,
                 dataset=self._site.dataset,
                 workdir=folder,
-                held=held.pop_all(),
+                held=stack.pop_all(),
             )
 
     def advance(self, stop: Stop) -> bool:
-        """Take the same number of steps in every slot; save and end the runs that are due.
+        """Take the same number of steps in every slot, then save and end the runs that are due.
 
-        Returns whether to stop now; then everything is saved.
+        A run ends at the end of its turn. Returns whether a signal asked to stop; then every run
+        has been saved.
         """
         num_steps = min(run.steps_to(self._steps_per_call) for _, run in self._runs.values())
         batches = {slot: run.batches(num_steps) for slot, (_, run) in self._runs.items()}
@@ -155,15 +157,15 @@ class _Training:
         state, constants = self._inputs
         state, metrics = self._slots.steps(state, constants, self._slots.indices, on_devices)
         self._inputs = state, constants
-        self._close_ended()  # while the devices work
+        self._close_ended()  # waits for saves while the devices compute
         stopping = stop.asked(0)
         for slot, (turn, run) in tuple(self._runs.items()):
             try:
                 run.took(num_steps, metrics)
                 if stopping or run.is_checkpoint_due:
                     run.save(self._slots.get(slot, state))
-                ended = run.step >= turn.until  # and saved: turns end with a checkpoint
-            except RunError as error:  # not finite, or not to be saved
+                ended = run.step >= turn.until  # a checkpoint was due at the end of the turn
+            except RunError as error:  # the loss is not finite, or a save failed
                 fail(self._jobs[turn.index], error, self._failed)
                 ended = True
             if ended:
@@ -175,14 +177,14 @@ class _Training:
             self._end(index)
 
     def _end(self, index: int) -> None:
-        """Close a run that has ended; its job fails if its last checkpoint cannot be saved."""
+        """Close a run that has ended; its job has failed if its last checkpoint was not saved."""
         try:
             self._ended.pop(index).close()
         except RunError as error:
             fail(self._jobs[index], error, self._failed)
 
     def close(self) -> None:
-        """Close all runs that are under way or have ended, even if closing one fails."""
+        """Close all runs that are under way or have ended, even if one of them fails to close."""
         self._ended |= {turn.index: run for turn, run in self._runs.values()}
         with contextlib.ExitStack() as stack:
             for index in self._ended:

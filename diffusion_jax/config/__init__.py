@@ -1,1 +1,1 @@
-"""The fields of a run: their defaults, the file and the flags that set them, and comparisons."""
+"""The config of a run: its fields and defaults, loading, overriding, comparing with a record."""

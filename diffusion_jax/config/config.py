@@ -1,7 +1,7 @@
-"""The config of a run: read from a file, overridden by flags, compared to an earlier run's.
+"""The config of a run: read from a file, overridden by flags, compared with an earlier run's.
 
-Every mistake is a ``ConfigError``, raised before anything is compiled or written. The types of the
-fields are those of default.py; what their values may be is said where they are used.
+Every mistake is a ``ConfigError``, raised before anything is compiled or written. default.py sets
+the types of the fields. The code that uses a field checks its value.
 """
 
 import ast
@@ -23,26 +23,27 @@ from diffusion_jax.config.default import Effect, effect_of
 from diffusion_jax.config.paths import expand
 from diffusion_jax.errors import ConfigError, nearest, require
 
-# The fields that must not differ where a checkpoint is read, and where a training goes on.
+# Fields with these effects must not change when a checkpoint is read, and when training resumes.
 OF_THE_MODEL = {Effect.DATA, Effect.MODEL}
 OF_THE_TRAINING = OF_THE_MODEL | {Effect.BATCHES, Effect.TRAINING}
 
-# jax counts in int32; these alone are more than counts.
+# jax uses int32 for counts. Only seeds may be larger.
 LARGEST_COUNT = 2**31 - 1
 SEEDS = ("config.seed", "config.ablate.seeds")
 
-# The types that a field may have, in the words of an error message.
+# The types that a field may have, as error messages call them.
 KINDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
 
 
 def load(path: str, overrides: Sequence[tuple[str, str]]) -> ConfigDict:
-    """The config of a file, with the fields that the command line sets; locked.
+    """Read a config file and apply the overrides of the command line; the result is locked.
 
-    A config starts from ``from diffusion_jax.config import default``. The folder above the file's
-    is put on the module path, so that ``from configs import mnist`` works in a folder configs.
+    A config file starts from ``default.get_config()`` of ``diffusion_jax.config``. The parent of
+    the file's folder is added to sys.path, so that ``from configs import mnist`` works in a file of
+    the folder configs.
 
     Raises:
-        ConfigError: the file is no config, or a field is unknown, missing or of the wrong type.
+        ConfigError: the file holds no config, or a field is unknown, missing or of a wrong type.
     """
     root = str(Path(path).resolve().parent.parent)
     if root not in sys.path:
@@ -62,10 +63,10 @@ def load(path: str, overrides: Sequence[tuple[str, str]]) -> ConfigDict:
 
 
 def override(config: ConfigDict, fields: Iterable[tuple[str, str]]) -> ConfigDict:
-    """A locked copy of a config in which fields, as ("schedule.s", "0.02"), have other values.
+    """A locked copy of a config with other values of fields, such as ("schedule.s", "0.02").
 
     Raises:
-        ConfigError: an unknown field, or a value of the wrong type.
+        ConfigError: a field is unknown, or a value has the wrong type.
     """
     config = copy.deepcopy(config)
     expected, present = _fields(default.get_config()), _fields(config)
@@ -79,20 +80,20 @@ def override(config: ConfigDict, fields: Iterable[tuple[str, str]]) -> ConfigDic
 
 
 def value_of(config: ConfigDict, name: str) -> Any:
-    """The value of a field that is named as "schedule.s"."""
+    """The value of a field by its name, such as "schedule.s"."""
     return functools.reduce(operator.getitem, name.split("."), config)
 
 
 def to_record(config: ConfigDict) -> dict[str, Any]:
-    """What a run's config.json says; a field that is unset is null there."""
+    """The config as JSON data for config.json; an unset field is None (null in the file)."""
     return json.loads(json.dumps(config.to_dict(), allow_nan=False))
 
 
 def differences(config: ConfigDict, recorded: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The fields in which a config is not the one in a run's config.json: (recorded, now).
+    """The fields in which a config differs from a run's config.json, as (recorded, now).
 
-    A field that the record does not have, being older, counts as what default.py has; one
-    that is nowhere as unset.
+    An older record lacks newer fields: a missing field has its default of default.py, or is unset
+    if default.py does not have it either.
 
     Raises:
         ConfigError: the record is damaged.
@@ -101,7 +102,7 @@ def differences(config: ConfigDict, recorded: Mapping[str, Any]) -> dict[str, tu
         if name in recorded:
             is_damaged = isinstance(recorded[name], dict) != isinstance(field, dict)
         else:
-            is_damaged = name in ("model", "loss", "train")  # which every record has
+            is_damaged = name in ("model", "loss", "train")  # every record has these
         if is_damaged:
             raise ConfigError(f"config.{name}: damaged in the config.json of the run")
     defaults, before, now = (
@@ -109,7 +110,7 @@ def differences(config: ConfigDict, recorded: Mapping[str, Any]) -> dict[str, tu
         for record in (to_record(default.get_config()), recorded, to_record(config))
     )
     before = {name: defaults[name] for name in defaults if not _is_of_model(name)} | before
-    if before["config.schedule.name"] == "from_betas":  # an older record has a T without effect
+    if before["config.schedule.name"] == "from_betas":  # older versions ignored num_timesteps here
         before["config.schedule.num_timesteps"] = now["config.schedule.num_timesteps"]
     pairs = {name: (before.get(name), now.get(name)) for name in sorted(before | now)}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
@@ -118,12 +119,12 @@ def differences(config: ConfigDict, recorded: Mapping[str, Any]) -> dict[str, tu
 def require_same(
     config: ConfigDict, recorded: Mapping[str, Any], fixed: Collection[Effect], where: object
 ) -> None:
-    """Refuse a config that differs from the one recorded in the folder ``where``.
+    """Refuse a config that differs from the record of the folder ``where`` in a fixed field.
 
-    It may differ in fields that have another effect than the ``fixed`` ones.
+    A field is fixed if its effect is in ``fixed``; other fields may differ.
 
     Raises:
-        ConfigError: naming the first such field and both values.
+        ConfigError: a fixed field differs; the message names it and both values.
     """
     for name, (before, now) in differences(config, recorded).items():
         if effect_of(name.removeprefix("config.")) in fixed:
@@ -153,7 +154,7 @@ def _fields(config: ConfigDict, prefix: str = "config") -> dict[str, _Field]:
 
 
 def _is_of_model(field: str) -> bool:
-    # These are the arguments of the model that is named, so models.create_model checks them.
+    # These fields are the arguments of config.model.name, so models.create_model checks them.
     return field.startswith("config.model.") and field != "config.model.name"
 
 
@@ -171,7 +172,7 @@ def _find(config: ConfigDict, field: str) -> tuple[ConfigDict, str]:
 
 
 def _parse(text: str, like: _Field) -> Any:
-    """The value that a text stands for, or the text itself, which _check then refuses."""
+    """Parse the text of a flag; text that has no such type stays text, and _check refuses it."""
     if like.optional and text.lower() == "none":
         return None
     try:
@@ -191,7 +192,7 @@ def _check(field: str, value: Any, like: _Field) -> Any:
     kind = like.kind
     if kind is tuple:
         kind = type(like.value[0]) if like.value else int
-    require(kind in KINDS, field, value, f"{', '.join(KINDS.values())}, or a tuple of such")
+    require(kind in KINDS, field, value, f"{', '.join(KINDS.values())}, or a tuple of these")
     if like.kind is tuple:
         fits = isinstance(value, tuple) and all(_fits(element, kind) for element in value)
         require(fits, field, value, f"a tuple, each element {KINDS[kind]}")
@@ -205,7 +206,7 @@ def _check(field: str, value: Any, like: _Field) -> Any:
 
 
 def _fits(value: Any, kind: type) -> bool:
-    if isinstance(value, bool) != (kind is bool):  # to Python, True is an integer
+    if isinstance(value, bool) != (kind is bool):  # in Python, True is an int
         return False
     if kind is float:
         return isinstance(value, int | float) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""The one place where a path that a user gives is made one of the file system."""
+"""Expansion of ~ in the paths of flags and fields."""
 
 import pathlib
 
@@ -6,10 +6,10 @@ from diffusion_jax.errors import ConfigError
 
 
 def expand(name: str, path: str) -> str:
-    """A path whose leading ~ is a home directory; ``name`` is its flag or field, for the message.
+    """Replace a leading ~ by the home directory; ``name`` is the flag or field, for the message.
 
     Raises:
-        ConfigError: nobody knows which directory that is.
+        ConfigError: the home directory is unknown.
     """
     if not path.startswith("~"):
         return path

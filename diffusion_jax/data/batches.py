@@ -1,6 +1,6 @@
 """The batches of a training run, read through Grain.
 
-Batch k is a pure function of (seed, k), so that the step number restores the place in the data.
+Batch k is a pure function of (seed, k), so the step number is all that a resumed run needs.
 """
 
 import os
@@ -23,14 +23,14 @@ def read_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, Any]]:
-    """The batches of steps start_step, start_step + 1, ... without end.
+    """Yield the batches of steps start_step, start_step + 1, ... without end.
 
-    Every epoch is another permutation of the split; the last batch of one goes on into the next.
-    A process gets its contiguous share of the global batch of batch_size examples. flip mirrors
-    each image left to right with probability 1/2. "label" is None where the split has none.
+    Each epoch is a new permutation of the split. A batch may span two epochs. Each process gets a
+    contiguous share of the global batch of batch_size examples. flip mirrors each image left to
+    right with probability 1/2. "label" is None if the split has no labels.
 
     Raises:
-        ValueError: a batch_size that cannot be shared evenly, or points to be flipped.
+        ValueError: the processes cannot share batch_size evenly, or flip is set for points.
     """
     if batch_size < 1 or batch_size % process_count:
         allowed = f"a positive multiple of the {process_count} processes"
@@ -41,8 +41,8 @@ def read_batches(
 
     share = batch_size // process_count
     offset = process_index * share
-    # Grain shuffles epoch e with seed + e: of seeds that follow each other, the one would see
-    # next what the other has seen before. A hash keeps them apart.
+    # Grain shuffles epoch e with seed + e, so epoch 1 of seed 0 would equal epoch 0 of seed 1.
+    # Hashing the seed avoids that.
     shuffle_seed = int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])
 
     def gather(step: int, indices: Integer[np.ndarray, " n"]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def read_batches(
 
     indices = grain.MapDataset.range(len(split)).shuffle(shuffle_seed).repeat()
     shares = indices.batch(share, batch_fn=np.asarray)[process_index::process_count]
-    # Elements are whole batches here: the defaults would keep 500 of them, on 16 threads.
+    # Grain's default buffers 500 elements on 16 threads, and an element here is a whole batch.
     num_threads = (os.cpu_count() or 1) if isinstance(split.images, Records) else 1
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
     return iter(shares.map_with_index(gather)[start_step:].to_iter_dataset(options))

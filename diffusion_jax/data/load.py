@@ -1,4 +1,4 @@
-"""The set that a run uses, prepared first where that has not been done yet."""
+"""Loading of a run's data set, which is prepared first if necessary."""
 
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from diffusion_jax.errors import ConfigError, choose, require
 
 
 def describe_dataset(choice: DatasetChoice) -> DatasetInfo:
-    """What is known of the chosen set; writes nothing.
+    """The properties of the chosen data set; writes nothing.
 
     Raises:
-        ConfigError: there is no such set, or a field does not fit it.
+        ConfigError: the set is unknown, or a field does not fit it.
     """
     exists = choice.archives is None or Path(choice.archives).is_dir()
     require(exists, "config.dataset.archives", choice.archives, "a folder that exists")
@@ -48,11 +48,11 @@ def describe_dataset(choice: DatasetChoice) -> DatasetInfo:
 
 
 def load_dataset(choice: DatasetChoice) -> Dataset:
-    """The chosen set, prepared first where that has not been done yet.
+    """Load the chosen data set; a set that is not prepared yet is prepared first.
 
     Raises:
-        ConfigError: as describe_dataset; an archive is missing or is not what it should be; there
-            is no network; nothing can be written to the folder of prepared sets.
+        ConfigError: as describe_dataset; or an archive is missing, damaged or cannot be downloaded;
+            or the folder of prepared sets is not writable.
     """
     info = describe_dataset(choice)
     if info.levels is None:

@@ -1,4 +1,4 @@
-"""The one reader of pictures: files of any kind that Pillow knows, as grey or RGB of 8 bits."""
+"""Reads pictures in any format of Pillow, as grey or RGB images of 8 bits."""
 
 import pathlib
 
@@ -8,32 +8,32 @@ from jaxtyping import UInt8
 
 from diffusion_jax.data.arrays import read_array
 
-MODES = {1: "L", 3: "RGB"}  # of Pillow, by the number of channels
+MODES = {1: "L", 3: "RGB"}  # number of channels -> Pillow's mode
 LARGEST_16_BITS = 2**16 - 1
 
 
 def read_picture(path: str | pathlib.Path, channels: int) -> UInt8[np.ndarray, "height width c"]:
-    """A picture of 1 (grey) or 3 (RGB) channels, 0 .. 255; grey of 16 bits is scaled to that.
+    """Read a picture with 1 (grey) or 3 (RGB) channels, 0 .. 255; 16-bit grey is scaled to that.
 
     Raises:
-        ValueError: in one line: no such file, not a picture, damaged, transparent in places, or of
-            pixels that are no grey levels or colours.
+        ValueError: the file does not exist, is no picture, is damaged, has transparent pixels, has
+            floating-point pixels, or has grey levels outside 0 .. 65,535; the message has one line.
     """
     try:
         with PIL.Image.open(path) as file:
             file.load()
     except FileNotFoundError as error:
         raise ValueError("no such file") from error
-    except Exception as error:  # damage shows as any exception of Pillow
+    except Exception as error:  # Pillow raises many types for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"no intact picture: {reason[:200]}") from error
+        raise ValueError(f"not an intact picture: {reason[:200]}") from error
     picture: PIL.Image.Image = file
     if picture.has_transparency_data:
         if np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
             raise ValueError("has transparent pixels: must be opaque")
         picture = picture.convert("RGBA").convert("RGB")
     if picture.mode == "F":
-        raise ValueError("has pixels of floating point: must be grey levels or colours")
+        raise ValueError("has floating-point pixels: must be grey levels or colours")
     if picture.mode.startswith("I"):
         grey = np.asarray(picture).astype(np.int64)
         if grey.min() < 0 or grey.max() > LARGEST_16_BITS:
@@ -44,10 +44,12 @@ def read_picture(path: str | pathlib.Path, channels: int) -> UInt8[np.ndarray, "
 
 
 def read_images(path: str, shape: tuple[int, ...]) -> UInt8[np.ndarray, "n height width channel"]:
-    """The images of a picture (one) or of an .npz as samples.npz is (``images``), 0 .. 255.
+    """Read one image from a picture, or several from an .npy, or an .npz such as samples.npz.
+
+    Pixels are 0 .. 255. An .npz holds them in its array ``images``.
 
     Raises:
-        ValueError: they cannot be read or are of another shape.
+        ValueError: the file cannot be read, or the images have another shape or dtype.
     """
     if path.endswith((".npz", ".npy")):
         images = read_array(path, "images")

@@ -1,4 +1,4 @@
-"""Pixels as x_0 in [-1, 1] and back: grey levels, uint8."""
+"""Conversions between x_0 in [-1, 1], the grey levels of a data set, and uint8 pixels."""
 
 from typing import overload
 
@@ -16,9 +16,9 @@ def to_x_0(image: OnDevice, levels: int | None) -> Float[Array, "..."]: ...
 @overload
 def to_x_0(image: OnHost, levels: int | None) -> Float[np.ndarray, "..."]: ...
 def to_x_0(image: Image | X_0, levels: int | None) -> X_0:
-    """Images as the network sees them: 2 image / (levels - 1) - 1, in [-1, 1] (DDPM section 3.3).
+    """Scale grey levels to the network's input: 2 image / (levels - 1) - 1 (DDPM section 3.3).
 
-    Points (levels None) stay as they are.
+    The result is in [-1, 1]. Points (levels None) stay as they are.
     """
     if levels is None:
         return image
@@ -30,7 +30,7 @@ def from_uint8(image: UInt8[np.ndarray, "..."], levels: int) -> Float[np.ndarray
 @overload
 def from_uint8(image: UInt8[Array, "..."], levels: int) -> Float[Array, "..."]: ...
 def from_uint8(image: Image, levels: int) -> X_0:
-    """Inverse of ``to_uint8``: rounds 0 .. 255 to the set's levels, in [-1, 1]."""
+    """Inverse of ``to_uint8``: rounds 0 .. 255 to the data set's levels, scaled to [-1, 1]."""
     top = np.float32(levels - 1)
     return to_x_0((image.astype(np.float32) * (top / 255)).round(), levels)
 
@@ -40,10 +40,10 @@ def to_uint8(x_0: Float[np.ndarray, "..."], levels: int | None) -> UInt8[np.ndar
 @overload
 def to_uint8(x_0: Float[Array, "..."], levels: int | None) -> UInt8[Array, "..."]: ...
 def to_uint8(x_0: X_0, levels: int | None) -> Image:
-    """The images that x_0 stand for: the nearest of the set's levels, then scaled to 0 .. 255.
+    """Round x_0 in [-1, 1] to the nearest of the data set's levels, scaled to 0 .. 255.
 
     Raises:
-        ValueError: points (levels None) are no images.
+        ValueError: levels is None: points are not images.
     """
     if levels is None:
         raise ValueError("levels = None: points are not images")

@@ -1,4 +1,4 @@
-"""Sets that TFDS has prepared: found, described, written, decoded once and read."""
+"""Data sets in the format of TFDS: finding, describing, preparing, decoding and reading them."""
 
 import contextlib
 import fcntl
@@ -22,29 +22,30 @@ from diffusion_jax.data.sources.source import VERSION, Arrays, Source
 from diffusion_jax.data.tfds import import_tfds
 from diffusion_jax.errors import ConfigError, require
 
-CHANNELS = (1, 3)  # of images that can be drawn: grey, RGB
-MAX_BYTES_IN_MEMORY = 2 * 2**30  # of a set when decoded; a larger one stays on the disk
+CHANNELS = (1, 3)  # numbers of channels that can be drawn: grey, RGB
+MAX_BYTES_IN_MEMORY = 2 * 2**30  # of a decoded set; a larger set stays on disk
 
 
 def data_dir_of(choice: DatasetChoice) -> Path:
-    """The folder of prepared sets.
+    """The folder of prepared sets: config.dataset.data_dir, or the default of TFDS.
 
     Raises:
-        ConfigError: it is the default, which is in the home directory, and there is none.
+        ConfigError: the default is in the home directory, which is unknown.
     """
     if choice.data_dir is not None:
         return Path(choice.data_dir)
     try:
-        default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")  # as TFDS has it
+        default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")  # as in TFDS
         return Path(default).expanduser()
     except RuntimeError as error:
         raise ConfigError(f"config.dataset.data_dir = None: must be a folder: {error}") from error
 
 
 def find_prepared(choice: DatasetChoice) -> Path | None:
-    """The folder of a prepared set: of ours, our version; of any other, the newest version.
+    """The folder of a prepared set, or None if it is not prepared.
 
-    The name of another may go on as TFDS's do: "name:1.0.0", "name/config", "name/config:1.0.0".
+    A set of sources.DATASETS must have version VERSION. Of any other set the newest version counts;
+    its name may be in TFDS's longer forms: "name:1.0.0", "name/config", "name/config:1.0.0".
     """
     folder = data_dir_of(choice) / choice.name.replace(":", "/")
     if choice.name in DATASETS:
@@ -58,10 +59,11 @@ def find_prepared(choice: DatasetChoice) -> Path | None:
 
 
 def describe_prepared(name: str, folder: Path) -> DatasetInfo:
-    """What TFDS recorded of a set in its folder.
+    """The properties of a prepared set, from the metadata that TFDS wrote to its folder.
 
     Raises:
-        ConfigError: the set has no images of one shape, no split "train", or needs tensorflow.
+        ConfigError: the images are not uint8 of one shape with 1 or 3 channels, there is no split
+            "train", or the file format needs tensorflow.
     """
     tfds = import_tfds()
 
@@ -89,7 +91,11 @@ def describe_prepared(name: str, folder: Path) -> DatasetInfo:
 
 
 def prepare(name: str, source: Source, archives_given: str | None, folder: Path) -> None:
-    """Write a set of ours, once its archives are checked; TFDS renames the finished folder."""
+    """Check the archives of a source, then write it with TFDS, which renames the finished folder.
+
+    Raises:
+        ConfigError: an archive cannot be downloaded or read, or the folder is not writable.
+    """
     data_dir = folder.parent.parent
     existing = next(path for path in folder.parents if path.exists())
     writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
@@ -98,9 +104,9 @@ def prepare(name: str, source: Source, archives_given: str | None, folder: Path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _lock(folder.parent / ".lock"), _quiet_tfds():
         if folder.is_dir():
-            return  # another process was first
-        for remains in folder.parent.glob(f"incomplete.*_{folder.name}"):
-            shutil.rmtree(remains)  # of a process that was killed
+            return  # another process prepared it meanwhile
+        for incomplete in folder.parent.glob(f"incomplete.*_{folder.name}"):
+            shutil.rmtree(incomplete)  # left by a killed process
         print(f"preparing {name} in {data_dir} ...", file=sys.stderr, flush=True)
         from diffusion_jax.data.sources.builder import ImageBuilder
 
@@ -128,24 +134,24 @@ def _read_archives(name: str, source: Source, folder: str | None, data_dir: Path
 def read_prepared(info: DatasetInfo, folder: Path) -> tuple[Split, Split | None]:
     """The train and test splits of a prepared set, in memory unless they are too large.
 
-    Decoding MNIST takes ten seconds, so the arrays are kept beside the set, under a name that
-    stands for its files as they are now: a set that is prepared anew is decoded anew.
+    Decoding MNIST takes ten seconds, so the decoded arrays are saved beside the set. The name of
+    their folder has a fingerprint of the set's files, so a set that changes is decoded again.
     """
     decoded = folder / f"decoded-{_fingerprint(folder)}"
     if decoded.is_dir():
         try:
             return _load(decoded, info)
         except ValueError as error:
-            print(f"{decoded}: {error}; decoding anew", file=sys.stderr, flush=True)
+            print(f"{decoded}: {error}; decoding again", file=sys.stderr, flush=True)
     with _quiet_tfds():
         splits = _open(info, folder)
         if sum(split.images.nbytes for split in splits if split is not None) > MAX_BYTES_IN_MEMORY:
             return splits
         if not os.access(folder, os.W_OK):
-            print(f"{folder} cannot be written: decoded at every start", file=sys.stderr)
+            print(f"{folder} is not writable: decoding at every start", file=sys.stderr)
             return _decode(splits)
         with _lock(folder / ".lock"):
-            if not _is_intact(decoded, info):  # else another process was first
+            if not _is_intact(decoded, info):  # otherwise another process decoded it
                 print(f"decoding {info.name} ...", file=sys.stderr, flush=True)
                 _save(_decode(splits), decoded)
     return _load(decoded, info)
@@ -162,7 +168,7 @@ def _open(info: DatasetInfo, folder: Path) -> tuple[Split, Split | None]:
     ]
 
     def column(split: str, name: str, shape: tuple[int, ...], dtype: type) -> Records:
-        # Decoding pictures takes nearly all of the time, so no others than those asked for.
+        # Decoding pictures takes most of the time, so other pictures are not decoded.
         skip = {other: tfds.decode.SkipDecoding() for other in pictures if other != name}
         return Records(builder.as_data_source(split, decoders=skip), name, shape, dtype)
 
@@ -184,9 +190,9 @@ def _decode(splits: tuple[Split, Split | None]) -> tuple[Split, Split | None]:
 
 
 def _save(splits: tuple[Split, Split | None], decoded: Path) -> None:
-    """Write the arrays to a folder that has its name only once they are all on the disk."""
+    """Write the arrays to a temporary folder, and rename it to ``decoded`` when it is complete."""
     for old in decoded.parent.glob("decod*-*"):
-        shutil.rmtree(old)  # of files that are no more, or of a process that was killed
+        shutil.rmtree(old)  # of an earlier version of the set, or left by a killed process
     unfinished = decoded.with_name(f"decoding-{os.getpid()}")
     unfinished.mkdir()
     for name, split in zip(("train", "test"), splits):
@@ -203,10 +209,10 @@ def _save(splits: tuple[Split, Split | None], decoded: Path) -> None:
 
 
 def _load(decoded: Path, info: DatasetInfo) -> tuple[Split, Split | None]:
-    """The arrays of a folder that ``_save`` wrote.
+    """Read the arrays that ``_save`` wrote.
 
     Raises:
-        ValueError: a file is damaged or missing.
+        ValueError: a file is missing or damaged, or an array has another shape or dtype.
     """
 
     def array(name: str) -> np.ndarray | None:
@@ -216,11 +222,11 @@ def _load(decoded: Path, info: DatasetInfo) -> tuple[Split, Split | None]:
     def split(name: str) -> Split:
         images, labels = array(f"{name}_images"), array(f"{name}_labels")
         if images is None or images.shape[1:] != info.shape or images.dtype != np.uint8:
-            raise ValueError(f"{name} is not whole")
+            raise ValueError(f"the {name} images are missing, or of another shape or dtype")
         if (labels is None) != (info.num_classes is None):
-            raise ValueError(f"{name} is not whole")
+            raise ValueError(f"the {name} labels are missing, or the set has none")
         if labels is not None and labels.shape != (len(images),):
-            raise ValueError(f"{name} has not a label for each image")
+            raise ValueError(f"the {name} split does not have one label per image")
         return Split(images, labels)
 
     has_test = any((decoded / f"test_{kind}.npy").exists() for kind in ("images", "labels"))
@@ -236,7 +242,7 @@ def _is_intact(decoded: Path, info: DatasetInfo) -> bool:
 
 
 def _fingerprint(folder: Path) -> str:
-    """A digest of the names, sizes and dates of the files of a prepared set."""
+    """A hash of the names, sizes and modification times of the files of a prepared set."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != ".")
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
@@ -245,13 +251,13 @@ def _fingerprint(folder: Path) -> str:
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel frees it, however the process ends
+        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel releases it when the process ends
         yield
 
 
 @contextlib.contextmanager
 def _quiet_tfds() -> Iterator[None]:
-    """Keeps back TFDS's announcements, its progress bars and its advice to install OpenCV."""
+    """Silence TFDS: its log below errors, its progress bars and what it prints."""
     tfds = import_tfds()
     from absl import logging
 
@@ -261,7 +267,7 @@ def _quiet_tfds() -> Iterator[None]:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
-    except ImportError as error:  # of what TFDS imports where it uses it
+    except ImportError as error:  # TFDS imports some packages only when it uses them
         raise ConfigError(f"tensorflow_datasets cannot be used: {error}") from error
     finally:
         logging.set_verbosity(verbosity)

@@ -1,4 +1,4 @@
-"""The variational bound of examples, estimated at one timestep in each stratum of a schedule."""
+"""The variational bound of examples, estimated at one random timestep per stratum."""
 
 import functools
 from typing import NamedTuple
@@ -19,7 +19,7 @@ Values = Float[Array, "..."] | Float[np.ndarray, "..."]  # on a device, or read 
 
 
 class Terms(NamedTuple):
-    """Means over the dimensions of one example at one timestep."""
+    """The evaluated numbers of one example at one timestep, each a mean over its dimensions."""
 
     bits: Values  # L_{t-1}, or L_0 at t = 1
     mse_x_0: Values
@@ -27,7 +27,7 @@ class Terms(NamedTuple):
 
 
 class Strata(NamedTuple):
-    """Groups of consecutive rows; an image is evaluated at one row of each, drawn uniformly."""
+    """Groups of consecutive rows; each image is evaluated at one uniformly drawn row per group."""
 
     number: Int[np.ndarray, " strata"]
     first: Int[np.ndarray, " strata"]
@@ -35,7 +35,11 @@ class Strata(NamedTuple):
 
 
 def stratify(num_timesteps: int, budget: int) -> Strata:
-    """``budget`` strata over the rows 0..T-1; t = 1 has its own, as L_0 is unlike the others."""
+    """Divide the rows 0..T-1 into ``budget`` strata: t = 1 alone, then groups of about equal size.
+
+    t = 1 is alone because L_0 differs from the other terms. A budget of 1 is one stratum of all
+    rows.
+    """
     ends = np.round(np.linspace(1, num_timesteps, budget)).astype(int)
     first = np.concatenate([[0], ends[:-1]]) if budget > 1 else np.zeros(1, int)
     return Strata(np.arange(budget), first, np.concatenate([first[1:], [num_timesteps]]) - first)
@@ -50,13 +54,13 @@ def example_terms(
     *,
     clip_x_0: bool,
 ) -> Terms:
-    """The term of the bound for one example at one timestep, and the errors of its prediction."""
+    """The bound's term of one example at one timestep, and the squared errors of x_0 and eps."""
     x_t = process.q_sample(row, x_0, eps)
     prediction = losses.decode_output(objective, row, x_t, output)
     if clip_x_0:
         prediction = process.clip_x_0(row, x_t, prediction)
     log_variance = prediction.log_variance
-    assert log_variance is not None  # decode_output gives it
+    assert log_variance is not None  # decode_output always sets it
     term = likelihood.variational_term(row, x_0, prediction.x_0, log_variance, objective.levels)
     return Terms(
         likelihood.bits(jnp.mean(term)),
@@ -75,10 +79,10 @@ def bound_terms(
     strata: Strata,
     clip_x_0: bool,
 ) -> tuple[Int[Array, "strata batch"], Terms]:
-    """The rows that are drawn for each image, one per stratum, and the terms of the bound there.
+    """Draw one row per stratum for each image, and compute the terms of the bound at these rows.
 
-    The network runs on the batch between two vmapped functions, and all of this is vmapped over
-    the strata.
+    The network runs on the whole batch, between two functions that are vmapped over the images. The
+    three together are vmapped over the strata.
     """
     row_key, noise_key = jax.random.split(key)
     schedule, x_0 = clip_posterior_variance(schedule), examples.x_0

@@ -1,6 +1,7 @@
-"""Editing of images by a model of images alone: inpainting, SDEdit, interpolation, variations.
+"""Editing of images with a trained model: inpainting, SDEdit, interpolation, variations.
 
-Nothing is trained: these are samplers, and starting points x_T, for ``samplers.sample``.
+No further training is needed. The functions return samplers, and starting points x_T, for
+``samplers.sample``.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.diffusion.tracing import is_known
 from diffusion_jax.errors import bounds, require
 
-STRAIGHT_SINE = 1e-6  # two latents whose angle has a smaller sine are joined by a straight line
+STRAIGHT_SINE = 1e-6  # slerp uses a straight line if the angle of two latents has a smaller sine
 
 
 class Inpaint(Sampler):
@@ -33,13 +34,13 @@ class Inpaint(Sampler):
 
     @property
     def needs_signal(self) -> bool:  # type: ignore[override]  # nobody assigns the flag
-        """Whether the inner sampler needs it."""
+        """Whether the inner sampler needs alpha_bar > 0."""
         return self.sampler.needs_signal
 
     def step(self, now: Step) -> tuple[Batch, Any]:
         """Down: x_prev = mask (sampler's step) + (1 - mask) q_sample(x_0); up: q(x_t | x_{t-1}).
 
-        Up, ``row_prev`` is the noisier row, and no network is called.
+        In a step up, ``row_prev`` is the row with more noise, and the network is not called.
         """
         keys, x_t, row_prev = now.keys, now.x_t, now.row_prev
 
@@ -48,7 +49,7 @@ class Inpaint(Sampler):
 
         def down() -> Batch:
             unknown, _ = self.sampler.step(now._replace(keys=samplers.fold(keys, 0)))
-            # the row t = 0 has no noise: the known image itself
+            # in the row t = 0, q_sample returns x_0 itself
             return jnp.where(self.mask, unknown, process.q_sample(row_prev, self.x_0, noise(1)))
 
         def up() -> Batch:
@@ -61,9 +62,9 @@ class Inpaint(Sampler):
     def path(self, num_steps: int) -> Int[np.ndarray, " states"]:
         """The states of RePaint's chain, which goes down and, in jumps of j = jump_length, back up.
 
-        It jumps num_resamples - 1 times from each of the states 1, 1 + j, 1 + 2 j, ... The steps
-        above the topmost jump, and the step to x_0, are taken once. (The schedule published with
-        Lugmayr et al. 2022 counts these states from 0.)
+        The chain jumps num_resamples - 1 times from each of the states 1, 1 + j, 1 + 2 j, ... The
+        steps above the topmost jump, and the step to x_0, are taken once. (The schedule published
+        with Lugmayr et al. 2022 counts these states from 0.)
 
         Raises:
             ConfigError: the chain is too short for a jump.
@@ -84,7 +85,7 @@ class Inpaint(Sampler):
         return np.array(states)
 
     def num_evaluations(self, num_steps: int) -> int:
-        """The inner sampler's number, for as many steps as the path goes down."""
+        """The network evaluations of the inner sampler in the steps down; steps up have none."""
         return self.sampler.num_evaluations(int(np.sum(np.diff(self.path(num_steps)) < 0)))
 
 
@@ -95,23 +96,23 @@ def inpaint(
     num_resamples: int,
     jump_length: int,
 ) -> Sampler:
-    """RePaint: generate the pixels where ``mask`` is 1, and take those of ``x_0`` where it is 0.
+    """RePaint: generate the pixels where ``mask`` is 1, and keep those of ``x_0`` where it is 0.
 
     At every step the known part is drawn from q(x_t | x_0), and the unknown part is a step of
-    ``sampler`` (Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1, with the forward transition
-    x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) z, to which its line 10 gives the index t - 1).
-    After every ``jump_length`` >= 1 states the chain goes as many states back up, so that each
-    stretch is denoised ``num_resamples`` >= 1 times and the two parts come to fit. With
-    num_resamples = 1 this is plain replacement, whose images are not samples of
-    p(unknown | known). At the end the known part is exactly ``x_0``. A mask around the image makes
-    this outpainting.
+    ``sampler`` (Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1). The forward transition is
+    x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) z; line 10 of the algorithm has the index t - 1
+    instead. After every ``jump_length`` >= 1 states the chain goes back up by as many states. Each
+    stretch is thus denoised ``num_resamples`` >= 1 times, which makes the two parts fit together.
+    With num_resamples = 1 this is plain replacement, whose images are not samples of
+    p(unknown | known). At the end the known part is exactly ``x_0``. A mask that is 1 around the
+    image gives outpainting.
 
-    ``mask`` is broadcast to the shape of ``x_0`` [batch, ...]. Other images and masks do not
+    ``mask`` is broadcast to the shape of ``x_0`` [batch, ...]. Another image or mask does not
     compile the chain again.
 
     Raises:
-        ConfigError: a sampler that has a memory or its own path, a mask that does not fit x_0 or
-            has other numbers than 0 and 1, or a number out of its range.
+        ConfigError: a sampler with a state or its own path, a mask that does not fit x_0 or has
+            values other than 0 and 1, or a number out of its range.
     """
     allowed = "one without memory, such as ancestral, ddim or heun"
     require(can_wrap(sampler), "sampler", type(sampler).__name__, allowed)
@@ -121,21 +122,21 @@ def inpaint(
         mask = jnp.broadcast_to(mask, x_0.shape)
     except ValueError:
         require(False, "mask", mask, f"broadcastable to x_0's shape {x_0.shape}")
-    # strong types, as a weakly typed array would compile the chain again
+    # explicit dtypes: a weakly typed array would compile the chain again
     leaves = jnp.asarray(x_0, x_0.dtype), jnp.asarray(mask, bool)
     return Inpaint(sampler, *leaves, num_resamples, jump_length)
 
 
 def can_wrap(sampler: Sampler) -> bool:
-    """Whether ``inpaint`` can wrap a sampler: one without a memory and without its own path."""
+    """Whether ``inpaint`` can wrap a sampler, which must have neither a state nor its own path."""
     return type(sampler).init is Sampler.init and type(sampler).path is Sampler.path
 
 
 def check_jumps(num_resamples: int, jump_length: int) -> None:
-    """Check the two numbers of ``inpaint``.
+    """Check ``num_resamples`` and ``jump_length`` of ``inpaint``.
 
     Raises:
-        ConfigError: one of them is below 1 (traced ones are not checked).
+        ConfigError: one of them is below 1 (traced values are not checked).
     """
     require(
         not is_known(num_resamples) or num_resamples >= 1,
@@ -147,7 +148,7 @@ def check_jumps(num_resamples: int, jump_length: int) -> None:
 
 
 def until(schedule: Schedule, timestep: int | float) -> Schedule:
-    """The rows of a chain up to ``timestep``, where SDEdit starts.
+    """The rows of a chain up to ``timestep``, the noise level at which SDEdit starts.
 
     ``schedule`` may be respaced. It must not be traced, because its rows are counted on the host.
 
@@ -166,12 +167,12 @@ def until(schedule: Schedule, timestep: int | float) -> Schedule:
 
 
 def diffuse(keys: Keys, row: Schedule, x_0: Batch) -> Batch:
-    """Noisy images x_t ~ q(x_t | x_0) at ``row``, each with its own key.
+    """Draw x_t ~ q(x_t | x_0) at ``row`` for each image, with its own key.
 
     SDEdit (Meng et al. 2022, arXiv 2108.01073) turns a drawing x_0 into the image
     ``sample(key, predict, rows, sampler, x_0.shape, x_T=diffuse(keys, rows[-1], x_0))`` with
-    rows = until(schedule, timestep). The higher the timestep, the more it resembles the data and
-    the less the drawing.
+    rows = until(schedule, timestep). With a higher timestep the image is closer to the data
+    and less close to the drawing.
     """
     return process.q_sample(row, x_0, samplers.normal(keys, x_0))
 
@@ -179,13 +180,13 @@ def diffuse(keys: Keys, row: Schedule, x_0: Batch) -> Batch:
 def slerp(
     first: Batch, second: Batch, fractions: Float[Array, " fractions"]
 ) -> Float[Array, "fractions batch ..."]:
-    """Spherical interpolation of latents x_T: each image of ``first`` with that of ``second``.
+    """Spherical interpolation between the latents x_T in ``first`` and ``second``, pair by pair.
 
     sin((1 - f) theta) / sin(theta) x + sin(f theta) / sin(theta) y, where theta is the angle
     between x and y (Shoemake 1985; DDIM, appendix D.5) and f is one of the ``fractions`` in
-    [0, 1]. f = 0 is exactly x and f = 1 exactly y. Between them the norm is that of noise, which
-    it would not be on a straight line. Latents that are parallel or opposite (where the arc is not
-    unique) are joined by the straight line.
+    [0, 1]. f = 0 is exactly x and f = 1 exactly y. In between, the norm stays that of noise,
+    unlike on a straight line. Latents that are parallel or opposite (where the arc is not unique)
+    are interpolated on the straight line.
 
     DDIM with eta = 0 turns such latents into images; ``samplers.invert`` is its inverse.
 
@@ -199,14 +200,14 @@ def slerp(
     require(not is_known(fractions) or within(fractions), "fractions", fractions, "in [0, 1]")
 
     def of_image(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "fractions ..."]:
-        # Kahan's formula: exact for small angles too, where the arc cosine loses half its digits
+        # Kahan's formula: it keeps all digits at small angles, where arccos loses half of them
         a, b = jnp.linalg.norm(y.ravel()) * x, jnp.linalg.norm(x.ravel()) * y
         theta = 2 * jnp.arctan2(jnp.linalg.norm((a - b).ravel()), jnp.linalg.norm((a + b).ravel()))
         straight = jnp.sin(theta) < STRAIGHT_SINE
         sine = jnp.where(straight, 1.0, jnp.sin(theta))
 
         def weight(fraction: Float[Array, ""]) -> Float[Array, ""]:
-            end = (fraction == 0) | (fraction == 1)  # exact, whatever the rounding of the sine
+            end = (fraction == 0) | (fraction == 1)  # exactly x or y, without rounding by the sine
             return jnp.where(straight | end, fraction, jnp.sin(fraction * theta) / sine)
 
         return jax.vmap(lambda f: weight(1 - f) * x + weight(f) * y)(fractions)
@@ -215,24 +216,24 @@ def slerp(
 
 
 def vary(keys: Keys, row: Schedule, x_t: Batch, prediction: Prediction, strength: Number) -> Batch:
-    """Latents near ``x_t``, for variations of its image: its noise is rotated towards fresh noise.
+    """Latents near ``x_t``, for variations of its image: rotate its noise towards new noise.
 
     x_t' = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) (cos(a) eps + sin(a) z), a = strength pi / 2,
     where x_0 and eps are those of ``prediction = predict(x_t, row)``. ``strength`` in [0, 1]: 0 is
     exactly x_t, 1 is ``diffuse(keys, row, prediction.x_0)``. Decode with DDIM, eta = 0.
 
-    Where alpha_bar = 0 this is the rotation cos(a) x_T + sin(a) z, which keeps N(0, I). At smaller
-    timesteps that rotation would turn the image itself into noise. There, since
-    eps = -sqrt(1 - alpha_bar) score, this is a Langevin step: it keeps the distribution of x_t to
-    first order in 1 - cos(a). The second moment falls short by
-    (1 - cos(a))^2 alpha_bar E[Var(x_0 | x_t)], which is almost 0 at either end of the chain.
+    At alpha_bar = 0 this is the rotation cos(a) x_T + sin(a) z, which preserves N(0, I). At smaller
+    timesteps that rotation would turn the image itself into noise. There this function takes a
+    Langevin step, since eps = -sqrt(1 - alpha_bar) score: the step preserves the distribution of
+    x_t to first order in 1 - cos(a). The second moment is too small by
+    (1 - cos(a))^2 alpha_bar E[Var(x_0 | x_t)], which is almost 0 at both ends of the chain.
 
     Raises:
         ConfigError: strength outside [0, 1] (a traced one is not checked).
     """
     require(not is_known(strength) or 0 <= strength <= 1, "strength", strength, "in [0, 1]")
     angle = strength * math.pi / 2
-    # cos(a) - 1 = -2 sin^2(a/2), so that x_t stays as it is where a = 0
+    # cos(a) - 1 = -2 sin^2(a/2), so that x_t is exactly unchanged for a = 0
     change = jnp.sin(angle) * samplers.normal(keys, x_t)
     change -= 2 * jnp.square(jnp.sin(angle / 2)) * prediction.eps
     return x_t + jnp.sqrt(row.one_minus_alpha_bar) * change

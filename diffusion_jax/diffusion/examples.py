@@ -1,4 +1,4 @@
-"""The examples of one device, and the keys of their random numbers."""
+"""The examples of one device, and their PRNG keys."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Examples of one device. ``indices`` are their positions in the global batch of batch_size."""
+    """One device's examples; ``indices`` are their positions in the global batch of batch_size."""
 
     x_0: Float[Array, "batch ..."]
     label: Int[Array, " batch"] | None
@@ -18,12 +18,12 @@ class Examples:
     batch_size: int  # static
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], int]:
-        """The leaves, and the static batch size."""
+        """The leaves, and the batch size as static data."""
         return (self.x_0, self.label, self.indices), self.batch_size
 
     @classmethod
     def tree_unflatten(cls, batch_size: int, leaves: tuple[Any, ...]) -> "Examples":
-        """Without ``__init__``, whose shapes are checked: jax also has placeholders for leaves."""
+        """Rebuild without ``__init__``, which checks shapes: jax also passes placeholder leaves."""
         examples = object.__new__(cls)
         names = ("x_0", "label", "indices", "batch_size")
         vars(examples).update(zip(names, (*leaves, batch_size)))
@@ -31,20 +31,20 @@ class Examples:
 
 
 class ExampleKeys(NamedTuple):
-    """The keys of a step: one ``common`` to the batch, and of each other kind one per example."""
+    """The PRNG keys of a training step: ``common`` for the whole batch, the others per example."""
 
     common: Key[Array, ""]
-    first: Key[Array, " batch"]  # for what the objective draws
+    first: Key[Array, " batch"]  # first and second: for the two draws of an objective
     second: Key[Array, " batch"]
     dropout: Key[Array, " batch"]
     label: Key[Array, " batch"]
 
 
 def example_keys(key: Key[Array, ""], indices: Int[Array, " batch"]) -> ExampleKeys:
-    """The keys of a step, which depend on its key and on the indices alone."""
+    """The PRNG keys of a step, functions of the step's key and of the global indices alone."""
     common, of_examples = jax.random.split(key)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(of_examples, indices)
     first, second, dropout = jax.vmap(lambda k: jax.random.split(k, 3))(keys).T
-    # a fourth child, so that dropping labels leaves the other three as they are
+    # fold_in, not a fourth split: label dropout must not change the other three keys
     label = jax.vmap(jax.random.fold_in, (0, None))(keys, 3)
     return ExampleKeys(common, first, second, dropout, label)

@@ -1,7 +1,7 @@
 """The learned schedule of VDM: a monotone network for log SNR between learned end points.
 
-It is trained together with the denoising network, by the bound in continuous time u in [0, 1].
-Discretised into timesteps it is a ``Schedule`` (Kingma et al. 2021, arXiv 2107.00630).
+It is trained together with the denoising network on the bound in continuous time u in [0, 1]
+(Kingma et al. 2021, arXiv 2107.00630). ``discretise`` turns it into a ``Schedule``.
 """
 
 import functools
@@ -23,12 +23,12 @@ from diffusion_jax.diffusion.process import Example
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.diffusion.streams import seed_key
 
-ENDS = ("start", "gap")  # parameters of the end points; the others shape log SNR between them
+ENDS = ("start", "gap")  # the parameters of the end points; all others shape log SNR between them
 HIDDEN = 1024  # units of the monotone network (VDM appendix H)
 
 
 class LearnedSchedule(NamedTuple):
-    """The fixed choices: the number of timesteps, and log SNR at both ends before training."""
+    """The number of timesteps, and log SNR at both ends before training."""
 
     num_timesteps: int
     log_snr_start: float
@@ -36,13 +36,13 @@ class LearnedSchedule(NamedTuple):
 
 
 def init(recipe: LearnedSchedule, key: Key[Array, ""]) -> PyTree:
-    """Initial parameters: log SNR falls almost linearly from the first end to the last."""
+    """Initial parameters, with which log SNR falls almost linearly from its start to its end."""
     weight_key, bias_key = jax.random.split(key)
     return {
         "start": jnp.float32(recipe.log_snr_start),
         "gap": jnp.float32(_inverse_softplus(recipe.log_snr_start - recipe.log_snr_end)),
         "linear": jnp.float32(_inverse_softplus(1.0)),
-        # the hidden units bend at points all over [0, 1]; their sum has little weight at first
+        # the sigmoids have their midpoints all over [0, 1], and a total weight of only 0.1 at first
         "weight_in": _inverse_softplus(4.0) + jax.random.normal(weight_key, (HIDDEN,)),
         "bias": 4 * jax.random.uniform(bias_key, (HIDDEN,), minval=-1.0, maxval=0.0),
         "weight_out": jnp.full(HIDDEN, _inverse_softplus(0.1 / HIDDEN)),
@@ -50,7 +50,7 @@ def init(recipe: LearnedSchedule, key: Key[Array, ""]) -> PyTree:
 
 
 def joint(model: Model, recipe: LearnedSchedule) -> Model:
-    """The network and the schedule as one model: parameters of both, output of the network."""
+    """One model with the parameters of network and schedule, and the output of the network."""
 
     def init_both(key: Key[Array, ""]) -> PyTree:
         network_key, schedule_key = jax.random.split(key)
@@ -67,7 +67,7 @@ def _inverse_softplus(value: float) -> float:
 
 
 class Moment(NamedTuple):
-    """A point of the schedule in continuous time u."""
+    """The schedule at one continuous time u."""
 
     log_snr: Float[Array, "..."]
     rate: Float[Array, "..."]  # -d log SNR / du
@@ -75,11 +75,11 @@ class Moment(NamedTuple):
 
 
 def moment_at(recipe: LearnedSchedule, params: PyTree, u: Float[Array, ""]) -> Moment:
-    """The moment at time u; log SNR decreases strictly, from its start at 0 to its end at 1.
+    """The schedule at time u; log SNR decreases strictly, from its start at 0 to its end at 1.
 
     log SNR = start - gap r(u), r(u) = (m(u) - m(0)) / (m(1) - m(0)), where
     m(u) = a u + c . sigmoid(w u + b) increases, because a softplus makes a, c and w positive (VDM
-    appendix H). The timestep is r(u), scaled to 1..T: log SNR relative to its ends.
+    appendix H). The timestep is r(u) scaled to 1..T.
     """
     gap = jax.nn.softplus(params["gap"])
     first, last = (_monotone(params, jnp.float32(end)) for end in (0, 1))
@@ -90,7 +90,7 @@ def moment_at(recipe: LearnedSchedule, params: PyTree, u: Float[Array, ""]) -> M
 
 
 def _weights(params: PyTree) -> tuple[Array, Array, Array]:
-    """a, w and c of m(u), which are positive."""
+    """The positive a, w and c of m(u)."""
     names = ("linear", "weight_in", "weight_out")
     linear, weight_in, weight_out = (jax.nn.softplus(params[name]) for name in names)
     return linear, weight_in, weight_out
@@ -102,12 +102,12 @@ def _monotone(params: PyTree, u: Float[Array, ""]) -> Float[Array, ""]:
 
 
 def _dot(a: Float[Array, " hidden"], b: Float[Array, " hidden"]) -> Float[Array, ""]:
-    """In float32 on every device: GPUs and TPUs would leave a log SNR three digits."""
+    """The dot product in full float32: the default of GPUs and TPUs keeps about three digits."""
     return jnp.dot(a, b, precision=lax.Precision.HIGHEST)
 
 
 def _rise(params: PyTree, u: Float[Array, ""], step: float) -> Float[Array, ""]:
-    """m(u + step) - m(u), of which a difference of two float32 would have three digits.
+    """m(u + step) - m(u) in closed form: a float32 difference would keep three digits.
 
     sigmoid(x) - sigmoid(y) = sigmoid(x) sigmoid(-y) (1 - e^(y - x)).
     """
@@ -118,7 +118,7 @@ def _rise(params: PyTree, u: Float[Array, ""], step: float) -> Float[Array, ""]:
 
 
 def discretise(recipe: LearnedSchedule, params: PyTree) -> Schedule:
-    """The chain of T timesteps at u = (t - 1) / (T - 1)."""
+    """The ``Schedule`` of T timesteps, at the times u = (t - 1) / (T - 1)."""
     params = jax.tree.map(jnp.asarray, params)
     u = jnp.linspace(0, 1, recipe.num_timesteps)
     moments = jax.vmap(lambda u: moment_at(recipe, params, u))(u)
@@ -129,28 +129,29 @@ def discretise(recipe: LearnedSchedule, params: PyTree) -> Schedule:
 
 
 def initial(recipe: LearnedSchedule, seed: int) -> Schedule:
-    """The chain before training."""
+    """The ``Schedule`` before training."""
     return discretise(recipe, init(recipe, seed_key(seed)))
 
 
 def row_at(moment: Moment) -> Schedule:
-    """The row of one moment, differentiable: that of a chain of one row."""
+    """One time as the row of a ``Schedule``, differentiable in the schedule's parameters."""
     return schedules.from_log_snr(moment.log_snr[None], moment.timestep[None])[0]
 
 
 def diffusion_term(rate: Float[Array, ""], eps: Example, predicted_eps: Example) -> Example:
-    """-d log SNR / du |eps - predicted|^2 / 2 in nats, whose mean over u is L_1 + .. + L_{T-1}.
+    """The diffusion loss of VDM at one time, per dimension: rate (eps - predicted)^2 / 2 in nats.
 
-    The limit T -> infinity of their sum (VDM).
+    ``rate`` is -d log SNR / du. The mean over u in [0, 1] is the limit of L_1 + .. + L_{T-1} for
+    T -> infinity.
     """
     return rate * jnp.square(eps - predicted_eps) / 2
 
 
 def reconstruction_term(row: Schedule, x_0: Example, eps: Example, levels: int | None) -> Example:
-    """L_0 = -log p(x_0|z_0) in nats, p(x_0|z_0) proportional to q(z_0|x_0) over the levels.
+    """L_0 = -log p(x_0|z_0) in nats, where p(x_0|z_0) is q(z_0|x_0) normalised over the levels.
 
-    z_0 is x_0 with the noise of the first end, ``row`` (VDM). Continuous data have the density
-    N(x_0; z_0 / sqrt(alpha_bar), sigma^2).
+    z_0 is x_0 with the noise of ``row``, which is the schedule at u = 0 (VDM). Continuous data
+    (levels None) have the density N(x_0; z_0 / sqrt(alpha_bar), sigma^2).
     """
     if levels is None:
         return (jnp.square(eps) + math.log(2 * math.pi) - row.log_snr) / 2
@@ -165,7 +166,7 @@ def continuous_time(
     apply: Callable[..., Float[Array, "batch ..."]],
     recipe: LearnedSchedule,
 ) -> LossesOf:
-    """The objective of VDM: the bound in continuous time, which trains the schedule too."""
+    """The objective of VDM: the bound in continuous time, which also trains the schedule."""
     return functools.partial(_continuous_losses, objective, apply, recipe)
 
 
@@ -176,14 +177,15 @@ def _continuous_losses(
     params: PyTree,
     inputs: LossInputs,
 ) -> BatchLosses:
-    """The bound in continuous time, in bits per dimension, of this device's examples.
+    """The bound of this device's examples in continuous time, in bits per dimension.
 
     Times are spread evenly with a common offset. The schedule and the timestep state of ``inputs``
-    are those of discrete time and have no effect. Each loss is reported at the discrete timestep
+    belong to discrete time and have no effect. Each loss is reported at the discrete timestep
     that contains its u.
 
-    The bound depends on the ends of log SNR alone, but its variance depends on the way between
-    them: the inner parameters get the gradient of the squared loss instead (VDM appendix I.2).
+    The expected bound depends only on the ends of log SNR. The parameters between the ends change
+    only the variance of its estimate, so they get the gradient of the squared loss, to minimise
+    this variance (VDM appendix I.2).
     """
     examples = inputs.examples
     keys = example_keys(inputs.key, examples.indices)
@@ -225,9 +227,9 @@ def _continuous_losses(
 def _with_gradient_of_square(
     losses_of: Callable[[PyTree, Moment], Float[Array, " batch"]],
 ) -> Callable[[PyTree, Moment, Moment], Float[Array, " batch"]]:
-    """f(params, a, b) = losses_of(params, a), with the gradient of losses_of(params, b)^2 by b.
+    """f(params, a, b) = losses_of(params, a), with the gradient of losses_of(params, b)^2 for b.
 
-    ``a`` and ``b`` must be equal numbers, so that one backward pass serves both.
+    ``a`` and ``b`` must have equal values, so that one backward pass gives both gradients.
     """
 
     @jax.custom_vjp

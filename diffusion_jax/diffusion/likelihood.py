@@ -1,7 +1,7 @@
 """The likelihood of data: the variational bound term by term, and the probability flow.
 
-Terms are in nats, one per dimension of ONE example at ONE row, before any mean; ``bits`` converts
-nats into bits. L_T + sum over t of L_{t-1} + L_0 bounds -log p(x_0) from above (DDPM eq. 5).
+A term is in nats and has one number per dimension of ONE example at ONE row; ``bits`` converts nats
+into bits. L_T + sum over t > 1 of L_{t-1} + L_0 bounds -log p(x_0) from above (DDPM eq. 5).
 """
 
 import math
@@ -19,7 +19,8 @@ from diffusion_jax.diffusion.schedules.columns import log_one_minus
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.errors import choose, require
 
-Flow = tuple[Example, Float[Array, " batch"]]  # y and the change of log p along it, or their slopes
+# y and the accumulated change of log p, or the slopes of both
+Flow = tuple[Example, Float[Array, " batch"]]
 Divergence = Callable[[Callable[[Example], Example], Example, Example], Flow]
 
 
@@ -28,20 +29,20 @@ def decoder_log_likelihood(
 ) -> Example:
     """Log p(x_0|x_1) per dimension: the mass of N(mean, sigma^2) in the bin of x_0 (DDPM eq. 13).
 
-    ``levels`` equidistant values in [-1, 1] have bins of half-width 1 / (levels - 1); the outer
-    two reach to infinity. Without levels the data are continuous, and this is their density.
+    Pixels have ``levels`` equidistant values in [-1, 1] with bins of half-width 1 / (levels - 1);
+    the two outer bins reach to infinity. Continuous data (levels None) have their log density.
     """
     deviation = jnp.exp(log_variance / 2)
     distance = (x_0 - mean) / deviation
     if levels is None:
         return -(jnp.square(distance) + log_variance + math.log(2 * math.pi)) / 2
     half = 1 / (levels - 1) / deviation
-    # Phi(b) - Phi(a) = Phi(-a) - Phi(-b): in the tail where Phi is small no digits are lost
+    # Phi(b) - Phi(a) = Phi(-a) - Phi(-b): no digits are lost in the tail where Phi is small
     low, high = -jnp.abs(distance) - half, -jnp.abs(distance) + half
     log_low, log_high = log_ndtr(low), log_ndtr(high)
-    tiny = jnp.finfo(log_high.dtype).tiny  # avoids the gradient of log(0) in an empty bin
+    tiny = jnp.finfo(log_high.dtype).tiny  # no gradient of log(0) in an empty bin
     inner = log_high + jnp.log(-jnp.expm1(-jnp.maximum(log_high - log_low, tiny)))
-    quarter = 0.5 / (levels - 1)  # of a bin: x_0 is a level up to float32 rounding
+    quarter = 0.5 / (levels - 1)  # of a bin: float32 rounding moves x_0 off its level by less
     return jnp.select(
         [x_0 < -1 + quarter, x_0 > 1 - quarter],
         [log_ndtr(distance + half), log_ndtr(half - distance)],
@@ -55,13 +56,13 @@ def bits(nats: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def kl_of_variances(log_variance: Example, log_variance_of_p: Example) -> Example:
-    """KL of two Gaussians of one mean: (e^d - 1 - d) / 2, d = log sigma^2 - log sigma_p^2."""
+    """KL of two Gaussians with equal means: (e^d - 1 - d) / 2, d = log sigma^2 - log sigma_p^2."""
     d = log_variance - log_variance_of_p
     return (jnp.expm1(d) - d) / 2
 
 
 def prior_term(row: Schedule, x_0: Example) -> Example:
-    """L_T = KL(q(x_T|x_0) || N(0, I)); ``row`` is the last row.
+    """L_T = KL(q(x_T|x_0) || N(0, I)), where ``row`` is the last row of the schedule.
 
     (alpha_bar x_0^2 - alpha_bar - log(1 - alpha_bar)) / 2
     """
@@ -74,8 +75,9 @@ def variational_term(
 ) -> Example:
     """L_{t-1} = KL(q(x_{t-1}|x_t,x_0) || p(x_{t-1}|x_t)), or L_0 = -log p(x_0|x_1) at t = 1.
 
-    The two means differ by the gain of the posterior mean times the error of x_0, so that no
-    nearly equal numbers are subtracted. ``row`` must be one of ``clip_posterior_variance``.
+    The difference of the two means is computed as the gain of the posterior mean times the error of
+    x_0, which avoids subtracting nearly equal numbers. ``row`` must come from
+    ``clip_posterior_variance``.
     """
     error = weightings.vlb_weight(row, log_variance) * jnp.square(x_0 - predicted_x_0)
     kl = error + kl_of_variances(jnp.log(row.posterior_variance), log_variance)
@@ -101,10 +103,11 @@ def flow_log_likelihood(
 ) -> Float[Array, " batch"]:
     """Log density of each x_0 under the probability flow of a network, in nats.
 
-    The flow runs from the least noise of the schedule, where y is taken for x_0, to the most, where
-    x_T ~ N(0, I), in ``num_steps`` steps that are evenly spaced in log SNR: one scan. ``solver`` is
-    "heun" (order 2) or "rk4" (order 4). ``divergence`` is "exact", one jvp per dimension, or
-    "hutchinson", one jvp along a random vector of signs, the same in every step.
+    The flow starts at the lowest noise level of the schedule, where y is approximated by x_0, and
+    ends at the highest, where x_T ~ N(0, I). It takes ``num_steps`` steps that are evenly spaced in
+    log SNR, in one scan. ``solver`` is "heun" (order 2) or "rk4" (order 4). ``divergence`` is
+    "exact" (one jvp per dimension) or "hutchinson" (one jvp along a random vector of signs, which
+    is the same in every step).
 
     Raises:
         ConfigError: an unknown solver or divergence, or num_steps < 1.
@@ -120,7 +123,7 @@ def flow_log_likelihood(
 
         return trace(velocity, y, probes)
 
-    # stage c of a step is at node + c (next node - node)
+    # a stage with tableau node c lies at node + c (next node - node)
     ends = schedule.log_snr[0], schedule.log_snr[-1]
     nodes = jnp.linspace(*ends, num_steps + 1)
     width = (ends[0] - ends[1]) / num_steps / 2  # in u = log sigma = -log SNR / 2
@@ -166,7 +169,7 @@ SOLVERS: dict[str, Tableau] = {
 def _hutchinson(
     velocity: Callable[[Example], Example], y: Example, probes: Example
 ) -> tuple[Example, Float[Array, " batch"]]:
-    """v(y) and, for one probe z per example, z . J z, whose mean over z is the trace of J."""
+    """v(y), and z . J z for one probe z per example; its mean over z is the trace of J."""
     value, along = jax.jvp(velocity, (y,), (probes,))
     return value, jnp.sum((probes * along).reshape(len(y), -1), axis=1)
 
@@ -174,7 +177,7 @@ def _hutchinson(
 def _exact(
     velocity: Callable[[Example], Example], y: Example, probes: Example
 ) -> tuple[Example, Float[Array, " batch"]]:
-    """v(y) and the trace of its Jacobian, from one unit vector after the other."""
+    """v(y), and the trace of its Jacobian, summed over the unit vectors one at a time."""
     value = velocity(y)
 
     def add(total: Float[Array, " batch"], unit: Example) -> tuple[Array, None]:
@@ -192,17 +195,18 @@ DIVERGENCES: dict[str, Divergence] = {
 
 
 def dequantise(key: Key[Array, ""], x_0: Float[Array, "..."], levels: int) -> Float[Array, "..."]:
-    """Add uniform noise over the bin of each pixel, of width 2 / (levels - 1)."""
+    """Add noise that is uniform over the bin of each pixel, whose width is 2 / (levels - 1)."""
     return x_0 + jax.random.uniform(key, x_0.shape, minval=-1, maxval=1) / (levels - 1)
 
 
 def bits_per_dim(
     log_likelihood: Float[Array, "..."], num_dims: int, levels: int | None
 ) -> Float[Array, "..."]:
-    """Bits per dimension of a log density; with ``levels``, of pixels that were dequantised.
+    """Bits per dimension of a log density in nats; with ``levels``, of dequantised pixels.
 
-    -log p / (D ln 2) - log2(2 / (levels - 1)): the mass of a bin is its mean density times its
-    width, and the mean of the log bounds the log of the mean (Theis et al. 2016).
+    -log p / (D ln 2) - log2(2 / (levels - 1)). The mass of a bin is its mean density times its
+    width, and by Jensen's inequality the mean log density is a lower bound of the log mean density
+    (Theis et al. 2016).
     """
     density = -bits(log_likelihood) / num_dims
     return density if levels is None else density - math.log2(2 / (levels - 1))

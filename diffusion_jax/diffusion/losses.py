@@ -1,8 +1,8 @@
-"""The training objective: the loss of one example at one timestep, vmapped over both.
+"""The training objective: the loss of one example at one timestep, vmapped over the batch.
 
 The network runs on the whole batch between two vmapped functions: the noising before it and
-the loss after it. Noise, timestep and dropout of an example depend on the key of the step and on
-the example's index in the *global* batch alone, never on how devices share the batch.
+the loss after it. The noise, timestep and dropout of an example depend on the key of the step and
+on the example's index in the *global* batch, never on how the devices share the batch.
 """
 
 import functools
@@ -29,13 +29,13 @@ class Objective(NamedTuple):
 
     parametrisation: Parametrisation
     weighting: Weighting
-    is_vlb: bool  # the whole L_vlb with L_0 and the KL of the variances, not its weight alone
+    is_vlb: bool  # train L_vlb itself: with L_0 and the KL of the variances, not only its weight
     variance: Variance
-    vlb_scale: float  # factor of L_vlb, which is added where the variance is learned
+    vlb_scale: float  # of L_vlb in L_hybrid, the loss of a learned variance
     timesteps: TimestepSampler
     levels: int | None  # of the data; None: continuous
     num_classes: int | None  # of the data; None: without labels
-    label_dropout: float  # share of labels that are replaced by "no class"
+    label_dropout: float  # probability that a label is replaced by "no class"
 
 
 class NoisedExample(NamedTuple):
@@ -49,14 +49,14 @@ class NoisedExample(NamedTuple):
 def noise_example(
     parametrisation: Parametrisation, key: Key[Array, ""], row: Schedule, x_0: Example
 ) -> NoisedExample:
-    """Draw x_t from q(x_t | x_0) and the target that belongs to it (DDPM algorithm 1, line 4)."""
+    """Draw x_t from q(x_t | x_0), and compute its target (DDPM algorithm 1, lines 4 and 5)."""
     eps = jax.random.normal(key, x_0.shape)
     x_t = process.q_sample(row, x_0, eps)
     return NoisedExample(x_0, x_t, parametrisation.encode(row, Prediction(x_0, eps), x_t))
 
 
 def split_output(variance: Variance, output: Example) -> tuple[Example, Example | None]:
-    """The parts of an output for the mean and, if it is learned, for the variance."""
+    """Split the network's output into its parts for the mean and for the variance, if learned."""
     if not variance.is_learned:
         return output, None
     of_mean, of_variance = jnp.split(output, 2, axis=-1)
@@ -64,7 +64,7 @@ def split_output(variance: Variance, output: Example) -> tuple[Example, Example 
 
 
 def decode_output(objective: Objective, row: Schedule, x_t: Example, output: Example) -> Prediction:
-    """The prediction that an output means, with the log variance of p(x_{t-1} | x_t)."""
+    """Convert the network's output into x_0, eps and log sigma^2 of p(x_{t-1} | x_t)."""
     of_mean, of_variance = split_output(objective.variance, output)
     prediction = objective.parametrisation.decode(row, x_t, of_mean)
     log_variance = objective.variance.log_variance(row, of_variance)
@@ -80,13 +80,13 @@ def example_loss(
 ) -> Float[Array, ""]:
     """The loss of one example at one timestep, a mean over its dimensions.
 
-    w(t) |target - output|^2 / D; with w = 1 and the target eps it is L_simple (DDPM eq. 14). With
-    a learned variance ``vlb_scale`` L_vlb is added, in which the mean is held fixed: L_hybrid
-    (iDDPM eq. 16). L_vlb is T times a term of the bound, in bits.
+    w(t) |target - output|^2 / D; with w = 1 and the target eps it is L_simple (DDPM eq. 14). A
+    learned variance adds vlb_scale L_vlb, through which the mean gets no gradient: L_hybrid (iDDPM
+    eq. 16). With ``is_vlb`` the loss is L_vlb alone: T times the term of the bound, in bits.
     """
     prediction = decode_output(objective, row, noised.x_t, output)
     log_variance = prediction.log_variance
-    assert log_variance is not None  # decode_output gives it
+    assert log_variance is not None  # decode_output always sets it
 
     def vlb(predicted_x_0: Example) -> Float[Array, ""]:
         x_0, levels = noised.x_0, objective.levels
@@ -96,7 +96,7 @@ def example_loss(
     if objective.is_vlb:
         return vlb(prediction.x_0)
     gain = objective.parametrisation.gain(row)
-    fixed = lax.stop_gradient(log_variance)  # nothing is learned through a weight
+    fixed = lax.stop_gradient(log_variance)  # the weight must not train the variance
     weight = objective.weighting(row, gain, fixed) / gain**2
     of_mean, _ = split_output(objective.variance, output)
     loss = jnp.mean(weight * jnp.square(noised.target - of_mean))
@@ -106,7 +106,7 @@ def example_loss(
 
 
 class BatchLosses(NamedTuple):
-    """The losses of this device's examples, with their rows and weights."""
+    """The losses of this device's examples, with their rows of the schedule and their weights."""
 
     losses: Float[Array, " batch"]
     rows: Int[Array, " batch"]
@@ -114,7 +114,7 @@ class BatchLosses(NamedTuple):
 
 
 class LossInputs(NamedTuple):
-    """The inputs of the losses of a step, besides the parameters."""
+    """The inputs of a step's losses other than the parameters."""
 
     schedule: Schedule
     timestep_state: Any
@@ -122,28 +122,28 @@ class LossInputs(NamedTuple):
     examples: Examples
 
 
-Apply = Callable[..., Float[Array, "batch ..."]]  # of a Model
-# An objective as a training step calls it: the step minimises mean(weights losses).
+Apply = Callable[..., Float[Array, "batch ..."]]  # Model.apply
+# The objective as a training step calls it: the step minimises mean(weights * losses).
 LossesOf = Callable[[PyTree, LossInputs], BatchLosses]
 
 
 def drop_labels(
     objective: Objective, keys: Key[Array, " batch"], label: Int[Array, " batch"] | None
 ) -> Int[Array, " batch"] | None:
-    """Replace each label with probability ``label_dropout`` (Ho & Salimans 2022, algorithm 1).
+    """Replace each label by "no class" with probability label_dropout (Ho & Salimans 2022, alg. 1).
 
-    Label num_classes means "no class": so one network learns p(x_0) as well as p(x_0 | label).
+    The label num_classes means "no class". One network learns both p(x_0) and p(x_0 | label).
     """
     if objective.label_dropout == 0:
         return label
     assert label is not None
-    assert objective.num_classes is not None  # where labels are dropped
+    assert objective.num_classes is not None  # labels are dropped only if there are classes
     dropped = jax.vmap(lambda key: jax.random.bernoulli(key, objective.label_dropout))(keys)
     return jnp.where(dropped, objective.num_classes, label)
 
 
 def discrete_time(objective: Objective, apply: Apply) -> LossesOf:
-    """The objective of DDPM and iDDPM: losses at random timesteps of the schedule."""
+    """The objective of DDPM and iDDPM: the loss at random timesteps of the schedule."""
     return functools.partial(_discrete_losses, objective, apply)
 
 
@@ -152,7 +152,7 @@ def _discrete_losses(
 ) -> BatchLosses:
     """Losses whose weighted mean estimates the mean loss over all timesteps.
 
-    Only rows up to T are drawn, where the schedule is padded.
+    In a padded schedule only the rows up to T are drawn.
     """
     schedule, examples = inputs.schedule, inputs.examples
     num_timesteps = schedules.num_timesteps(schedule)

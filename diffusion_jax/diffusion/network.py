@@ -1,4 +1,4 @@
-"""A network with the meaning of its output, and the ``predict`` of its parameters."""
+"""A network with the objective that defines its output, and its ``predict`` for samplers."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,10 +18,10 @@ class Model(NamedTuple):
     """A network as two pure functions of its parameters, nested dicts of float32 arrays.
 
     init(key) -> params
-    apply(params, x_t, timestep, label, keys) -> float32 output of the shape of x_t; where the
-        variance is learned its last axis is doubled. timestep: float, 1..T or between them. label:
-        a class 0..num_classes - 1, or num_classes for "no class" (classifier-free guidance); None
-        unless the model is class-conditional. keys: one per example for dropout, or None.
+    apply(params, x_t, timestep, label, keys) -> float32 output of the shape of x_t; a learned
+        variance doubles its last axis. timestep: float in [1, T]. label: a class
+        0..num_classes - 1, or num_classes for "no class" (classifier-free guidance); None unless
+        the model is class-conditional. keys: one per example for dropout, or None.
     """
 
     init: Callable[..., Any]
@@ -34,14 +34,14 @@ class Model(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A network, and the objective that says what its output means."""
+    """A network, and the objective that defines the meaning of its output."""
 
     model: Model
     objective: Objective
 
 
 def create_predict(network: Network, params: PyTree, label: Int[Array, " batch"] | None) -> Predict:
-    """A network as samplers see it: a function of x_t and a row to x_0, eps and the variance."""
+    """The network as samplers call it: (x_t, row) -> x_0, eps and log sigma^2, without dropout."""
 
     def predict(x_t: Float[Array, "batch ..."], row: Schedule) -> Prediction:
         timestep = jnp.full(len(x_t), row.timestep)

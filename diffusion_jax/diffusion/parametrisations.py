@@ -1,6 +1,6 @@
 """The quantities that a network may predict: eps, x_0, v, mu or the score.
 
-A new prediction is a ``Parametrisation`` and its line in PREDICTIONS.
+To add a prediction, write a ``Parametrisation`` and add its line to PREDICTIONS.
 """
 
 from collections.abc import Callable
@@ -23,8 +23,8 @@ from diffusion_jax.diffusion.schedules.schedule import Schedule
 class Parametrisation(NamedTuple):
     """One quantity that a network may predict, and its conversions from and to (x_0, eps).
 
-    encode(row, (x_0, eps), x_t) is the target; decode(row, x_t, output) -> Prediction is its
-    inverse. gain(row) is the factor by which an error in x_0 changes it, at constant x_t.
+    encode(row, (x_0, eps), x_t) is the target, and decode(row, x_t, output) -> Prediction its
+    inverse. An error in x_0 is an error gain(row) times as large in the quantity, at constant x_t.
     """
 
     encode: Callable[[Schedule, Prediction, Example], Example]
@@ -51,7 +51,7 @@ def _decode_x_0(row: Schedule, x_t: Example, output: Example) -> Prediction:
 
 
 def _encode_v(row: Schedule, truth: Prediction, x_t: Example) -> Example:
-    """The velocity of the angle that mixes x_0 and eps (Salimans & Ho 2022, section 4).
+    """The velocity dx_t/dphi of x_t = cos(phi) x_0 + sin(phi) eps (Salimans & Ho 2022, section 4).
 
     v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
     """
@@ -64,7 +64,7 @@ def _decode_v(row: Schedule, x_t: Example, output: Example) -> Prediction:
 
 
 def _encode_mu(row: Schedule, truth: Prediction, x_t: Example) -> Example:
-    """The mean of the posterior (DDPM eq. 8)."""
+    """The mean of the posterior (DDPM eq. 7)."""
     return posterior_mean(row, truth.x_0, x_t)
 
 
@@ -94,5 +94,5 @@ PREDICTIONS: dict[str, Parametrisation] = {
 
 
 def determines_x_0(prediction: Parametrisation, schedule: Schedule) -> bool:
-    """Whether x_0 follows from a prediction at every row, or is divided by 0 at zero SNR."""
+    """Whether the prediction determines x_0 at every row: eps and the score do not at zero SNR."""
     return bool(jnp.all(prediction.gain(schedule) > 0))

@@ -1,7 +1,7 @@
-"""The streams of random numbers of a run: each purpose has its own, so that none repeats.
+"""The PRNG streams of a run: one per purpose, so that no two purposes draw the same numbers.
 
-All keys of the project come from ``seed_key``. Results depend on the generator: an image depends on
-its key alone, whatever the batch, with threefry and not with jax's faster generators.
+All keys of the project come from ``seed_key``, which sets the generator threefry. With threefry an
+image depends on its key alone. With jax's faster generators it would depend on the batch too.
 """
 
 import enum
@@ -17,7 +17,7 @@ GENERATOR = "threefry2x32"
 
 
 class Stream(enum.IntEnum):
-    """The purpose of a stream of random numbers."""
+    """The purpose of a PRNG stream."""
 
     WEIGHTS = 0
     TRAINING = 1  # noise, timesteps and dropout
@@ -26,12 +26,12 @@ class Stream(enum.IntEnum):
 
 
 def seed_key(seed: int) -> Key[Array, ""]:
-    """The key of a seed in [0, 2^64): another one for each seed.
+    """The PRNG key of a seed in [0, 2^64); different seeds have different keys.
 
-    Below 2^32 it is ``jax.random.key(seed)``, which takes larger seeds modulo 2^32.
+    Below 2^32 it equals ``jax.random.key(seed)``, which takes larger seeds modulo 2^32.
 
     Raises:
-        ConfigError: a seed out of this range.
+        ConfigError: the seed is out of this range.
     """
     require(0 <= seed < 2**64, "seed", seed, "in [0, 2^64)")
     words = np.array([seed >> 32, seed % 2**32], np.uint32)
@@ -40,5 +40,5 @@ def seed_key(seed: int) -> Key[Array, ""]:
 
 
 def stream_key(seed: int, stream: Stream) -> Key[Array, ""]:
-    """The key of one stream of a run with this seed."""
+    """The PRNG key of one stream of a run with this seed."""
     return jax.random.fold_in(seed_key(seed), int(stream))

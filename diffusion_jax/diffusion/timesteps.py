@@ -1,6 +1,6 @@
-"""The timestep that each example of a batch is trained at, and the weight of its loss.
+"""Timestep samplers: they draw the training timestep of each example, and the weight of its loss.
 
-A timestep sampler has three pure functions, init, draw and update; its state is part of the train
+A timestep sampler has three pure functions, init, draw and update. Its state is part of the train
 state.
 """
 
@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-HISTORY = 10  # losses of each timestep that importance sampling remembers (iDDPM)
-UNIFORM_SHARE = 1e-3  # of the draws, so that every timestep goes on being drawn (iDDPM's code)
+HISTORY = 10  # losses per timestep in the history of importance sampling (iDDPM)
+UNIFORM_SHARE = 1e-3  # of p_t, so that no timestep has probability 0 (iDDPM's code)
 Rows = Int[Array, " batch"]
 Weights = Float[Array, " batch"]
 Losses = Float[Array, " batch"]
@@ -20,7 +20,7 @@ NumTimesteps = int | Int[Array, ""]
 
 
 class TimestepDraw(NamedTuple):
-    """The inputs of a draw: a key that is common to the batch, and one key for each example.
+    """The inputs of a draw: ``key`` is common to the batch, ``keys`` has one per example.
 
     ``indices`` are the positions of the examples in the global batch of ``batch_size``.
     """
@@ -35,8 +35,8 @@ class TimestepSampler(NamedTuple):
     """A distribution of timesteps.
 
     init(num_timesteps) -> state
-    draw(state, draw, num_timesteps) -> rows 0..T-1, and weights with which the weighted mean loss
-        is an unbiased estimate of the mean over all timesteps. ``num_timesteps`` may be traced,
+    draw(state, draw, num_timesteps) -> rows 0..T-1, and weights. The weighted mean loss is an
+        unbiased estimate of the mean loss over all timesteps. ``num_timesteps`` may be traced,
         unless the state has a row for each timestep.
     update(state, rows, losses) -> state; rows and losses are those of the *global* batch.
     """
@@ -57,7 +57,7 @@ def uniform(
 def spread(
     key: Key[Array, ""], indices: Int[Array, " batch"], batch_size: int
 ) -> Float[Array, " batch"]:
-    """Times (u + i / batch_size) mod 1 in [0, 1], where u ~ U[0, 1) is common to the batch.
+    """Times (u + i / batch_size) mod 1 in [0, 1), where u ~ U[0, 1) is common to the batch.
 
     Each time is uniform, and the mean loss of the batch has a smaller variance than with
     independent times (Kingma et al. 2021, VDM, appendix I.1).
@@ -68,7 +68,7 @@ def spread(
 def low_discrepancy(
     state: tuple[()], draw: TimestepDraw, num_timesteps: NumTimesteps
 ) -> tuple[Rows, Weights]:
-    """Evenly spread timesteps: floor(T u_i) of the times u_i of ``spread``."""
+    """Evenly spread timesteps: the rows floor(T u_i), where u_i are the times of ``spread``."""
     u = spread(draw.key, draw.indices, draw.batch_size)
     # float32 may round T * 0.99999997 up to T
     rows = jnp.minimum((u * num_timesteps).astype(jnp.int32), num_timesteps - 1)
@@ -76,7 +76,7 @@ def low_discrepancy(
 
 
 class LossHistory(NamedTuple):
-    """The last losses at each timestep, in no order, and the number of all its losses so far."""
+    """The last HISTORY losses of each timestep (a ring buffer), and how many it has had so far."""
 
     losses: Float[Array, "timesteps history"]
     counts: Int[Array, " timesteps"]
@@ -89,7 +89,7 @@ def _init_history(num_timesteps: int) -> LossHistory:
 def importance_probabilities(state: LossHistory) -> Float[Array, " timesteps"]:
     """p_t proportional to sqrt(E[L_t^2]), once every timestep has HISTORY losses; uniform before.
 
-    Nichol & Dhariwal 2021 (iDDPM), eq. 18.
+    Nichol & Dhariwal 2021 (iDDPM), eq. 18. A share UNIFORM_SHARE of p_t is uniform.
     """
     num_timesteps = len(state.counts)
     moment = jnp.sqrt(jnp.mean(jnp.square(state.losses), axis=1))
@@ -109,13 +109,13 @@ def importance(
 
 
 def update_history(state: LossHistory, rows: Rows, losses: Losses) -> LossHistory:
-    """Replace the oldest loss of a timestep by each new one."""
+    """Each new loss replaces the oldest loss of its timestep."""
     same = rows[:, None] == rows[None, :]
     order = jnp.arange(len(rows))
     earlier = jnp.sum(same & (order[None, :] < order[:, None]), axis=1)
     later = jnp.sum(same & (order[None, :] > order[:, None]), axis=1)
     slots = (state.counts[rows] + earlier) % HISTORY
-    # the history has room for the last HISTORY losses: earlier ones are written out of range
+    # a timestep may get more than HISTORY losses: indices out of range drop all but the last
     targets = jnp.where(later < HISTORY, rows, len(state.counts))
     return LossHistory(
         state.losses.at[targets, slots].set(losses, mode="drop"), state.counts.at[rows].add(1)

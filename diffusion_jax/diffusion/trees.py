@@ -1,4 +1,4 @@
-"""Pytrees by their type, which ``jax.tree.map`` forgets."""
+"""``jax.tree.map`` with a static type."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,6 +9,6 @@ Tree = TypeVar("Tree")
 
 
 def map_leaves(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
-    """``jax.tree.map`` of trees of one type: the result is of this type too."""
+    """``jax.tree.map`` for type checkers: the result has the type of the trees."""
     mapped: Tree = jax.tree.map(function, tree, *others)
     return mapped

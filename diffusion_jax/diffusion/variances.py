@@ -1,4 +1,4 @@
-"""The variance sigma^2 of p(x_{t-1} | x_t): fixed by the schedule, or a second network output."""
+"""The variance sigma^2 of p(x_{t-1} | x_t): fixed by the schedule, or predicted by the network."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,21 +11,22 @@ from diffusion_jax.diffusion.schedules.schedule import Schedule
 
 
 class Variance(NamedTuple):
-    """log sigma^2 as a function of a row and, if it is learned, of an output of the network."""
+    """log sigma^2 as a function of a row and, if it is learned, of the network's output."""
 
     is_learned: bool
-    log_variance: Callable[[Schedule, Any], Example]  # of Example; of None where it is not learned
+    log_variance: Callable[[Schedule, Any], Example]  # output is None if not learned
 
 
 def log_posterior_variance(row: Schedule) -> Float[Array, "..."]:
-    """Log beta~; log beta where beta~ is 0 (at t = 1, unless the schedule is clipped)."""
+    """Log beta~, or log beta where beta~ = 0 (at t = 1, before ``clip_posterior_variance``)."""
     return jnp.log(jnp.where(row.posterior_variance > 0, row.posterior_variance, row.beta))
 
 
 def log_beta(row: Schedule) -> Float[Array, "..."]:
-    """Log beta; at t = 1 log of the clipped beta~, as in the code of DDPM and iDDPM.
+    """Log beta; at t = 1 ``log_posterior_variance``, as in the code of DDPM and iDDPM.
 
-    Only L_0 depends on the variance at t = 1, and beta_1 would make it worse for no reason.
+    Only L_0 depends on the variance at t = 1, and beta_1 would make L_0 worse. In a schedule
+    without ``clip_posterior_variance`` the value at t = 1 is log beta_1.
     """
     is_first = row.one_minus_alpha_bar_prev == 0
     return jnp.where(is_first, log_posterior_variance(row), jnp.log(row.beta))

@@ -1,9 +1,9 @@
-"""The weight of the squared error at each timestep, whatever the network predicts.
+"""Weightings of the squared error at each timestep, defined in terms of the error of x_0.
 
-A weighting is a function of a row: the weight of the squared error of x_0. An error in x_0 is an
-error gain_p(row) times as large in another prediction p (``parametrisations.Parametrisation``), so
-that the same loss, written with the error of p, has this weight divided by gain_p^2. Hence a
-weighting means the same loss for every prediction; only "simple" depends on the prediction.
+A weighting gives the weight of the squared error of x_0 as a function of a row. An error in x_0 is
+an error gain_p(row) times as large in another prediction p (``parametrisations.Parametrisation``).
+The same loss in terms of p therefore has this weight divided by gain_p^2, so that a weighting means
+the same loss for every prediction. Only "simple" depends on the prediction.
 """
 
 import math
@@ -24,16 +24,17 @@ Weighting = Callable[[Schedule, Weight, Weight], Weight]
 
 
 def vlb_weight(row: Schedule, log_variance: Weight) -> Weight:
-    """The weight with which the error of x_0 is the KL of q(x_{t-1}|x_t,x_0) and p, for t >= 2.
+    """The weight of the squared error of x_0 in KL(q(x_{t-1}|x_t,x_0) || p(x_{t-1}|x_t)), t >= 2.
 
-    alpha_bar_prev beta^2 / (2 sigma^2 (1 - alpha_bar)^2), from DDPM eqs. 8 to 10: half the squared
-    gain of the posterior mean over sigma^2. At sigma^2 = beta~ it is half the drop of the SNR.
+    alpha_bar_prev beta^2 / (2 sigma^2 (1 - alpha_bar)^2), from DDPM eqs. 8 to 10. This is half the
+    squared gain of the posterior mean, over sigma^2. For sigma^2 = beta~ it is half the decrease of
+    the SNR from t - 1 to t.
     """
     return PREDICTIONS["mu"].gain(row) ** 2 / 2 * jnp.exp(-log_variance)
 
 
 def simple() -> Weighting:
-    """1 for the error of the prediction: L_simple (DDPM eq. 14)."""
+    """Weight 1 for the squared error of the prediction itself: L_simple (DDPM eq. 14)."""
     return lambda row, gain, log_variance: gain**2
 
 
@@ -76,7 +77,10 @@ def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
 def sigmoid(bias: float = 0.0) -> Weighting:
     """The logistic function of bias - log SNR, for eps (Kingma & Gao 2023, arXiv 2303.00848).
 
-    The paper's weight also has the density of log SNR; here the schedule sets that density.
+    The paper also divides the weight by the density of log SNR. This function does not, so that the
+    loss depends on the schedule. The default bias is 0, as in code after Hoogeboom et al. 2024
+    (SiD2, arXiv 2410.19324) for 128 pixels; that code has -1 for 256 and -3 for 512. Code after
+    Kingma & Gao has 2 (BayesFlow 2.0.12). The numbers were not checked against the papers' text.
     """
     return lambda row, gain, log_variance: row.snr * jax.nn.sigmoid(bias - row.log_snr)
 
@@ -84,7 +88,7 @@ def sigmoid(bias: float = 0.0) -> Weighting:
 def edm(sigma_data: float = 0.5) -> Weighting:
     """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras et al. 2022, table 1).
 
-    That is SNR + 1 / sigma_data^2; ``sigma_data`` is the standard deviation of the data.
+    This equals SNR + 1 / sigma_data^2; ``sigma_data`` is the standard deviation of the data.
 
     Raises:
         ConfigError: sigma_data <= 0.

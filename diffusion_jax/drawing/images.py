@@ -1,4 +1,4 @@
-"""Pictures of images: grids, labelled rows, animations, points in the plane."""
+"""Pictures of samples: grids of images, labelled rows, animations, points in the plane."""
 
 import itertools
 from pathlib import Path
@@ -7,18 +7,18 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-# Thin lines between the images of a grid: mid-grey shows on black digits and on white plots.
+# Lines between the images of a grid. Mid-grey is visible beside black and white backgrounds.
 SEPARATOR_PIXELS = 2
 SEPARATOR_GREY = 128
 
-# An image smaller than this many pixels is enlarged in a grid.
+# Smaller images are enlarged to at least this many pixels, on the longer side.
 COMFORTABLE_PIXELS = 64
 
-# Letters beside the images of a labelled grid, and the white space around them.
+# Height of the labels' text, and the white margin around it.
 TEXT_PIXELS = 18
 TEXT_MARGIN_PIXELS = 8
 
-# How long an animation rests on its last frame before it starts again.
+# An animation shows its last frame for this long.
 LAST_FRAME_MILLISECONDS = 1500
 BLUE, RED, GREY = (31, 73, 135), (192, 57, 43), (190, 190, 190)
 
@@ -26,13 +26,13 @@ BLUE, RED, GREY = (31, 73, 135), (192, 57, 43), (190, 190, 190)
 def image_grid(
     images: UInt8[np.ndarray, "n h w c"], columns: int | None = None, scale: int | None = None
 ) -> Image.Image:
-    """Lay images out in rows, left to right and top to bottom, as one picture.
+    """Draw images as a grid, row by row from the top left.
 
     Args:
         images: grey (c = 1) or colour (c = 3), 0..255.
-        columns: images per row; None: as square a picture as possible.
-        scale: whole factor of enlargement, by repeating pixels; None: as much as makes one
-            image comfortable to look at.
+        columns: images per row; None: the most square picture.
+        scale: integer factor of enlargement, by repeating pixels; None: images get at least
+            COMFORTABLE_PIXELS on their longer side.
 
     Raises:
         ValueError: there is no image, or c is neither 1 nor 3.
@@ -62,25 +62,24 @@ def image_grid(
 def _columns(num_images: int, height: int, width: int) -> int:
     def cost(columns: int) -> tuple[int, int, int]:
         rows = -(-num_images // columns)
-        # The longer side, then the empty places; of equals the wide one, as screens are.
+        # The longer side first, then the empty places; of equal grids the widest, for wide screens.
         return max(rows * height, columns * width), rows * columns, -columns
 
     return min(range(1, num_images + 1), key=cost)
 
 
 def labelled_grid(rows: list[UInt8[np.ndarray, "_ h w _"]], labels: list[str]) -> Image.Image:
-    """Lay images out as one row per label, its text on the left, as one picture.
+    """Draw one row of images per label, with the text of the label on the left.
 
-    Within a row the images are those of image_grid: enlargement, separators. Where a row is
-    shorter than the longest, nothing but the colour of the separators is drawn.
+    Each row is drawn by image_grid. The rest of a shorter row has the colour of the separators.
 
     Args:
         rows: images of one size, 0..255; some rows may be grey (1 channel) and others colour (3).
-        labels: one for each row; may have several lines.
+        labels: one for each row; a label may have several lines.
 
     Raises:
-        ValueError: there is no row, other than one label for each, or a row that image_grid
-            refuses.
+        ValueError: there is no row, the numbers of rows and labels differ, or image_grid refuses a
+            row.
     """
     if len(rows) == 0:
         raise ValueError("rows: must hold at least one")
@@ -92,7 +91,7 @@ def labelled_grid(rows: list[UInt8[np.ndarray, "_ h w _"]], labels: list[str]) -
     heights = [max(grid.height, text.height) for grid, text in zip(grids, texts)]
     width = left + max(grid.width for grid in grids)
     height = sum(heights) + SEPARATOR_PIXELS * (len(rows) - 1)
-    mode = max(grid.mode for grid in grids)  # "RGB" unless all are grey, "L"
+    mode = max(grid.mode for grid in grids)  # "RGB", or "L" if all rows are grey
     canvas = Image.new("L", (width, height), SEPARATOR_GREY).convert(mode)
     canvas.paste("white", (0, 0, left, canvas.height))
     top = 0
@@ -104,7 +103,7 @@ def labelled_grid(rows: list[UInt8[np.ndarray, "_ h w _"]], labels: list[str]) -
 
 
 def _draw_text(text: str) -> Image.Image:
-    """Black on white, as large as the text and its margins."""
+    """Draw a text in black on white, in a picture of the size of the text and its margins."""
     font = ImageFont.load_default(TEXT_PIXELS)
     measure = ImageDraw.Draw(Image.new("L", (1, 1)))
     start = (TEXT_MARGIN_PIXELS, TEXT_MARGIN_PIXELS // 2)
@@ -118,19 +117,19 @@ def _draw_text(text: str) -> Image.Image:
 def save_animation(
     frames: UInt8[np.ndarray, "f n h w c"], path: str | Path, milliseconds: int
 ) -> None:
-    """Save a grid per frame as an endless GIF (.gif) or animated PNG (.png, .apng).
+    """Save one grid per frame as an endless GIF (.gif) or animated PNG (.png, .apng).
 
-    PNG keeps every colour; GIF reduces colour frames to 256 colours, grey ones are exact. Both
-    store equal neighbours as one frame that is shown for the sum of their times.
+    PNG keeps every colour. GIF reduces colour frames to 256 colours; grey frames are exact. Both
+    merge equal consecutive frames into one frame, which is shown for their total time.
 
     Args:
-        frames: the same n images at each of f moments.
+        frames: f frames of n images.
         path: its suffix chooses the format.
-        milliseconds: how long a frame is shown (a GIF counts in steps of 10); the last one
-            stays for LAST_FRAME_MILLISECONDS.
+        milliseconds: duration of a frame (in a GIF a multiple of 10). The last frame is shown for
+            LAST_FRAME_MILLISECONDS.
 
     Raises:
-        ValueError: another suffix, or no frames.
+        ValueError: the suffix is another one, or there are no frames.
     """
     _save_frames([image_grid(frame) for frame in frames], path, milliseconds)
 
@@ -141,17 +140,17 @@ def save_labelled_animation(
     path: str | Path,
     milliseconds: int,
 ) -> None:
-    """Save several animations below each other, one row of images each, as one.
+    """Save several animations as one, with one labelled row of images for each.
 
     Args:
-        animations: by the label of their row, f frames each, of as many images as they like.
-        titles: the line above each frame, such as its timestep.
-        path: as save_animation has it, and so are the times and what is kept of colours.
-        milliseconds: how long a frame is shown, but for the last.
+        animations: label of the row -> f frames of any number of images.
+        titles: f lines of text, one above each frame, such as its timestep.
+        path: its suffix chooses the format; the colours are those of save_animation.
+        milliseconds: duration of a frame, as in save_animation.
 
     Raises:
-        ValueError: another suffix, no frames, animations of other lengths than the titles, or
-            what labelled_grid refuses.
+        ValueError: the suffix is another one, there are no frames, an animation does not have one
+            frame per title, or labelled_grid refuses a frame.
     """
     if len(animations) == 0:
         raise ValueError("animations: must hold at least one")
@@ -164,7 +163,7 @@ def save_labelled_animation(
     rows = [list(moment) for moment in zip(*animations.values())]
     grids = [labelled_grid(row, list(animations)) for row in rows]
     headings = [_draw_text(title) for title in titles]
-    # frames of one animation are of one size, and nothing in them moves but the images
+    # All frames have one size, and the images stay at one place.
     width = max((picture.width for picture in grids + headings), default=0)
     top = max((heading.height for heading in headings), default=0)
     pictures = []
@@ -190,7 +189,7 @@ def _save_frames(frames: list[Image.Image], path: str | Path, milliseconds: int)
         save_all=True,
         append_images=others,
         duration=[milliseconds] * len(others) + [LAST_FRAME_MILLISECONDS],
-        loop=0,  # for ever
+        loop=0,  # endless
     )
 
 
@@ -202,19 +201,19 @@ def draw_points(
 ) -> UInt8[np.ndarray, "size size 3"]:
     """Draw 2-D points (blue) over reference points (grey) on [-limit, limit]^2, y upwards.
 
-    An image like any other: image_grid and save_animation take it. Points outside are not drawn.
+    The result is an image for image_grid and save_animation. Points outside are not drawn.
     """
     picture = np.full((size, size, 3), 255.0)
     middle = size // 2
     picture[middle, :] = picture[:, middle] = 225.0  # the axes through 0
     layers = [(x, BLUE)] if reference is None else [(reference, GREY), (x, BLUE)]
     for points, colour in layers:
-        # Rows of the picture run downwards: minus y, then x.
+        # The first axis of the picture points downwards, so it is -y.
         inside = points[(np.abs(points) <= limit).all(axis=1)]
         counts, _, _ = np.histogram2d(
             -inside[:, 1], inside[:, 0], bins=size, range=[(-limit, limit)] * 2
         )
-        # A point is a dot of 3 x 3 pixels; dots that lie on each other grow darker.
+        # A point is a dot of 3 x 3 pixels; overlapping dots are darker.
         padded = np.pad(counts, 1)
         dots = np.zeros_like(counts)
         for i, j in itertools.product(range(3), range(3)):

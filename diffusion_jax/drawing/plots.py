@@ -1,4 +1,4 @@
-"""Plots: the schedule card, and the terms of a bound."""
+"""Plots: the schedule card, and the terms of the variational bound."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,28 +9,28 @@ from jaxtyping import Float, Int
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.drawing.images import BLUE, GREY, RED
 
-# More points than a panel has pixels only make it slow to draw.
+# A panel has fewer pixels than this, so more points would only be slower.
 PLOTTED_TIMESTEPS = 4000
 
-# Terms of the bound below this share of the largest are not drawn.
+# The axis of the bound's terms goes no lower than this share of the largest term.
 NEGLIGIBLE_BITS = 1e-7
 
 
 def pixel_bin(levels: int) -> float:
-    """Distance between two neighbouring grey levels of x_0 in [-1, 1]: 2/(levels - 1)."""
+    """The pixel bin, the distance of neighbouring grey levels in [-1, 1]: 2/(levels - 1)."""
     return 2 / (levels - 1)
 
 
 def describe_schedule(schedule: Schedule, levels: int | None, num_clipped: int, title: str) -> str:
-    """Put a schedule into the lines that a run prints.
+    """The summary of a schedule that a run prints, in lines of text.
 
     Nichol & Dhariwal 2021 (section 3.2) choose the offset s of the cosine schedule so that
-    sqrt(beta_1) is slightly smaller than the pixel bin; the lines show the one beside the other.
+    sqrt(beta_1) is slightly smaller than the pixel bin, so the summary shows both.
 
     Args:
         schedule: the schedule of the run, after all rescaling.
-        levels: grey levels of the data set (256: bin 1/127.5); None where there are no pixels.
-        num_clipped: how many betas were held at max_beta or min_beta.
+        levels: grey levels of the data set (256: a bin of 1/127.5); None: the data are points.
+        num_clipped: number of betas that were clipped to max_beta or min_beta.
         title: the schedule's name and parameters.
     """
     root_beta_1 = np.sqrt(schedule.beta[0])
@@ -57,7 +57,7 @@ def _fraction(levels: int) -> str:
     return f"1/{1 / pixel_bin(levels):g}"
 
 
-# The panels of the card: the symbol of a column of the schedule, and what it means.
+# The panels of the card: column of the schedule -> (its symbol, its meaning).
 PANELS = {
     "beta": (r"$\beta_t$", "variance of the noise that step t adds"),
     "alpha_bar": (r"$\bar\alpha_t$", "share of the signal's variance that is left"),
@@ -72,36 +72,36 @@ PANELS = {
 def schedule_card(schedule: Schedule, levels: int | None, title: str, path: str | Path) -> None:
     """Draw beta, alpha_bar, sigma and log SNR against the timestep, as one PNG.
 
-    Beside beta stands the data set's pixel bin, see ``describe_schedule``.
+    The panel of beta shows the data set's pixel bin, see ``describe_schedule``.
     """
-    # Half a second to import, which evaluation and the tests of other things need not pay.
-    # A Figure of its own draws with Agg: no display, no pyplot state.
+    # Imported here, because it takes half a second. A Figure without pyplot needs no display and
+    # no global state.
     from matplotlib.figure import Figure
 
     columns = {
         name: np.asarray(getattr(schedule, name), np.float64) for name in ("timestep", *PANELS)
     }
-    # fixed margins: a layout that measures every label takes as long as the drawing
+    # Fixed margins, because an automatic layout takes as long as the drawing.
     figure = Figure(figsize=(10, 7), dpi=120)
     figure.subplots_adjust(0.08, 0.07, 0.985, 0.89, wspace=0.45, hspace=0.17)
     figure.suptitle(title, fontsize=14)
     axes = dict(zip(PANELS, figure.subplots(2, 2, sharex=True).ravel()))
     for name, axis in axes.items():
         _draw_column(axis, name, columns)
-    if np.isfinite(columns["sigma"]).any():  # there may be the one row alpha_bar = 0
+    if np.isfinite(columns["sigma"]).any():  # false if alpha_bar = 0 in the only row
         axes["sigma"].set_yscale("log")
     axes["alpha_bar"].set_ylim(-0.03, 1.03)
-    axes["log_snr"].axhline(0, color="black", linewidth=0.8)  # as much signal as noise
+    axes["log_snr"].axhline(0, color="black", linewidth=0.8)  # SNR = 1
     for name in ("sigma", "log_snr"):
         axes[name].set_xlabel("timestep t", fontsize=11)
-        # the data, t = 0, are where every curve starts
+        # The axis starts at t = 0, the data.
         axes[name].set_xlim(0, 1.02 * columns["timestep"][-1])
     _mark_pixel_bin(axes["beta"], columns, levels)
     figure.savefig(path, format="png")
 
 
 def _draw_column(axis: Any, name: str, columns: dict[str, np.ndarray]) -> None:
-    """One column of a schedule against the timestep; where it is infinite, in words."""
+    """Draw one column of a schedule against the timestep; a text marks infinite values."""
     symbol, meaning = PANELS[name]
     num_rows = len(columns["timestep"])
     shown = np.unique(np.linspace(0, num_rows - 1, PLOTTED_TIMESTEPS).round().astype(int))
@@ -114,7 +114,7 @@ def _draw_column(axis: Any, name: str, columns: dict[str, np.ndarray]) -> None:
     axis.grid(color=_hex(GREY), linewidth=0.5)
     if finite.all():
         return
-    # alpha_bar = 0 from here on: the curve has no end to draw.
+    # sigma and log SNR are infinite where alpha_bar = 0.
     upwards = values[~finite][0] > 0
     word = "at" if finite[:-1].all() else "from"
     axis.text(
@@ -130,7 +130,7 @@ def _draw_column(axis: Any, name: str, columns: dict[str, np.ndarray]) -> None:
 
 
 def _mark_pixel_bin(axis: Any, columns: dict[str, np.ndarray], levels: int | None) -> None:
-    """Mark beta_1 on the panel of beta, and the width of a pixel bin if there are pixels."""
+    """Mark beta_1 on the panel of beta, and the squared pixel bin if the data are images."""
     beta = columns["beta"]
     axis.set_yscale("log")
     axis.plot(
@@ -152,13 +152,13 @@ def _mark_pixel_bin(axis: Any, columns: dict[str, np.ndarray], levels: int | Non
             linewidth=1.2,
             label=rf"$\sqrt{{\beta}}$ = pixel bin = {_fraction(levels)} = {pixel_bin(levels):.3g}",
         )
-    # A decade at least, or rounding would fill the panel of a constant beta; and room below,
-    # so that the legend hides no line.
+    # At least one decade, otherwise the panel of a constant beta would show rounding errors. The
+    # space below is for the legend.
     low, high = np.min(drawn), np.max(drawn)
     span = max(high / low, 10)
     axis.set_ylim(low / span**0.45, high * span**0.05)
     axis.legend(fontsize=10, loc="lower right")
-    # The same curve read as a standard deviation, which is what a pixel bin compares with.
+    # The same curve as a standard deviation, which is compared with the pixel bin.
     root_axis = axis.secondary_yaxis("right", functions=(np.sqrt, np.square))
     root_axis.set_ylabel(r"$\sqrt{\beta_t}$", fontsize=13)
 
@@ -173,9 +173,9 @@ class BoundCurve(NamedTuple):
 
 
 def bound_terms(curve: BoundCurve, path: str | Path) -> None:
-    """Draw the terms of the variational bound, in bits/dim, per timestep and against log SNR.
+    """Draw the terms of the variational bound, in bits/dim, against the timestep and log SNR.
 
-    The band is two standard errors wide on either side.
+    The band is plus and minus two standard errors.
     """
     from matplotlib.figure import Figure
 
@@ -195,10 +195,10 @@ def bound_terms(curve: BoundCurve, path: str | Path) -> None:
         axis.set_yscale("log")
         axis.set_xlabel(name, fontsize=11)
         axis.grid(color=_hex(GREY), linewidth=0.5)
-    # an L_0 of next to nothing (grey levels far apart) would squeeze all else
+    # L_0 is nearly 0 if there are few grey levels; the other terms would be squeezed.
     left.set_ylim(bottom=max(bits[bits > 0].min() / 2, bits.max() * NEGLIGIBLE_BITS))
     left.set_xscale("log")
-    right.invert_xaxis()  # from data to noise, as the timestep goes
+    right.invert_xaxis()  # from data to noise, as the timestep axis
     left.set_ylabel("bits/dim of the term", fontsize=11)
     figure.savefig(path, format="png")
 

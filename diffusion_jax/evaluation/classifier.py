@@ -1,4 +1,4 @@
-"""The classifier of a data set whose features compare images: trained once, kept in a file."""
+"""The classifier of a data set, whose features compare sets of images; trained once and saved."""
 
 import hashlib
 import json
@@ -26,13 +26,13 @@ LOG = logging.getLogger("diffusion_jax")
 
 Images = Float[np.ndarray, "n height width channel"] | Float[Array, "n height width channel"]
 
-# Of a classifier that is kept: to be raised with every change to the network or its training.
+# Of the saved file; raise it with every change to the network or its training.
 VERSION = 1
 NUM_EPOCHS = 3
-MIN_STEPS = 400  # where three epochs are fewer
+MIN_STEPS = 400  # if three epochs have fewer steps
 BATCH_SIZE = 128
 LEARNING_RATE = 2e-3
-FORWARD_BATCH = 500  # images at once where nothing is trained
+FORWARD_BATCH = 500  # images per call of a trained classifier
 
 
 class Classifier(NamedTuple):
@@ -41,16 +41,16 @@ class Classifier(NamedTuple):
     apply: Callable[..., Any]  # compiled: (params, x_0) -> (features, logits)
     params: PyTree
     levels: int  # of the set's pixels
-    scale: float  # features are divided by it
-    test_accuracy: float
+    scale: float  # the features are divided by it
+    test_accuracy: float  # in [0, 1]
 
 
 def train_classifier(dataset: Dataset, seed: int) -> Classifier:
-    """A classifier trained on the training split by Adam with a cosine decay, for three epochs.
+    """Train a classifier on the training split by Adam with a cosine decay.
 
-    On a CPU the same seed gives the same bits. It runs on one device, so that the number of
-    devices makes no difference, and in a Python loop, for XLA:CPU is slow at the gradient of a
-    convolution inside a scan.
+    It is trained for three epochs, but at least 400 steps. On a CPU the same seed gives the same
+    bits. It is trained on one device, so that the number of devices does not change it, and in a
+    Python loop, because XLA:CPU is slow at the gradient of a convolution inside a scan.
 
     Raises:
         ValueError: points, no test split, or examples without labels.
@@ -103,7 +103,7 @@ def train_classifier(dataset: Dataset, seed: int) -> Classifier:
 
 
 def load_classifier(dataset: Dataset, seed: int, folder: pathlib.Path) -> Classifier:
-    """The classifier that ``folder`` keeps of a data set and a seed; trained first if need be.
+    """Load the classifier of a data set and a seed from ``folder``, or train it and save it there.
 
     A file that is damaged, or is of other images or settings, is replaced with a warning.
 
@@ -128,7 +128,7 @@ def load_classifier(dataset: Dataset, seed: int, folder: pathlib.Path) -> Classi
 
 
 class _LabelledImages(NamedTuple):
-    """A set that a classifier can be trained on: what others may lack."""
+    """The parts of a data set that training a classifier needs, and that some data sets lack."""
 
     levels: int
     num_classes: int
@@ -157,7 +157,7 @@ def _require_labelled_images(dataset: Dataset) -> _LabelledImages:
     if dataset.num_classes is None or dataset.train.labels is None or dataset.test.labels is None:
         refuse("it has no labels")
     read = dataset.train.labels[:], dataset.test.labels[:]
-    for labels in read:  # some sets keep a split's labels to themselves
+    for labels in read:  # some data sets do not publish the labels of a split
         if labels.min() < 0 or labels.max() >= dataset.num_classes:
             refuse(f"it has labels outside 0..{dataset.num_classes - 1}")
     return _LabelledImages(
@@ -170,7 +170,7 @@ def _require_labelled_images(dataset: Dataset) -> _LabelledImages:
 
 
 def _fingerprint(dataset: Dataset, data: _LabelledImages, seed: int) -> str:
-    """What the classifier depends on; of the pixels a thousand images of each split."""
+    """A text that changes if the classifier would; it has the pixels of 1,000 images per split."""
     digest = hashlib.sha256()
     for split, labels in ((dataset.train, data.train_labels), (data.test, data.test_labels)):
         some = np.unique(np.linspace(0, len(split) - 1, 1000).astype(int))
@@ -197,7 +197,7 @@ def _restore(
     path: pathlib.Path, shape: tuple[int, ...], data: _LabelledImages, fingerprint: str
 ) -> Classifier:
     with np.load(path, allow_pickle=False) as file:
-        arrays = dict(file)  # each is checked against its CRC-32
+        arrays = dict(file)  # reading an array checks its CRC-32
     if str(arrays["fingerprint"]) != fingerprint:
         raise ValueError("it is of other images or settings")
     network = create_classifier(shape, data.num_classes)
@@ -213,11 +213,11 @@ def _restore(
 
 
 def features(classifier: Classifier, x_0: Images) -> Float32[np.ndarray, "n d"]:
-    """What the classifier's last layer reads of each image, x_0 in [-1, 1].
+    """The features of images x_0 in [-1, 1]: the inputs of the classifier's last layer.
 
-    In units in which the mean variance of a feature over the test split is 1. Images are rounded
-    to the set's levels first, as a picture of them is, for real images differ from generated ones
-    in nothing more plainly than in being on that grid.
+    They are scaled so that their mean variance over the test split is 1. Images are first rounded
+    to the set's levels, as in a file. Otherwise the distances would mainly measure that real images
+    lie on these levels and generated x_0 do not.
 
     Raises:
         ValueError: an image is not finite.

@@ -16,20 +16,20 @@ from diffusion_jax.evaluation.interval import Interval
 
 Features = Float[np.ndarray, "n d"]
 Reference = Float[np.ndarray, "m d"]
-Counts = Float[np.ndarray, " n"]  # how often each sample counts; all ones: the samples as they are
+Counts = Float[np.ndarray, " n"]  # of each sample in a bootstrap resample; all ones: no resample
 Statistic = Callable[[Counts], float]
-BLOCK = 1000  # rows of a kernel matrix at once
+BLOCK = 1000  # rows of a kernel matrix that are in memory at once
 
 
 def frechet_distance(features: Features, reference: Reference) -> float:
-    """The classifier Fréchet distance, that of the Gaussians fitted to two sets of features.
+    """The Fréchet distance of the Gaussians fitted to two sets of classifier features.
 
     |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^{1/2}) (Dowson & Landau 1982; of images, Heusel et
-    al. 2017, arXiv 1706.08500, eq. 6), which is 0 only for equal moments. Its expectation over
-    samples lies above the distance of what they are drawn from, by about c/n, and c depends on
-    that distribution: 2,000 draws of 64 independent features of unit variance are 0.55 from what
-    they are drawn from, and 1.1 from 2,000 other draws. So it compares sets of equal size only;
-    ``with_interval`` corrects for it, and ``kernel_distance`` has no bias.
+    al. 2017, arXiv 1706.08500, eq. 6). It is 0 only if the means and covariances are equal. With n
+    samples it exceeds the distance of the distributions by about c/n on average, where c depends on
+    the distributions. For example, 2,000 draws of 64 independent features of unit variance have a
+    distance of 0.55 to their own distribution, and of 1.1 to 2,000 other draws. So compare only
+    sets of equal size. ``with_interval`` corrects this bias, and ``kernel_distance`` has no bias.
 
     Raises:
         ValueError: fewer than two samples in a set.
@@ -38,13 +38,13 @@ def frechet_distance(features: Features, reference: Reference) -> float:
 
 
 def kernel_distance(features: Features, reference: Reference) -> float:
-    """The classifier kernel distance: the unbiased MMD^2 of two sets under a cubic kernel.
+    """The kernel distance of two sets of classifier features: unbiased MMD^2 with a cubic kernel.
 
     mean k(x_i, x_j) + mean k(y_i, y_j) - 2 mean k(x_i, y_j), i and j distinct in the first two,
     k(x, y) = (x y / d + 1)^3 (Gretton et al. 2012, eq. 3; of images, Bińkowski et al. 2018, arXiv
-    1801.01401, section 4). It sees the moments up to the third. Its expectation is 0 for equal
-    distributions at every sample size, so single values are negative about as often as not.
-    Needs 16 n^2 bytes for n samples or so.
+    1801.01401, section 4). It depends on the moments up to the third. For equal distributions its
+    expectation is 0 at every sample size, so about half of the values are negative. For n samples
+    it needs about 16 n^2 bytes.
 
     Raises:
         ValueError: fewer than two samples in a set.
@@ -63,7 +63,7 @@ def _frechet(features: Features, reference: Reference) -> Statistic:
         # of S_1^{1/2} S_2^{1/2}: the roots of its eigenvalues, without the loss in squaring them.
         overlap = np.linalg.svd(_root(covariance) @ root_y, compute_uv=False).sum()
         spread = np.trace(covariance) + np.trace(covariance_y) - 2 * overlap
-        return max(float(np.sum((mean - mean_y) ** 2) + spread), 0.0)  # below 0 it is rounding
+        return max(float(np.sum((mean - mean_y) ** 2) + spread), 0.0)  # rounding may take it below
 
     return of_counts
 
@@ -71,7 +71,7 @@ def _frechet(features: Features, reference: Reference) -> Statistic:
 def _moments(
     x: Features, counts: Counts
 ) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
-    """Mean and unbiased covariance of samples that count so many times each."""
+    """Mean and unbiased covariance of samples, each counted ``counts`` times."""
     total = counts.sum()
     mean = counts @ x / total
     centred = x - mean
@@ -102,7 +102,7 @@ def _kernel(features: Features, reference: Reference) -> Statistic:
 
     def of_counts(counts: Counts) -> float:
         total = counts.sum()
-        # A sample that a resample has twice makes no pair with itself either.
+        # The copies of a sample in a resample are not a pair of distinct samples.
         mean = counts @ within_x @ counts / (total**2 - counts @ counts)
         return float(mean + within_y - 2 * counts @ across / total)
 
@@ -127,20 +127,21 @@ def with_interval(
 ) -> Interval:
     """A distance ("frechet" or "kernel") with its basic bootstrap interval over the samples.
 
-    With theta the distance of the n samples and theta* that of n of them drawn with replacement,
-    the value is 2 theta - mean theta* and the interval [2 theta - q_{1-a/2}, 2 theta - q_{a/2}], q
-    the quantiles of theta* (Davison & Hinkley 1997, sections 2.1.3 and 5.2). theta* is above
-    theta by as much as theta is above the truth, for resampling adds the same noise again, so
-    both subtract the bias of a Fréchet distance; a percentile interval would have it twice, and
-    miss the truth every time. The value is therefore below frechet_distance and, as that of any
-    unbiased estimate of a small distance, can be negative. n should be many times the number of
-    features: with 64 of them, 2000 are good and 500 leave a twentieth of the bias.
+    theta is the distance of the n samples, and theta* that of n samples drawn from them with
+    replacement. The value is 2 theta - mean theta*, and the interval is
+    [2 theta - q_{1-a/2}, 2 theta - q_{a/2}], where q are the quantiles of theta* (Davison & Hinkley
+    1997, sections 2.1.3 and 5.2). Resampling adds the noise of sampling once more, so theta*
+    exceeds theta by as much as theta exceeds the true distance. The value and the interval
+    therefore have the bias of a Fréchet distance subtracted; a percentile interval would have it
+    twice, and never contain the true distance. The value is below frechet_distance and, as any
+    unbiased estimate of a small distance, it can be negative. n should be many times the number of
+    features: with 64 features, n = 2000 is enough, and n = 500 leaves 1/20 of the bias.
 
-    The truth meant is the distance of the generator, with infinitely many samples, to these very
-    reference features, which are not resampled: how far those are from the real distribution is
-    the same for every arm that is compared. Near distance 0 the interval is wider than need be;
-    where few samples with heavy tails decide it is too narrow (of one normal feature and 400
-    samples the 95 % interval of the kernel distance holds the truth 89 times in 100).
+    The true distance is that of infinitely many samples of the generator to the same reference
+    features. These are not resampled, because their distance to the real distribution is the same
+    for every arm. Near distance 0 the interval is wider than necessary. It is too narrow where a
+    few samples in heavy tails dominate: for one normal feature and 400 samples, the 95 % interval
+    of the kernel distance contains the true distance in 89 % of the cases.
 
     Raises:
         ValueError: an unknown distance, fewer than two samples in a set, a level outside (0, 1)
@@ -160,10 +161,10 @@ def paired_difference(
     num_resamples: int = 500,
     level: float = 0.95,
 ) -> Interval:
-    """How much farther arm a is than arm b, whose samples i began with the same noise.
+    """The distance of arm a minus that of arm b, whose samples i began with the same noise.
 
-    The interval is that of ``with_interval``; a resample takes the same samples of both arms, so
-    that what chance does to both alike cancels. Where it excludes 0 the arms differ.
+    The interval is that of ``with_interval``. A resample has the same samples i of both arms, so
+    that random errors which both arms share cancel. If the interval excludes 0, the arms differ.
 
     Raises:
         ValueError: as with_interval, or arms of different sizes.

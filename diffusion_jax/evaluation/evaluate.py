@@ -1,7 +1,7 @@
 """The variational bound and the probability flow over a test split, on every device, resumable.
 
-Image i has the same noise at timestep t whatever the batches and devices, so an evaluation that
-was killed goes on with the batch it had begun and ends with the same numbers.
+Image i has the same noise at timestep t whatever the batches and devices are. A killed evaluation
+is resumed at the batch that it was computing, and its numbers do not change.
 """
 
 import functools
@@ -31,8 +31,8 @@ from diffusion_jax.runtime import checkpoint, devices, files
 
 LOG = logging.getLogger("diffusion_jax")
 
-TIMESTEPS_PER_CALL = 8  # of an accelerator
-MAX_IN_FLIGHT = 16  # calls of a device that nobody has read yet
+TIMESTEPS_PER_CALL = 8  # on an accelerator
+MAX_IN_FLIGHT = 16  # calls of a device whose results are not read yet
 
 
 class Trained(NamedTuple):
@@ -45,7 +45,7 @@ class Trained(NamedTuple):
 
 
 class Evaluator:
-    """The evaluation of a network with any parameters and schedule, compiled once for each T."""
+    """Evaluates a network with any parameters and schedule; it is compiled once for each T."""
 
     def __init__(
         self, network: Network, plan: EvaluationPlan, used_devices: list[jax.Device]
@@ -67,7 +67,11 @@ class Evaluator:
     ) -> dict[str, Any]:
         """Evaluate, and write evaluation.json, evaluation.csv and evaluation.png into ``folder``.
 
-        Returns what evaluation.json has; it begins with what ``about`` says of the model.
+        Returns the contents of evaluation.json, which begin with ``about``, a description of the
+        model.
+
+        Raises:
+            NonFiniteLossError: a term of the bound, a likelihood or an error is not finite.
         """
         plan = self._plan
         params, step, schedule, seed = trained
@@ -76,7 +80,7 @@ class Evaluator:
         signature = json.dumps([plan, seed, step, _digest(params), _digest(schedule)])
         sums.restore(progress, signature)
 
-        # no noise of training or sampling
+        # independent of the noise of training and of sampling
         bound_key, flow_key = jax.random.split(stream_key(seed, Stream.EVALUATION))
         shared = devices.replicate((params, schedule, bound_key), self._devices)
         for _ in self._add_bound(sums, shared, split):
@@ -116,7 +120,7 @@ class Evaluator:
     def _add_bound(self, sums: Sums, shared: tuple[Any, ...], split: Split) -> Iterator[None]:
         """Generator: adds the bound of one batch, then yields so that the caller can save."""
         plan, levels, schedule = self._plan, self._levels, shared[1]
-        # on a CPU the layers of one batch fill a core's caches already
+        # on a CPU the activations of one timestep's batch already fill the caches of a core
         fastest = 1 if self._devices[0].platform == "cpu" else TIMESTEPS_PER_CALL
         at_once = min(plan.timesteps_per_call or fastest, plan.num_timesteps)
         calls = list(_calls(stratify(len(schedule), plan.num_timesteps), at_once))
@@ -149,7 +153,7 @@ class Evaluator:
         self, params: PyTree, schedule: Schedule, key: Key[Array, ""], batch: dict
     ) -> Float[Array, " batch"]:
         flow, levels = self._plan.flow, self._levels
-        assert flow is not None  # or nobody calls this
+        assert flow is not None  # evaluate calls it only if there is a flow
         predict = create_predict(self._network, params, batch["label"])
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
         bin_keys, probe_keys = jax.vmap(jax.random.split)(keys).T
@@ -168,13 +172,13 @@ class Evaluator:
         return likelihood.bits_per_dim(log_likelihood, x_0[0].size, levels)
 
     def _add_flow(self, sums: Sums, shared: tuple[Any, ...], split: Split) -> Iterator[None]:
-        """Add the flow's likelihood of a batch of images, as ``_add_bound`` does."""
+        """Generator: adds the flow's likelihood of one batch, then yields, as ``_add_bound``."""
         plan, flow = self._plan, self._plan.flow
-        assert flow is not None  # or there is nothing to add
+        assert flow is not None  # evaluate calls it only if there is a flow
         chosen = spread_evenly(plan.num_images, len(split.images))
         chosen = chosen[
             spread_evenly(flow.num_examples, plan.num_images)
-        ]  # the bound is known of them
+        ]  # images whose bound is computed too
         start = int(sums.arrays["flow_done"])
         with _bar("flow", flow.num_examples, start) as bar:
             for images, batch in _batches(
@@ -191,7 +195,7 @@ class Evaluator:
 def _read(sums: Sums, images: slice, strata: Strata, output: tuple[Array, Terms]) -> None:
     """Wait for the output of a call and add it to the sums."""
     positions, terms = output
-    count = images.stop - images.start  # the rest fills the batch up
+    count = images.stop - images.start  # the other images only fill up the batch
 
     def of_images(leaf: Array | np.ndarray) -> np.ndarray:
         return np.asarray(leaf).reshape(len(leaf), -1)[:, :count]
@@ -200,7 +204,7 @@ def _read(sums: Sums, images: slice, strata: Strata, output: tuple[Array, Terms]
 
 
 def _bar(name: str, total: int, start: int) -> tqdm:
-    """A bar on a terminal; elsewhere ``_tell`` writes lines."""
+    """A progress bar on a terminal; elsewhere ``_tell`` logs lines."""
     form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]"
     return tqdm(total=total, initial=start, desc=name, disable=None, bar_format=form)
 
@@ -217,7 +221,7 @@ def _batches(
     start: int,
     num_devices: int,
 ) -> Iterator[tuple[slice, dict[str, Any]]]:
-    """Slices of the chosen images, and those spread over the devices, filled up with the first."""
+    """Slices of the chosen images, and their batches [device, image, ...], which are filled up."""
     size = -(-batch_size // num_devices) * num_devices
     for first in range(start, len(chosen), batch_size):
         images = slice(first, min(first + batch_size, len(chosen)))
@@ -229,7 +233,7 @@ def _batches(
 
 
 def _calls(strata: Strata, size: int) -> Iterator[Strata]:
-    """The strata of each call, the last one's filled up with empty ones."""
+    """The strata of each call; the last call is filled up with empty strata."""
     for first in range(0, len(strata.number), size):
         part = Strata(*(np.zeros(size, int) for _ in strata))
         for target, source in zip(part, strata):

@@ -1,4 +1,4 @@
-"""A number with the interval that holds the truth."""
+"""An estimate with its confidence interval."""
 
 from typing import NamedTuple
 

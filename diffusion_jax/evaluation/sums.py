@@ -1,4 +1,4 @@
-"""The sums of an evaluation: kept in a file while it goes on, summarised at its end."""
+"""The sums of an evaluation: saved in a file after each batch, and summarised at the end."""
 
 import csv
 import logging
@@ -18,7 +18,7 @@ from diffusion_jax.runtime import files
 
 LOG = logging.getLogger("diffusion_jax")
 
-# What the sums are of, as a message about one of them names it.
+# The names of the summed numbers in messages.
 NAMES = {
     "prior": "L_T",
     "flow": "the probability flow",
@@ -29,12 +29,12 @@ NAMES = {
 
 
 def spread_evenly(count: int, size: int) -> Int[np.ndarray, " count"]:
-    """``count`` of the numbers 0..size-1, evenly: archives may be sorted, or easier at first."""
+    """``count`` evenly spaced numbers of 0..size-1: a set may be sorted, or easier at its start."""
     return np.arange(count) * size // count
 
 
 class Sums:
-    """What an evaluation has so far; kept in a file, so that the next start goes on from there."""
+    """The sums of an evaluation so far; a killed evaluation is resumed from their file."""
 
     def __init__(self, plan: EvaluationPlan, num_timesteps: int) -> None:
         num_flow = plan.flow.num_examples if plan.flow else 0
@@ -56,7 +56,7 @@ class Sums:
         }
 
     def set(self, name: str, images: slice, bits: np.ndarray) -> None:
-        """Keep what there is one of for each image: L_T ("prior"), or the probability flow.
+        """Store one number of each image, in bits/dim: L_T ("prior"), or the flow's ("flow").
 
         Raises:
             NonFiniteLossError: a number is not finite.
@@ -68,7 +68,7 @@ class Sums:
         self.arrays[name][images] = bits
 
     def add(self, images: slice, positions: np.ndarray, terms: Terms, size: np.ndarray) -> None:
-        """Add terms [stratum, image]; a stratum of size 0 is only there to fill up a call.
+        """Add terms [stratum, image] at rows ``positions``; strata of size 0 only fill up a call.
 
         Raises:
             NonFiniteLossError: a number is not finite.
@@ -95,13 +95,13 @@ class Sums:
             np.add.at(self.arrays[name], positions, values)
 
     def save(self, path: pathlib.Path, signature: str) -> None:
-        """Write the file."""
+        """Write the sums into a file; ``signature`` is that of the evaluation."""
         arrays: dict[str, Any] = {"signature": signature, **self.arrays}
         with files.replace(path) as file:
             np.savez(file, **arrays)
 
     def restore(self, path: pathlib.Path, signature: str) -> None:
-        """Go on from a file that belongs to the same evaluation; say so if it does not."""
+        """Load the sums from a file of the same evaluation; log it if the file is another's."""
         if not path.exists():
             return
         try:
@@ -121,7 +121,7 @@ class Sums:
 
 
 def summarise(sums: Sums, plan: EvaluationPlan, levels: int | None) -> dict[str, Any]:
-    """The numbers of an evaluation, each with its standard error over the images."""
+    """The report of an evaluation: bits/dim with their standard error over the images, and MSEs."""
     arrays = sums.arrays
     terms = {name: arrays[name] for name in ("prior", "middle", "decoder")}
     bound = terms["prior"] + terms["middle"] + terms["decoder"]
@@ -154,7 +154,7 @@ def summarise(sums: Sums, plan: EvaluationPlan, levels: int | None) -> dict[str,
 
 
 def describe_evaluation(report: dict[str, Any]) -> str:
-    """The lines that a run prints of an evaluation."""
+    """The lines about an evaluation that a run prints, in bits/dim."""
     named = {"bits/dim": report, **report["terms"]}
     if "probability_flow" in report:
         named["flow"] = report["probability_flow"]
@@ -166,21 +166,21 @@ def describe_evaluation(report: dict[str, Any]) -> str:
 
 
 def _mean(values: np.ndarray) -> tuple[float, float | None]:
-    """A mean and its standard error, which one value alone does not have."""
+    """A mean and its standard error; None for the error of a single value."""
     if len(values) < 2:
         return float(np.mean(values)), None
     return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 def bound_curve(sums: Sums, schedule: Schedule) -> BoundCurve:
-    """The terms of the timesteps that were evaluated."""
+    """The mean term of the bound at each evaluated timestep, with its standard error."""
     count = sums.arrays["count"]
     seen = count > 0
     count = count[seen]
     bits = sums.arrays["bits"][seen] / count
     variance = np.maximum(sums.arrays["bits_squared"][seen] / count - bits**2, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        error = np.where(count > 1, np.sqrt(variance / (count - 1)), np.nan)  # one tells nothing
+        error = np.where(count > 1, np.sqrt(variance / (count - 1)), np.nan)  # not for one value
     return BoundCurve(
         timestep=np.flatnonzero(seen) + 1,
         log_snr=np.asarray(schedule.log_snr)[seen],
@@ -190,7 +190,7 @@ def bound_curve(sums: Sums, schedule: Schedule) -> BoundCurve:
 
 
 def write_terms(sums: Sums, schedule: Schedule, path: pathlib.Path) -> None:
-    """A line per timestep that was evaluated."""
+    """Write a CSV file with a row for each timestep that was evaluated."""
     timestep, log_snr, bits, error = bound_curve(sums, schedule)
     count = sums.arrays["count"][timestep - 1]
     errors = (sums.arrays[name][timestep - 1] / count for name in ("mse_x_0", "mse_eps"))

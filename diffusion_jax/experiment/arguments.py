@@ -12,9 +12,9 @@ Registry = Mapping[str, Callable[..., Any]]
 
 
 def names_of_arguments(registry: Registry) -> list[str]:
-    """Every argument that a function of the registry has, each once.
+    """The names of all arguments of the registry's functions, each once.
 
-    T is none of them: it is a field of its own, whatever the schedule.
+    ``num_timesteps`` is left out, because its field is set for every schedule.
     """
     signatures = (inspect.signature(function) for function in registry.values())
     names = dict.fromkeys(name for signature in signatures for name in signature.parameters)
@@ -22,10 +22,10 @@ def names_of_arguments(registry: Registry) -> list[str]:
 
 
 def arguments_of(registry: Registry, name: str, section: str, fields: ConfigDict) -> dict[str, Any]:
-    """The fields of a section that are set and are arguments of the function called ``name``.
+    """The arguments of the function ``name`` that a section of the config sets.
 
     Raises:
-        ConfigError: a field is set that only other functions of the registry have.
+        ConfigError: the section sets an argument that only other functions of the registry have.
     """
     parameters = inspect.signature(registry[name]).parameters
     names = names_of_arguments(registry)

@@ -15,7 +15,7 @@ def create_dataset_choice(config: ConfigDict) -> DatasetChoice:
 
 
 def create_dataset_info(config: ConfigDict) -> DatasetInfo:
-    """What is known of the set before it is read.
+    """Name, shape, grey levels and number of classes of the set, which is not read yet.
 
     Raises:
         ConfigError: there is no such set, or a field does not fit it.

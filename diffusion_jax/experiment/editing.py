@@ -1,4 +1,4 @@
-"""What a run does with given images: which task, from which timestep, with which mask."""
+"""The editing plan of a config: the task, the images and mask, and where the chain starts."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from diffusion_jax.diffusion.samplers.base import Sampler
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.errors import ConfigError, choose, in_section, require
 
-# The fields of config.editing that each task has beside its images, and what they are if unset.
+# The fields of config.editing that each task has besides its images, with their defaults.
 OF_EDITS: dict[str, dict[str, Any]] = {
     "image_to_image": {"timestep": None},
     "inpaint": {"mask": None, "timestep": None, "num_resamples": 10, "jump_length": 10},
@@ -24,10 +24,10 @@ OF_EDITS: dict[str, dict[str, Any]] = {
 
 
 class EditingPlan(NamedTuple):
-    """What is done with given images, see EDITS; the images themselves are read later."""
+    """An edit of images, see ``sampling.edits.EDITS``; the images are read later."""
 
     task: str
-    timestep: int | None  # from which the images are denoised; None: all of them, from noise
+    timestep: int | None  # where the chain starts; None: T
     strength: float
     num_resamples: int
     jump_length: int
@@ -38,14 +38,19 @@ class EditingPlan(NamedTuple):
 
 
 class EditedImages(NamedTuple):
-    """What an edit starts from: x_0, and where it is to be made anew (1), for inpainting."""
+    """The images x_0 of an edit, and the mask of inpainting: 1 is generated, 0 is kept."""
 
     x_0: Float[np.ndarray, "images h w c"]
     mask: Float[np.ndarray, "h w c"]
 
 
 def create_edited_images(config: ConfigDict, dataset: DatasetInfo) -> EditedImages | None:
-    """The files of config.editing, as x_0; None where it has no task."""
+    """Read the images and the mask of config.editing; None without a task.
+
+    Raises:
+        ConfigError: a file that cannot be read, too few images, or a mask that is not one image of
+            black and white pixels.
+    """
     fields = config.editing
     if fields.task is None:
         return None
@@ -58,7 +63,7 @@ def create_edited_images(config: ConfigDict, dataset: DatasetInfo) -> EditedImag
             except ValueError as error:
                 raise ConfigError(f"config.editing.{name} = {fields[name]!r}: {error}") from error
     mask = read.get("mask", np.full((1, *shapes["mask"]), 255, np.uint8))
-    allowed = "one image, black (kept) and white (made anew) alone"
+    allowed = "one image of black (kept) and white (generated) pixels only"
     require(
         len(mask) == 1 and np.isin(mask, (0, 255)).all(),
         "config.editing.mask",
@@ -76,10 +81,11 @@ def create_edited_images(config: ConfigDict, dataset: DatasetInfo) -> EditedImag
 def create_editing_plan(
     config: ConfigDict, schedule: Schedule, dataset: DatasetInfo
 ) -> EditingPlan | None:
-    """The edit of a config; None where it has no task.
+    """The editing plan of a config; None without a task.
 
     Raises:
-        ConfigError: a field that the task does not have or lacks, or a value out of its range.
+        ConfigError: a field that the task does not have, a field that is missing, or a value out
+            of its range.
     """
     fields, section = config.editing, "config.editing"
     if fields.task is None:
@@ -99,16 +105,16 @@ def create_editing_plan(
     arguments = {n: v if fields[n] is None else fields[n] for n, v in own.items()}
     timestep = arguments["timestep"]
     if fields.task == "image_to_image":
-        allowed = "set: the image is noised up to it, and at T nothing is left of it"
+        allowed = "set: the image is noised up to this timestep, and at T nothing is left of it"
         require(timestep is not None, f"{section}.timestep", timestep, allowed)
     if timestep is not None:
         allowed = f"in 1..{len(schedule)}, the timesteps of the schedule"
         require(1 <= timestep <= len(schedule), f"{section}.timestep", timestep, allowed)
     for name in ("compared_steps", "num_frames"):
         value = config.sampling[name]
-        allowed = "unset: given images are edited"
+        allowed = "unset: this run edits images"
         require(not value, f"config.sampling.{name}", value, allowed)
-    allowed = "set: given images have one class (config.model.class_conditional = True)"
+    allowed = "set: edited images have one class (config.model.class_conditional = True)"
     label = config.sampling.label
     is_conditional = config.model.class_conditional
     require(not is_conditional or label is not None, "config.sampling.label", label, allowed)
@@ -131,7 +137,7 @@ def check_editing(config: ConfigDict, plan: EditingPlan, sampler: Sampler, rows:
     named = "config.sampling.sampler", config.sampling.sampler
     if plan.task in ("interpolate", "variations"):
         is_ddim = config.sampling.sampler == "ddim" and not config.sampling.eta
-        require(is_ddim, *named, "ddim with eta = 0: the images are inverted by it")
+        require(is_ddim, *named, "ddim with eta = 0, which inverts the images")
         allowed = "below T: the schedule ends at zero SNR, where nothing can be inverted"
         ends = bool(rows.alpha_bar[-1] > 0)
         require(ends, "config.editing.timestep", plan.timestep, allowed)

@@ -1,4 +1,4 @@
-"""What of a test split is evaluated: how many images, timesteps, and the probability flow."""
+"""The evaluation plan of a config: images of the test split, timesteps, probability flow."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from diffusion_jax.errors import ConfigError, choose, require
 
 
 class FlowPlan(NamedTuple):
-    """How the probability flow's likelihood is computed, and of how many images."""
+    """How the likelihood of the probability flow is computed, and for how many images."""
 
     num_examples: int
     num_steps: int
@@ -20,18 +20,18 @@ class FlowPlan(NamedTuple):
 
 
 class EvaluationPlan(NamedTuple):
-    """Which images and timesteps, and how many at once."""
+    """The images and timesteps of an evaluation, and how many are evaluated at once."""
 
     num_examples: int | None  # spread evenly over the split; None: all
-    num_timesteps: int  # of T, one drawn in each of as many strata
+    num_timesteps: int  # of each image: one is drawn in each of as many strata of 1..T
     batch_size: int  # images of all devices together
-    timesteps_per_call: int | None  # of each image at once; None: what is fastest
+    timesteps_per_call: int | None  # of each image in one call; None: the platform's fastest
     clip_x_0: bool
     flow: FlowPlan | None
 
     @property
     def num_images(self) -> int:
-        """The number of images, which ``fit`` has settled."""
+        """The number of images; only a plan that ``fit`` returned knows it."""
         assert self.num_examples is not None
         return self.num_examples
 
@@ -39,7 +39,11 @@ class EvaluationPlan(NamedTuple):
 def create_evaluation_plan(
     config: ConfigDict, schedule: Schedule, dataset: DatasetInfo
 ) -> EvaluationPlan:
-    """Which images and timesteps an evaluation takes; the split's size is not known yet."""
+    """The evaluation plan of a config, before the size of the test split is known.
+
+    Raises:
+        ConfigError: a number out of its range, or a flow that this model or schedule cannot have.
+    """
     fields = config.evaluate
     for name in ("num_examples", "timesteps_per_call", "flow_examples"):
         least = 0 if name == "flow_examples" else 1
@@ -48,7 +52,7 @@ def create_evaluation_plan(
             value is None or value >= least, f"config.evaluate.{name}", value, f"at least {least}"
         )
     num_timesteps = len(schedule) if fields.num_timesteps is None else fields.num_timesteps
-    least = min(2, len(schedule))  # L_0 apart
+    least = min(2, len(schedule))  # L_0 has a stratum of its own
     allowed = f"in {least}..{len(schedule)}, the timesteps of the schedule"
     require(
         least <= num_timesteps <= len(schedule),
@@ -65,13 +69,13 @@ def create_evaluation_plan(
             config.loss.prediction != "mu",
             "config.evaluate.flow_examples",
             fields.flow_examples,
-            "0: a network that predicts mu says nothing off its own timesteps",
+            "0: a network that predicts mu is defined at its own timesteps only",
         )
         require(
             bool(schedule.alpha_bar[-1] > 0),
             "config.evaluate.flow_examples",
             fields.flow_examples,
-            "0: the schedule ends at zero SNR, where the probability flow has no end",
+            "0: the schedule ends at zero SNR, where the probability flow has no end point",
         )
         flow = FlowPlan(
             num_examples=fields.flow_examples,
@@ -90,19 +94,19 @@ def create_evaluation_plan(
 
 
 def fit(plan: EvaluationPlan, split: Split | None) -> EvaluationPlan:
-    """The plan with the number of images settled.
+    """Complete a plan with the number of images of the test split.
 
     Raises:
-        ConfigError: there is no test split, or it has fewer images than are asked for.
+        ConfigError: there is no test split, or it has fewer images than the plan needs.
     """
     if split is None:
         raise ConfigError("config.dataset.name: a set without a test split cannot be evaluated")
     size = len(split.images)
-    asked = {"num_examples": plan.num_examples}
+    numbers = {"num_examples": plan.num_examples}
     if plan.flow is not None:
-        asked["flow_examples"] = plan.flow.num_examples
+        numbers["flow_examples"] = plan.flow.num_examples
     most = {"num_examples": size, "flow_examples": plan.num_examples or size}
-    for name, value in asked.items():
+    for name, value in numbers.items():
         allowed = f"at most {most[name]}, of a test split of {size}"
         require(value is None or value <= most[name], f"config.evaluate.{name}", value, allowed)
     return plan._replace(num_examples=plan.num_examples or size)

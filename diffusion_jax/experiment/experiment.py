@@ -1,6 +1,6 @@
-"""What a config stands for: every object of a run, created and checked before anything is done.
+"""The objects of a run, created from its config and checked before anything is written.
 
-This folder is where values of the config become arguments: nothing deeper reads a config.
+This folder turns values of the config into arguments: the library in diffusion/ reads no config.
 """
 
 from collections.abc import Callable
@@ -30,14 +30,14 @@ from diffusion_jax.models import create_model
 
 
 class Experiment(NamedTuple):
-    """All that a run is made of."""
+    """The data set's properties, model, objective, schedule and plans of a run."""
 
     seed: int
     dataset: DatasetInfo
-    schedule: Schedule  # of a learned one, what it is before training
+    schedule: Schedule  # a learned one as it is before training
     schedule_title: str
     num_clipped: int
-    schedule_of: Callable[[PyTree], Schedule]  # the parameters: only a learned one asks for them
+    schedule_of: Callable[[PyTree], Schedule]  # of the parameters, which only a learned one uses
     model: Model
     objective: Objective
     losses_of: LossesOf
@@ -48,12 +48,12 @@ class Experiment(NamedTuple):
 
     @property
     def network(self) -> Network:
-        """The model with the meaning of its output."""
+        """The model, with the objective that says what its output means."""
         return Network(model=self.model, objective=self.objective)
 
 
 def require_batches(config: ConfigDict) -> None:
-    """Refuse batches of nothing, which the number of devices is chosen by.
+    """Check the batch sizes, because the number of devices is chosen from them.
 
     Raises:
         ConfigError: a batch size below 1.
@@ -64,10 +64,10 @@ def require_batches(config: ConfigDict) -> None:
 
 
 def create_experiment(config: ConfigDict) -> Experiment:
-    """Build everything that needs neither the data nor a device.
+    """Create and check all objects of a run that do not need the examples of the data set.
 
     Raises:
-        ConfigError: the first field that is wrong, alone or with the others.
+        ConfigError: the first field that is wrong by itself or together with others.
     """
     require(0 <= config.seed < 2**63, "config.seed", config.seed, "in [0, 2^63)")
     dataset = create_dataset_info(config)
@@ -87,7 +87,7 @@ def create_experiment(config: ConfigDict) -> Experiment:
         learned_variance=objective.variance.is_learned,
     )
     dropout = objective.label_dropout
-    allowed = "0: the network is told no labels (config.model.class_conditional = False)"
+    allowed = "0: the network has no labels (config.model.class_conditional = False)"
     is_conditional = config.model.class_conditional
     require(dropout == 0 or is_conditional, "config.loss.label_dropout", dropout, allowed)
     if recipe is None:

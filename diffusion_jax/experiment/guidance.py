@@ -1,4 +1,4 @@
-"""How a run is guided: the weight, the interval of timesteps, the rescaling."""
+"""The guidance of a config: its weight, its interval of timesteps and its rescaling."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ from ml_collections import ConfigDict
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.errors import require
 
-UNCONDITIONAL = "unset: the network is told no labels (config.model.class_conditional = False)"
+UNCONDITIONAL = "unset: the network has no labels (config.model.class_conditional = False)"
 
 
 class Guidance(NamedTuple):
-    """The numbers of ``guidance.guide``: leaves, so that others compile nothing anew."""
+    """The numbers of ``guidance.guide``, as leaves: other numbers do not compile a chain again."""
 
     weight: float
     interval: tuple[float, float]
@@ -19,16 +19,16 @@ class Guidance(NamedTuple):
 
 
 def create_guidance(config: ConfigDict, schedule: Schedule) -> Guidance | None:
-    """The guidance of a config; None where it has no weight.
+    """The guidance of a config; None if ``config.guidance.weight`` is unset.
 
     Raises:
-        ConfigError: a number out of its range, or one without a weight; a network that was never
-            trained without its label, with no other network to be guided away from.
+        ConfigError: a number out of its range; a field of guidance without a weight; no weak
+            network, and a network that was not trained with label dropout either.
     """
     fields = config.guidance
     if fields.weight is None:
         for name, value in fields.items():
-            allowed = "unset: it says how config.guidance.weight is used, which is unset"
+            allowed = "unset: it has no effect, because config.guidance.weight is unset"
             require(value is None, f"config.guidance.{name}", value, allowed)
         return None
     if fields.weak_workdir is None and fields.weak_step is None:

@@ -1,4 +1,4 @@
-"""The training objective of a config: what is predicted, weighted and drawn."""
+"""The training objective of a config: prediction, weighting, variance and timesteps."""
 
 from ml_collections import ConfigDict
 
@@ -16,7 +16,12 @@ VLB_SCALE = 1e-3  # of L_vlb in L_hybrid (iDDPM section 3.1)
 
 
 def create_objective(config: ConfigDict, schedule: Schedule, dataset: DatasetInfo) -> Objective:
-    """The objective of a config; the schedule decides what can be predicted at all."""
+    """The training objective of a config, for a schedule and a data set.
+
+    Raises:
+        ConfigError: an unknown choice, a number out of its range, or a prediction that does not
+            determine x_0 at every timestep (eps at zero SNR).
+    """
     fields = config.loss
     parametrisation = choose("config.loss.prediction", fields.prediction, PREDICTIONS, "prediction")
     possible = [name for name, other in PREDICTIONS.items() if determines_x_0(other, schedule)]
@@ -34,7 +39,7 @@ def create_objective(config: ConfigDict, schedule: Schedule, dataset: DatasetInf
             variance.is_learned and not is_vlb,
             "config.loss.vlb_scale",
             fields.vlb_scale,
-            "unset: only a weighted error beside a learned variance has L_vlb added to it",
+            "unset: L_vlb is added only to a weighted error, and only if the variance is learned",
         )
         require(fields.vlb_scale > 0, "config.loss.vlb_scale", fields.vlb_scale, "above 0")
     dropout = fields.label_dropout
@@ -55,7 +60,7 @@ def create_objective(config: ConfigDict, schedule: Schedule, dataset: DatasetInf
 
 
 def create_weighting(config: ConfigDict) -> weightings.Weighting:
-    """The weighting of a config with its own arguments."""
+    """The weighting of a config, with the arguments that the config sets."""
     fields = config.loss
     function = choose("config.loss.weighting", fields.weighting, weightings.WEIGHTINGS, "weighting")
     arguments = arguments_of(weightings.WEIGHTINGS, fields.weighting, "loss", fields)

@@ -1,4 +1,4 @@
-"""How a run samples: its sampler, where the steps of its chain stand, how many images."""
+"""The sampling plan of a config: its sampler, the steps of its chain, the number of images."""
 
 import inspect
 from typing import Any, NamedTuple
@@ -25,13 +25,13 @@ from diffusion_jax.experiment.guidance import UNCONDITIONAL, Guidance, create_gu
 from diffusion_jax.runtime.checkpoint import digest, flatten
 
 GRID_STEPS = 50  # of the DDIM grids during training: an ancestral chain would cost minutes
-NUM_FRAMES = 40  # of the animations, where there are as many steps
+NUM_FRAMES = 40  # of an animation, or as many as the chain has states
 RHO = 7.0  # of EDM's grid (Karras et al. 2022)
-GRID_IMAGES = 64  # the most that a grid shows
+GRID_IMAGES = 64  # the most images that a grid shows
 
 
 class Chain(NamedTuple):
-    """Where the steps of a chain stand, see ``schedules.respace``."""
+    """The number of steps of a chain and their spacing: the arguments of ``schedules.respace``."""
 
     num_steps: int
     spacing: str
@@ -40,7 +40,7 @@ class Chain(NamedTuple):
     sigma_max: float | None
 
     def rows(self, schedule: Schedule) -> Schedule:
-        """The rows of the chain."""
+        """The schedule respaced to the steps of the chain."""
         return schedules.respace(
             schedule,
             self.num_steps,
@@ -52,7 +52,7 @@ class Chain(NamedTuple):
 
 
 class SamplingPlan(NamedTuple):
-    """Which chain, how many images; grids in training have a short chain of ``grid_steps``."""
+    """How images are sampled; grids during training have a chain of ``grid_steps`` instead."""
 
     sampler: Sampler
     chain: Chain
@@ -74,7 +74,11 @@ class SamplingPlan(NamedTuple):
 def create_sampling_plan(
     config: ConfigDict, schedule: Schedule, dataset: DatasetInfo
 ) -> SamplingPlan:
-    """The chain of a config with its sampler, guidance and editing."""
+    """The sampling plan of a config: its chain, sampler, guidance and editing.
+
+    Raises:
+        ConfigError: a value out of its range, or steps that the network or sampler cannot take.
+    """
     fields = config.sampling
     require(fields.num_images >= 1, "config.sampling.num_images", fields.num_images, "at least 1")
     is_conditional = config.model.class_conditional
@@ -166,10 +170,10 @@ def _create_chain(config: ConfigDict, schedule: Schedule) -> Chain:
 
 
 def require_unset_ends(config: ConfigDict) -> None:
-    """Refuse the ends of a chain where the schedule is yet to be learned: nobody knows its own.
+    """Refuse the ends of a chain in training with a learned schedule, whose ends are not known yet.
 
     Raises:
-        ConfigError: naming the end.
+        ConfigError: naming the field.
     """
     for name in ("sigma_min", "sigma_max"):
         value = config.sampling[name]
@@ -181,7 +185,7 @@ def require_unset_ends(config: ConfigDict) -> None:
 def _check_chain(
     config: ConfigDict, schedule: Schedule, sampler: Sampler, chain: Chain, field: str
 ) -> Schedule:
-    """The rows of a chain, if this network and this sampler can take its steps."""
+    """The rows of a chain; refuses steps that this network or this sampler cannot take."""
     fields = config.sampling
     is_grid = fields.spacing in GRIDS
     has_between = is_grid and len(schedule) > 1
@@ -190,7 +194,7 @@ def _check_chain(
     if len(schedule) == 1:
         allowed = "1: the schedule has a single noise level"
     require(fits, field, chain.num_steps, "at least 1" if has_between else allowed)
-    # what these networks put out belongs to one step of the whole chain
+    # mu and a learned variance are those of steps between neighbouring timesteps
     parameters = inspect.signature(samplers.SAMPLERS[fields.sampler]).parameters
     takes_learned = (
         "variance" in parameters and (fields.variance or config.loss.variance) == "learned"
@@ -198,7 +202,7 @@ def _check_chain(
     is_whole = chain.num_steps == len(schedule)
     for is_tied, why in (
         (config.loss.prediction == "mu", "the network predicts mu"),
-        (takes_learned, "the network has learned their variance (learned_range may skip some)"),
+        (takes_learned, "the variance was learned for these steps (learned_range may skip some)"),
     ):
         if is_tied:
             allowed = f"unset, or all {len(schedule)} timesteps: {why}"
@@ -208,7 +212,7 @@ def _check_chain(
             allowed = f"one that stays on the timesteps: {why}"
             stays = not sampler.goes_off_grid
             require(stays, "config.sampling.sampler", fields.sampler, allowed)
-    if config.schedule.name == "learned":  # its ends are known when it is; Generator.rows asks then
+    if config.schedule.name == "learned":  # its ends are known after training: Generator checks
         chain = chain._replace(sigma_min=None, sigma_max=None)
     with in_section("config.sampling"):
         rows = chain.rows(schedule)
@@ -216,7 +220,7 @@ def _check_chain(
         bool(rows.alpha_bar[-1] > 0) or not sampler.needs_signal,
         "config.sampling.sampler",
         fields.sampler,
-        "another: its noise levels have no end where the schedule ends at zero SNR",
+        "another sampler: the schedule ends at zero SNR, where the sigma of this one is infinite",
     )
     return rows
 
@@ -224,9 +228,9 @@ def _check_chain(
 def identity_of_samples(
     config: ConfigDict, params: PyTree, edited: EditedImages | None
 ) -> dict[str, Any]:
-    """What the samples of a run depend on, for a killed run to go on with the same.
+    """Everything that the samples of a run depend on: a resumed run must have the same identity.
 
-    ``params`` are those of the network and of the weaker one.
+    ``params`` are those of the network and of the weak network.
     """
     sections = {
         section: {

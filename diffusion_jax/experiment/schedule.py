@@ -13,13 +13,16 @@ from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.errors import ConfigError, choose, in_section, require
 from diffusion_jax.experiment.arguments import arguments_of, names_of_arguments
 
-LOG_SNR_ENDS = 13.3, -5.0  # where a learned schedule begins (VDM's code)
+LOG_SNR_ENDS = 13.3, -5.0  # of a learned schedule before training, at u = 0 and 1 (VDM's code)
 
 
 def create_learned_schedule(config: ConfigDict) -> LearnedSchedule | None:
-    """The recipe of schedule "learned"; every other name is a function of SCHEDULES.
+    """The recipe of a learned schedule (VDM); None for the schedules of SCHEDULES.
 
-    It is trained by the bound in continuous time, which settles other fields.
+    A learned schedule is trained by the bound in continuous time, which fixes other fields.
+
+    Raises:
+        ConfigError: a field that a learned schedule does not have or does not allow.
     """
     fields = config.schedule
     ends = {"log_snr_start": fields.log_snr_start, "log_snr_end": fields.log_snr_end}
@@ -45,7 +48,7 @@ def create_learned_schedule(config: ConfigDict) -> LearnedSchedule | None:
             fields[name],
             "unset: learned has no such argument",
         )
-    for field, value, wanted in (
+    for field, value, options in (
         ("schedule.zero_terminal_snr", fields.zero_terminal_snr, (False,)),
         ("loss.weighting", config.loss.weighting, ("vlb",)),
         ("loss.variance", config.loss.variance, ("beta", "posterior")),
@@ -53,14 +56,14 @@ def create_learned_schedule(config: ConfigDict) -> LearnedSchedule | None:
         ("loss.prediction", config.loss.prediction, ("eps", "x_0", "v", "score")),
     ):
         allowed = (
-            f"{' or '.join(map(str, wanted))}: a learned schedule is trained in continuous time"
+            f"{' or '.join(map(str, options))}: a learned schedule is trained in continuous time"
         )
-        require(value in wanted, f"config.{field}", value, allowed)
+        require(value in options, f"config.{field}", value, allowed)
     return LearnedSchedule(num_timesteps=fields.num_timesteps, log_snr_start=start, log_snr_end=end)
 
 
 class NamedSchedule(NamedTuple):
-    """A schedule with what a person wants to know of it."""
+    """A schedule, with the title and the number of clipped betas that a run prints."""
 
     schedule: Schedule
     title: str  # "cosine(num_timesteps=1000, s=0.008, ...)"
@@ -68,13 +71,13 @@ class NamedSchedule(NamedTuple):
 
 
 def create_schedule(config: ConfigDict, height: int | None) -> NamedSchedule:
-    """The schedule of a config, for images of a height; None: the data are points.
+    """The schedule of a config; ``height`` is that of the images in pixels, None for points.
 
     Raises:
         ConfigError: an unknown schedule, or an argument that it does not have or allow.
     """
     fields = config.schedule
-    names = schedules.SCHEDULES | {"learned": None}  # which create_learned_schedule has seen to
+    names = schedules.SCHEDULES | {"learned": None}  # create_learned_schedule handles this name
     function = choose("config.schedule.name", fields.name, names, "schedule")
     parameters = inspect.signature(function).parameters
     arguments = arguments_of(schedules.SCHEDULES, fields.name, "schedule", fields)

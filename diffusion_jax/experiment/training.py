@@ -1,4 +1,4 @@
-"""How a run trains: how long, in which batches, with which optimizer and average."""
+"""The training plan of a config: numbers of steps, batch size, optimizer and EMA."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,11 +9,11 @@ from ml_collections import ConfigDict
 from diffusion_jax.config.config import differences
 from diffusion_jax.errors import choose, require
 
-MAX_STEPS_PER_CALL = 10  # on accelerators; more brings nothing and delays the logs
+MAX_STEPS_PER_CALL = 10  # on accelerators; more are not faster, and delay the logs
 
 
 class TrainingPlan(NamedTuple):
-    """How long, how large, how often."""
+    """The number of steps, the batch size, the intervals of records, the optimizer and the EMA."""
 
     num_steps: int
     batch_size: int
@@ -24,7 +24,7 @@ class TrainingPlan(NamedTuple):
     checkpoint_every_steps: int
     keep_last: int
     keep_best: int
-    keep_step: int | None  # the weaker network that guides this run's samples
+    keep_step: int | None  # the checkpoint of the weak network that guides this run's samples
     optimizer: optax.GradientTransformation
     ema_decay: float
     ema_warmup: bool
@@ -32,7 +32,11 @@ class TrainingPlan(NamedTuple):
 
 
 def create_training_plan(config: ConfigDict) -> TrainingPlan:
-    """How long, how large, how often."""
+    """The training plan of a config.
+
+    Raises:
+        ConfigError: a number out of its range, or calls that do not end at every recorded step.
+    """
     train, checkpoint = config.train, config.checkpoint
     for section, name, least in (
         ("train", "num_steps", 1),
@@ -84,7 +88,7 @@ def create_training_plan(config: ConfigDict) -> TrainingPlan:
 
 
 def describe_changes(config: ConfigDict, recorded: Mapping[str, Any] | None) -> list[str]:
-    """What a run that goes on with another number of steps should know, as lines of text."""
+    """Warnings about a cosine decay if a resumed run has another number of steps than before."""
     changed = {} if recorded is None else differences(config, recorded)
     if config.optimizer.decay != "cosine" or "config.train.num_steps" not in changed:
         return []
@@ -97,7 +101,11 @@ def describe_changes(config: ConfigDict, recorded: Mapping[str, Any] | None) -> 
 
 
 def create_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Clipping of the gradient's global norm, then Adam or AdamW with a warmed-up rate."""
+    """Clipping of the gradient's global norm, then Adam or AdamW with a linear warm-up.
+
+    Raises:
+        ConfigError: an unknown optimizer or decay, or a number out of its range.
+    """
     fields = config.optimizer
     for name in ("learning_rate", "clip_norm"):
         require(fields[name] > 0, f"config.optimizer.{name}", fields[name], "above 0")

@@ -1,4 +1,4 @@
-"""The weaker network of autoguidance: an earlier checkpoint, or another run."""
+"""The weak network of autoguidance: an earlier checkpoint of the run, or one of another run."""
 
 import logging
 import pathlib
@@ -21,7 +21,7 @@ LOG = logging.getLogger("diffusion_jax")
 
 
 class Weak(NamedTuple):
-    """The network that guides by being worse, and where its parameters are."""
+    """The weak network of autoguidance, and the checkpoint that has its parameters."""
 
     network: Network
     workdir: pathlib.Path
@@ -29,10 +29,11 @@ class Weak(NamedTuple):
 
 
 def create_weak(config: ConfigDict, experiment: Experiment, path: pathlib.Path) -> Weak | None:
-    """The weak network of autoguidance; None where config.guidance names none.
+    """The weak network of autoguidance; None if config.guidance names none.
 
     Raises:
-        ConfigError: there is no run in its folder, or one on other data or another schedule.
+        ConfigError: there is no run in its folder; its run has another data set, another schedule
+            or other labels; or the schedule of this run is learned.
     """
     fields = config.guidance
     if fields.weak_workdir is None:
@@ -72,10 +73,10 @@ def create_weak(config: ConfigDict, experiment: Experiment, path: pathlib.Path) 
 
 
 def is_ahead(weak: Weak | None, workdir: Workdir, plan: TrainingPlan) -> bool:
-    """Whether the weaker network is a checkpoint that this training is yet to save.
+    """Whether the weak network is a checkpoint of this run that is not saved yet.
 
     Raises:
-        ConfigError: it is one of this run, and neither is there nor will be.
+        ConfigError: this run has not saved that checkpoint and will not save it.
     """
     if weak is None or weak.step is None or plan.keep_step is None:
         return False
@@ -89,7 +90,11 @@ def is_ahead(weak: Weak | None, workdir: Workdir, plan: TrainingPlan) -> bool:
 
 
 def restore_weak(weak: Weak | None) -> PyTree:
-    """The averaged parameters of the weaker network; None without one."""
+    """The averaged parameters of the weak network; None if there is no weak network.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+    """
     if weak is None:
         return None
     template = weak.network.model.template

@@ -1,4 +1,4 @@
-"""Networks as pairs of pure functions: the only place that knows Flax.
+"""Networks as pairs of pure functions (init, apply); the only folder that imports Flax.
 
 A new network is a Flax module in a file here and its line in MODELS.
 """
@@ -23,13 +23,13 @@ def create_model(
     *,
     learned_variance: bool = False,
 ) -> Model:
-    """The network that the fields of config.model describe, for data of one shape.
+    """Create the network that config.model describes, for data of one shape.
 
-    The fields are its name in MODELS and its keyword arguments. Nothing is allocated.
+    ``fields`` holds the name in MODELS and the keyword arguments. No parameters are allocated.
 
     Raises:
-        ConfigError: a field is unknown, missing, of a wrong type, or has a value that no network
-            of this shape can be built from.
+        ConfigError: a field is unknown or missing, or has a wrong type, or its value does not fit
+            the network or the shape.
     """
     network = choose("config.model.name", fields["name"], MODELS, "model")
     arguments = _check_fields(network, fields)
@@ -44,7 +44,7 @@ def create_model(
 
 
 def _check_fields(network: type[nnx.Module], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of a network, of the types that it declares."""
+    """The keyword arguments of a network, checked against the types of its signature."""
     parameters = inspect.signature(network.__init__).parameters.values()
     types = {
         p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "rngs"

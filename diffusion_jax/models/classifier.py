@@ -1,4 +1,4 @@
-"""A small convolutional classifier of images, with the features before its last layer."""
+"""A small convolutional classifier of images, which also returns its last features."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ class ClassifierNetwork(NamedTuple):
 
 
 def create_classifier(shape: tuple[int, ...], num_classes: int) -> ClassifierNetwork:
-    """The classifier of images of one shape, (height, width, channels); allocates nothing."""
+    """Create the classifier of images (height, width, channels); no parameters are allocated."""
 
     def create(rngs: nnx.Rngs) -> nnx.Module:
         return ConvNet(shape, num_classes, rngs=rngs)
@@ -34,14 +34,14 @@ def create_classifier(shape: tuple[int, ...], num_classes: int) -> ClassifierNet
 
 
 class ConvNet(nnx.Module):
-    """Three convolutions that each halve the image, a layer of features, a layer of logits.
+    """Three convolutions of stride 2, a hidden layer (the features) and a layer of logits.
 
-    The convolutions have strides, because XLA:CPU is slow at the gradient of max pooling. The
-    activation is SiLU, because after ReLUs half of the features were zero for every image.
+    The convolutions have strides, because the gradient of max pooling is slow on XLA:CPU. The
+    activation is SiLU, because with ReLU half of the features were zero for every image.
 
     Args:
-        shape: of an image, (height, width, channels).
-        num_classes: of the data set.
+        shape: (height, width, channels) of an image.
+        num_classes: number of classes of the data set.
     """
 
     def __init__(self, shape: tuple[int, ...], num_classes: int, *, rngs: nnx.Rngs) -> None:
@@ -56,7 +56,7 @@ class ConvNet(nnx.Module):
     def __call__(
         self, x_0: Float[Array, "B H W C"]
     ) -> tuple[Float[Array, "B D"], Float[Array, "B K"]]:
-        """The features, which are the input of the last layer, and its logits."""
+        """The features (the input of the last layer) and the logits."""
         h = x_0
         for layer in self.convs.values():
             h = nnx.silu(layer(h))

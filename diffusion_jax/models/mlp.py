@@ -9,18 +9,18 @@ from diffusion_jax.models.layers.linear import ZERO, linear
 
 
 class MLP(nnx.Module):
-    """The network eps(x_t, t) for points: residual layers, each with the timestep's embedding.
+    """The denoising network for points: residual layers, each with the timestep's embedding.
 
     Args:
-        shape: of a point, (dimensions,).
-        num_classes: of the data set, None if it has no labels.
-        learned_variance: a second output follows the first along the last axis.
-        width: units of a layer; the embedding has four times as many.
-        num_layers: residual layers.
+        shape: (dimension,) of a point.
+        num_classes: number of classes of the data set; None if it has no labels.
+        learned_variance: whether the output for the variance follows along the last axis.
+        width: units of a layer; the embedding has 4 width.
+        num_layers: number of residual layers.
         class_conditional: add an embedding of the label, or of "no class", to the timestep's.
 
     Raises:
-        ConfigError: a field has a value that no network can be built from.
+        ConfigError: the value of an argument is out of its range, or the data are not points.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class MLP(nnx.Module):
         label: Int[Array, " B"] | None,
         keys: Key[Array, " B"] | None,
     ) -> Float[Array, "B D_out"]:
-        """The output; the keys have no effect, because there is no dropout."""
+        """The network's output; the keys have no effect, because there is no dropout."""
         embedding = nnx.silu(self.embedding(timestep, label))
         h = self.stem(x_t)
         for layer in self.layers:
@@ -59,7 +59,7 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """h + W_2 silu(W_1 silu(h) + W_e embedding)."""
+    """A residual layer: h + W_2 silu(W_1 silu(h) + W_e embedding)."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
         self.linear_1 = linear(width, width, rngs=rngs)
@@ -69,6 +69,6 @@ class Layer(nnx.Module):
     def __call__(
         self, h: Float[Array, "B W"], embedding: Float[Array, "B E"]
     ) -> Float[Array, "B W"]:
-        """The next h; E is the length of the embedding."""
+        """The layer's output; E is the length of the embedding."""
         hidden = self.linear_1(nnx.silu(h)) + self.embedding(embedding)
         return h + self.linear_2(nnx.silu(hidden))

@@ -9,15 +9,15 @@ from jax.flatten_util import ravel_pytree
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Key
 
-DRAWN_AT_ONCE = "drawn_at_once"  # metadata of a parameter that was built by ``uniform``
+DRAWN_AT_ONCE = "drawn_at_once"  # metadata key of parameters with an initialiser of ``uniform``
 
 
 def uniform(half_width: Callable[..., Array]) -> Initializer:
-    """An initialiser of U(-w, w), where ``half_width`` (key, shape, dtype) returns w.
+    """An initialiser of U(-w, w), where ``half_width(key, shape, dtype)`` returns w.
 
-    The parameter is built with the value w, and ``pure`` multiplies all such parameters by one
-    draw, because a draw for each layer takes the compiler ten times as long. Other initialisers
-    work as in Flax, and cost that time.
+    The parameter gets the value w, and ``pure`` multiplies all such parameters by a single draw of
+    U(-1, 1): with one draw per layer, init takes ten times as long to compile. Other initialisers
+    work as in Flax, but compile slowly.
     """
     metadata: dict[str, Any] = {DRAWN_AT_ONCE: True}
     return nnx.with_metadata(half_width, **metadata)
@@ -26,9 +26,10 @@ def uniform(half_width: Callable[..., Array]) -> Initializer:
 def pure(
     create: Callable[[nnx.Rngs], nnx.Module],
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """init(key) -> params, nested dicts of arrays, and apply(params, *inputs); allocates nothing.
+    """Turn a Flax module into init(key) -> params and apply(params, *inputs).
 
-    Every initialiser works as in Flax; ``uniform`` makes those that compile fast.
+    params are nested dicts of arrays. Nothing is allocated before init is called. Every initialiser
+    of Flax works; those of ``uniform`` compile faster.
     """
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
 
@@ -40,7 +41,7 @@ def pure(
             state,
             is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
         )
-        # checkpoints would turn the integers of a list into strings
+        # String keys, because a checkpoint would turn the integer keys of a list into strings.
         params, is_drawn = (_rename(nnx.to_pure_dict(tree), str) for tree in (state, is_drawn))
         flat, unravel = ravel_pytree(params)
         draws = unravel(jax.random.uniform(key, flat.shape, minval=-1, maxval=1))

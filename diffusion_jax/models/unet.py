@@ -1,9 +1,9 @@
 """The U-Net of DDPM (Ho et al. 2020, appendix B), with the label and the variance of iDDPM.
 
-Each level of resolution has `num_blocks` residual blocks, with self-attention at chosen heights;
-the same levels upwards have one block more, and each of those reads a skip connection. Each block
-adds the embedding of the timestep, as in DDPM (iDDPM can also scale by it), so that the number of
-parameters is that of the paper: 35,746,307 for its CIFAR-10 model.
+On the way down each level has `num_blocks` residual blocks, with self-attention at some heights.
+On the way up it has `num_blocks` + 1, and each reads a skip connection. A block adds the embedding
+of the timestep, as in DDPM (iDDPM can also scale by it). The number of parameters is that of the
+paper: 35,746,307 for its CIFAR-10 model.
 """
 
 import itertools
@@ -23,28 +23,28 @@ from diffusion_jax.models.layers.linear import ZERO, conv, conv3x3, linear
 from diffusion_jax.models.layers.norm import GroupNorm
 from diffusion_jax.models.layers.upsample import upsample
 
-Keys = Key[Array, " B"] | None  # of dropout, one per example; None: no dropout
+Keys = Key[Array, " B"] | None  # for dropout, one per example; None: no dropout
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class UNet(nnx.Module):
-    """The network eps(x_t, t): one output per input, or two with a learned variance.
+    """The denoising network for images: its output has the shape of x_t, or twice the channels.
 
     Args:
-        shape: of an image, (height, width, channels).
-        num_classes: of the data set, None if it has no labels.
-        learned_variance: a second output follows the first along the last axis.
-        width: channels of the first level; the embedding has four times as many.
-        channel_multipliers: channels of each level, in widths.
-        num_blocks: residual blocks per level; on the way up one more.
-        attention_resolutions: image heights with self-attention; the lowest, in the middle, always.
+        shape: (height, width, channels) of an image.
+        num_classes: number of classes of the data set; None if it has no labels.
+        learned_variance: whether the output for the variance follows along the last axis.
+        width: channels of the first convolution; the embedding has 4 width.
+        channel_multipliers: channels of each level, as multiples of width.
+        num_blocks: residual blocks of a level on the way down; one more on the way up.
+        attention_resolutions: image heights with self-attention; the middle always has it.
         head_channels: channels of an attention head.
         dropout: rate, before the second convolution of each residual block.
         class_conditional: add an embedding of the label, or of "no class", to the timestep's.
         dtype: of the computation; parameters, norms, softmax and the output are float32.
 
     Raises:
-        ConfigError: a field has a value that no network can be built from.
+        ConfigError: the value of an argument does not fit the network or the shape.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class UNet(nnx.Module):
         attends = _attention(channels, shape[0], attention_resolutions, head_channels)
 
         options = {"dtype": self.dtype, "rngs": rngs}
-        count = itertools.count()  # of the dropout layers
+        count = itertools.count()  # numbers of the dropout layers
 
         def block(c_in: int, c_out: int, attention: bool) -> Block:
             heads = c_out // head_channels if attention else 0
@@ -117,7 +117,7 @@ class UNet(nnx.Module):
         label: Int[Array, " B"] | None,
         keys: Keys,
     ) -> Float[Array, "B H W C_out"]:
-        """The output, float32; with keys, one per example, there is dropout."""
+        """The network's output in float32; dropout is applied if there are keys."""
         embedding = nnx.silu(self.embedding(timestep, label))
         h = self.stem(x_t)
         skips = [h]
@@ -142,7 +142,7 @@ def _check_levels(multipliers: tuple[int, ...], shape: tuple[int, ...]) -> None:
     named = "config.model.channel_multipliers", multipliers
     require(len(multipliers) > 0, *named, "of length 1 at least")
     require(min(multipliers) > 0, *named, "integers of at least 1")
-    # the height and the width can be halved as often as their largest common power of two
+    # Every level but the first halves height and width, which must be even each time.
     power = math.gcd(*shape[:2]) & -math.gcd(*shape[:2])
     allowed = f"of length {power.bit_length()} or less for images of shape {shape}"
     require(len(multipliers) <= power.bit_length(), *named, allowed)
@@ -151,7 +151,7 @@ def _check_levels(multipliers: tuple[int, ...], shape: tuple[int, ...]) -> None:
 def _attention(
     channels: list[int], height: int, resolutions: tuple[int, ...], head_channels: int
 ) -> list[bool]:
-    """Whether the blocks of each level have attention; those in the middle always have it."""
+    """Whether the blocks of each level have attention; the middle always has it."""
     heights = [height >> level for level in range(len(channels))]
     allowed = f"among the image heights that occur, {heights}"
     named = "config.model.attention_resolutions", resolutions
@@ -165,7 +165,7 @@ def _attention(
 
 
 class Block(nnx.Module):
-    """A residual block and, with heads > 0, the self-attention after it."""
+    """A residual block, followed by self-attention if heads > 0."""
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ class Block(nnx.Module):
         self, x: Float[Array, "B H W D"], embedding: Float[Array, "B E"], keys: Keys
     ) -> Float[Array, "B H W C"]:
         """The block's output; E is the length of the embedding."""
-        trains = keys is not None  # then the lean forms, which have no forward mode
+        trains = keys is not None  # then layers with a lean gradient, without jax.jvp
         h = self.conv_1(self.norm_1.silu(x, trains), trains)
         h = h + self.embedding(embedding)[:, None, None]
         h = self.conv_2(dropout(self.norm_2.silu(h, trains), self.rate, self.number, keys), trains)
@@ -200,7 +200,7 @@ class Block(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Nearest-neighbour upsampling by 2, then a 3x3 convolution, in one."""
+    """Nearest-neighbour upsampling by 2 and a 3x3 convolution, as one operation."""
 
     def __init__(self, channels: int, **options: Any) -> None:
         self.conv = conv(channels, channels, **options)
@@ -208,7 +208,7 @@ class Upsample(nnx.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], is_training: bool
     ) -> Float[Array, "B 2*H 2*W C"]:
-        """Twice the height and the width, the same channels."""
+        """The upsampled images, with twice the height and width and the same channels."""
         h = upsample(x, self.conv.kernel[...], is_training)
         return h + bias_of(self.conv, x.dtype)
 
@@ -216,7 +216,7 @@ class Upsample(nnx.Module):
 def dropout(
     h: Float[Array, " B *dims"], rate: float, number: int, keys: Keys
 ) -> Float[Array, " B *dims"]:
-    """Zero a share `rate` of each example by its own key, the same in every batch."""
+    """Inverted dropout; a mask depends on the example's key and the layer's number alone."""
     if keys is None or rate == 0:
         return h
 

@@ -1,12 +1,12 @@
-"""Checkpoints that are asynchronous, confirmed, verified and never trusted blindly.
+"""Checkpoints: saved in the background by orbax, and verified when they are saved and restored.
 
-Orbax writes them. The record and the list of arrays of a save are read back before older steps are
-removed. Orbax restores flipped bits without a word, so a digest of the state is saved beside it and
-compared at restore; a damaged step falls back to the newest intact one. Whoever reads changes
-nothing: the run that the folder belongs to may be writing there.
+After a save, its metadata and its list of arrays are read back before older steps are removed.
+Orbax restores flipped bits without an error, so a SHA-256 digest of the state is saved with it and
+compared at restore. If a step is damaged, the newest intact step is restored. Restoring never
+changes the folder, because a live run may be writing to it.
 
-Orbax counts its saves and loads, and those of several processes wait for each other. So all
-processes save and load the same steps, from their main threads.
+Orbax numbers its saves and loads, and processes wait for each other in each of them. So all
+processes must save and load the same steps in the same order, from their main threads.
 """
 
 import contextlib
@@ -33,32 +33,32 @@ LOG = logging.getLogger("diffusion_jax")
 
 Arrays = dict[str, np.ndarray]
 
-UNFINISHED = "*.orbax-checkpoint-tmp*"  # the folder of a step while orbax writes it
-REMOVED = ".removed"  # the end of its name while a step is removed
-DAMAGED = ".damaged"  # the end of its name when a run has gone on from an older step
+UNFINISHED = "*.orbax-checkpoint-tmp*"  # folders of steps that orbax is writing
+REMOVED = ".removed"  # suffix of a step's folder while it is removed
+DAMAGED = ".damaged"  # suffix of a damaged step, once a run has continued from an older one
 
 
 class SaveError(RunError):
-    """A checkpoint could not be written, or not be read back."""
+    """A checkpoint could not be written or read back."""
 
 
 class NoIntactCheckpointError(RunError):
-    """There are checkpoints and every one of them is damaged."""
+    """There are checkpoints, but every one is damaged."""
 
 
 class OtherModelError(RunError):
-    """An intact checkpoint does not have the arrays of the model."""
+    """An intact checkpoint has other arrays than the model."""
 
 
 class Restored(NamedTuple):
-    """A pytree of numpy arrays and the step at which it was saved."""
+    """A pytree of numpy arrays, and the step at which it was saved."""
 
     step: int
     state: Any
 
 
 def flatten(state: Any) -> Arrays:
-    """A pytree as a dict from path ("params/stem/kernel") to array."""
+    """A pytree as a dict from paths ("params/stem/kernel") to arrays."""
     return {name: np.asarray(leaf) for name, leaf in _by_path(state).items()}
 
 
@@ -73,19 +73,19 @@ def digest(arrays: Arrays) -> str:
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         total.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        total.update(array.reshape(-1).view(np.uint8).data)  # which copies nothing
+        total.update(array.reshape(-1).view(np.uint8).data)  # a view, not a copy
     return total.hexdigest()
 
 
 def saved_steps(directory: pathlib.Path) -> list[int]:
-    """Every step of which a checkpoint is there, oldest first, intact or not."""
+    """The steps that have a checkpoint, intact or not, oldest first."""
     return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
 
 
 class Checkpoints:
-    """The checkpoints that a run writes; it must hold the lock of its folder.
+    """The checkpoints of a run, which must hold the lock of its folder.
 
-    The ``keep_last`` newest and the ``keep_best`` lowest losses stay, and the step ``keep_step``.
+    The ``keep_last`` newest steps stay, the ``keep_best`` with the lowest losses and ``keep_step``.
     """
 
     def __init__(
@@ -103,22 +103,22 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._saving: Future | None = None
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._remove_remains()  # of a run that was killed
+        self._remove_remains()  # left by a killed run
         self._losses: dict[int, float] = {}
         for step in self.steps:
-            with contextlib.suppress(Exception):  # damage is for restore to tell of
+            with contextlib.suppress(Exception):  # restore reports damaged steps
                 self._losses[step] = ocp.metadata(self._path(step)).custom_metadata["loss"]
 
     @property
     def steps(self) -> list[int]:
-        """Every step that is there, oldest first."""
+        """The steps that have a checkpoint, oldest first."""
         return saved_steps(self._directory)
 
     def _path(self, step: int) -> pathlib.Path:
         return self._directory / str(step)
 
     def restore(self, template: Any, step: int | None = None) -> Restored | None:
-        """As the function ``restore``; the next save takes damaged steps out of the way."""
+        """As the function ``restore``; the next save renames the damaged steps."""
         restored, self._damaged = _restore(self._directory, template, step)
         return restored
 
@@ -126,45 +126,45 @@ class Checkpoints:
         """Save host arrays in the background; ``loss`` ranks the checkpoint.
 
         Raises:
-            SaveError: the save before this one failed.
+            SaveError: the save before this one failed, or this one could not start.
         """
         self.wait()
         self._set_damaged_aside()
         arrays = flatten(state)
         sum_ = digest(arrays)
         options = ocp.Context()
-        # it takes time from the training, and weights get only 8 % smaller
+        # compression slows the training down, and saves only 8 % of the disk space
         options.array.saving.use_compression = False
         with _as_save_error(step), options:
-            # begun here, as several processes must begin in the same order as their other work
+            # In the main thread, so that all processes start their saves in the same order.
             response = ocp.save_async(
                 self._path(step),
                 arrays,
                 custom_metadata={"digest": sum_, "loss": loss},
-                overwrite=True,  # nothing is there
+                overwrite=True,  # the path is free: a damaged step has been renamed
             )
         self._losses[step] = loss
         self._saving = self._thread.submit(self._finish, response.result, step, arrays, sum_)
 
     def _finish(self, wait: Callable[[], None], step: int, arrays: Arrays, sum_: str) -> None:
-        """Wait for the save, confirm it, and only then remove what it makes superfluous."""
+        """Wait for the save and read it back; only then remove older steps."""
         with _as_save_error(step):
             try:
                 wait()
             except Exception:
-                self._remove_remains()  # at once: they may be what fills the disk
+                self._remove_remains()  # now, because they may fill the disk
                 raise
             if jax.process_index() != 0:
                 return
             saved = ocp.metadata(self._path(step))
             if saved.custom_metadata["digest"] != sum_:
-                raise ValueError("its record is not the one that was written")
+                raise ValueError("the saved metadata are not those that were written")
             _require_same_arrays(saved.metadata or {}, arrays)
         for other in self._superfluous():
             _remove(self._path(other))
 
     def _remove_remains(self) -> None:
-        """Remove what is no checkpoint: steps half written, or half removed."""
+        """Remove the folders of steps that are partly written or partly removed."""
         for pattern in (UNFINISHED, f"*{REMOVED}") if jax.process_index() == 0 else ():
             for path in self._directory.glob(pattern):
                 _remove(path)
@@ -172,11 +172,11 @@ class Checkpoints:
     def _superfluous(self) -> list[int]:
         steps = self.steps
         lowest = sorted(steps, key=lambda step: self._losses.get(step, math.inf))
-        kept = {*steps[-self._keep_last :], *lowest[: self._keep_best], self._keep_step}
-        return [step for step in steps if step not in kept]
+        lasting = {*steps[-self._keep_last :], *lowest[: self._keep_best], self._keep_step}
+        return [step for step in steps if step not in lasting]
 
     def _set_damaged_aside(self) -> None:
-        """Rename what could not be read: it counts no more, and is there for whoever wants it."""
+        """Rename damaged steps, so that they no longer count but the user can inspect them."""
         damaged, self._damaged = self._damaged, []
         for step in damaged if jax.process_index() == 0 else ():
             aside = self._path(step).with_name(f"{step}{DAMAGED}")
@@ -184,17 +184,17 @@ class Checkpoints:
             self._path(step).rename(aside)
 
     def wait(self) -> None:
-        """Wait for what is being saved.
+        """Wait for the save in progress, if there is one.
 
         Raises:
-            SaveError: it could not be written or not be read back; older steps stay.
+            SaveError: it could not be written or read back; older steps stay.
         """
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
 
     def close(self) -> None:
-        """Wait for what is being saved, then let go.
+        """Wait for the save in progress, then end the background thread.
 
         Raises:
             SaveError: see ``wait``.
@@ -206,9 +206,9 @@ class Checkpoints:
 
 
 def _remove(path: pathlib.Path) -> None:
-    """Remove the folder of a step, if it is there; one that cannot be removed is in nobody's way.
+    """Remove the folder of a step, if it exists; a failure is only logged.
 
-    It has another name at once, for half a step would look damaged.
+    It is renamed first, because a partly removed step would look damaged.
     """
     removed = path.with_name(f"{path.name.removesuffix(REMOVED)}{REMOVED}")
     try:
@@ -221,26 +221,26 @@ def _remove(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _as_save_error(step: int) -> Iterator[None]:
-    """Orbax and tensorstore fail in many ways: as one line of ours, whatever it was."""
+    """Turn any exception of orbax or tensorstore, which raise many types, into a SaveError."""
     try:
         yield
     except Exception as error:
         raise SaveError(
-            f"checkpoint {step} could not be saved, those before it stay: {_reason(error)}"
+            f"checkpoint {step} could not be saved, earlier checkpoints stay: {_reason(error)}"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, shortened: tensorstore tells all that it was doing."""
+    """The first line of an error, shortened, because tensorstore appends its whole spec."""
     text = f"{type(error).__name__}: {error}".splitlines()[0].partition(" [tensorstore_spec=")[0]
     return text if len(text) < 300 else f"{text[:100]} ... {text[-150:]}"
 
 
-@functools.cache  # once
+@functools.cache  # so that the filters are added only once
 def _silence_orbax() -> None:
-    """Drop what orbax and tensorstore print: of a failure many tracebacks, beside raising it.
+    """Silence orbax and asyncio, which log many tracebacks of a failure that they also raise.
 
-    When the first array fails orbax ends its event loop, and the tasks of the other arrays in it.
+    When one array fails, orbax closes its event loop, and the tasks of the other arrays fail too.
     """
     absl, asyncio = logging.getLogger("absl"), logging.getLogger("asyncio")
     absl.addFilter(lambda record: "/orbax/checkpoint/" not in record.pathname)
@@ -255,14 +255,14 @@ def _silence_orbax() -> None:
 
 
 def restore(directory: pathlib.Path, template: Any, step: int | None = None) -> Restored | None:
-    """The newest intact state in the structure of ``template``; None if nothing was saved.
+    """Restore the newest intact state, or that of ``step``; None if there is no checkpoint.
 
-    With ``step`` it is that of this step or none. Nothing in the folder changes, and a run may be
-    writing there.
+    The result has the structure of ``template``. The folder does not change, so that a live run may
+    write to it meanwhile.
 
     Raises:
-        NoIntactCheckpointError: every checkpoint is damaged.
-        OtherModelError: an intact checkpoint of another structure.
+        NoIntactCheckpointError: every checkpoint (with ``step``, that one) is damaged.
+        OtherModelError: an intact checkpoint has other arrays than ``template``.
     """
     return _restore(directory, template, step)[0]
 
@@ -270,7 +270,7 @@ def restore(directory: pathlib.Path, template: Any, step: int | None = None) -> 
 def _restore(
     directory: pathlib.Path, template: Any, step: int | None
 ) -> tuple[Restored | None, list[int]]:
-    """The state, and the newer steps that are damaged."""
+    """The restored state, and the newer steps, which are damaged."""
     _silence_orbax()
     damaged: list[int] = []
     while True:
@@ -281,11 +281,11 @@ def _restore(
         reason = ""
         try:
             arrays = load(directory, newest)
-        except Exception as error:  # damage shows as any exception of orbax or tensorstore
+        except Exception as error:  # orbax and tensorstore raise many types for damage
             reason = _reason(error)
         if not any_is(bool(reason)):
             return Restored(newest, _unflatten(arrays, template)), damaged
-        # a live run removes a step when it has a newer one
+        # A live run may have removed the step meanwhile, because it has a newer one.
         if any_is(newest in saved_steps(directory)):
             reason = reason or "in another process"
             LOG.warning("checkpoint %d is damaged (%s), trying an older one", newest, reason)
@@ -296,23 +296,23 @@ def _restore(
 
 
 def load(directory: pathlib.Path, step: int) -> Arrays:
-    """The arrays of one step, by their paths.
+    """Load the arrays of one step, as a dict from paths to arrays.
 
     Raises:
-        Exception: the step is damaged; which one depends on where.
+        Exception: the step is damaged; the type depends on where the damage is.
     """
     path = directory.absolute() / str(step)
     saved = ocp.metadata(path)
     abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved.metadata)
     arrays = ocp.load(path, abstract)
     if digest(arrays) != saved.custom_metadata["digest"]:
-        raise ValueError("its contents do not have the digest they were saved with")
+        raise ValueError("its arrays do not match the saved digest")
     return arrays
 
 
 def _unflatten(arrays: Arrays, template: Any) -> Any:
     expected = _by_path(template)
-    fields = {name.partition("/")[0] for name in expected}  # others may be left out as a whole
+    fields = {name.partition("/")[0] for name in expected}  # template may omit whole fields
     _require_same_arrays(
         {name: array for name, array in arrays.items() if name.partition("/")[0] in fields},
         expected,
@@ -321,28 +321,35 @@ def _unflatten(arrays: Arrays, template: Any) -> Any:
 
 
 def _require_same_arrays(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Compare names, types and shapes."""
+    """Compare the names, dtypes and shapes of arrays.
+
+    Raises:
+        OtherModelError: they differ.
+    """
     for name in sorted(expected.keys() | saved.keys()):
-        there, wanted = (
+        saved_type, expected_type = (
             f"{tree[name].dtype}{list(tree[name].shape)}" if name in tree else "nothing"
             for tree in (saved, expected)
         )
-        if there != wanted:
-            raise OtherModelError(f"checkpoint has {there} for {name}, the model has {wanted}")
+        if saved_type != expected_type:
+            raise OtherModelError(
+                f"checkpoint has {saved_type} for {name}, the model has {expected_type}"
+            )
 
 
 def restore_average(
     template: PyTree, path: pathlib.Path, step: int | None, *, field: str = "step"
 ) -> tuple[PyTree, int]:
-    """The averaged parameters of the run in ``path`` and their step; None: the newest.
+    """Restore the averaged (EMA) parameters of the run in ``path``; returns them and their step.
 
-    ``template`` has their structure and shapes, ``field`` is what messages call the step.
+    ``step`` None is the newest intact step. ``template`` has the structure and shapes of the
+    parameters. Error messages call the step by the name ``field``.
 
     Raises:
-        WorkdirError: there is no checkpoint.
-        ConfigError: there is none of this step.
-        NoIntactCheckpointError: every checkpoint is damaged.
-        OtherModelError: it is of another model.
+        WorkdirError: the run has no checkpoint.
+        ConfigError: the run has no checkpoint of this step.
+        NoIntactCheckpointError: every checkpoint (with ``step``, that one) is damaged.
+        OtherModelError: the checkpoint is of another model.
     """
     directory = path / "checkpoints"
     restored = restore(directory, {"ema": template}, step)

@@ -1,7 +1,7 @@
-"""The devices of a run: every accelerator or, without one, every CPU core as a device of its own.
+"""The devices of a run: all accelerators, or without one, CPU cores as one device each.
 
-XLA:CPU runs a convolution on one core, so two cores train faster as two devices. What is set
-here must be set before jax starts its backends.
+With one thread per convolution, two cores train faster as two devices than as one. ``start`` must
+run before jax starts its backends.
 """
 
 import ctypes
@@ -24,30 +24,31 @@ from diffusion_jax.runtime import numerics
 LOG = logging.getLogger("diffusion_jax")
 
 
-# The environment of a run of several processes, one per host; on a pod jax finds it by itself.
+# Environment variables of a run of several processes, one per host. On a pod jax needs none.
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = (
     "JAX_COORDINATOR_ADDRESS",
     "JAX_NUM_PROCESSES",
     "JAX_PROCESS_ID",
 )
 
-# How long a process that ends waits for the others to end: they may be blocked because it is gone.
+# The time that an ending process waits for the others, which may be blocked because it has left.
 LEAVING_SECONDS = 30
 
-# a core's convolutions on that core; the widest vectors that it has
+# One thread per convolution; vectors of up to 512 bits.
 XLA_FLAGS = "--xla_cpu_multi_thread_eigen=false", "--xla_cpu_prefer_vector_width=512"
 
-# Read by XLA, the threads of its pool. One image's operations are too small for several: on two
-# cores a chain's step takes a tenth longer where two threads hand them to each other.
+# XLA reads the number of its threads from this variable. The operations of one image are too small
+# to share: on two cores a sampling step takes 10 % longer with two threads.
 THREADS = "NPROC"
 
-# mallopt(3): trim nothing below 2 GiB; no mapping, which is unmapped when freed; one arena, for
-# the others' heaps are too small for large arrays, which would be mapped
+# Options of mallopt(3). M_TRIM_THRESHOLD: return only more than 2 GiB to the system. M_MMAP_MAX: no
+# mmap for large arrays, because free returns mapped memory at once. M_ARENA_MAX: one arena, because
+# the heaps of other arenas are too small for large arrays, which would then be mapped.
 MALLOC_OPTIONS = {-1: 2**31 - 1, -4: 0, -8: 1}
-HOLES = 2**11, 2**28  # the free chunks, in bytes, that are kept from glibc's later searches
-COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event, before the first run
+HOLES = 2**11, 2**28  # smallest and largest size, in bytes, of the blocks that _fill_holes takes
+COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event after a compilation
 LONG_COMPILATION = 1.0  # seconds
-MIN_EXAMPLES_PER_CORE = 8  # fewer leave a core waiting for the others
+MIN_EXAMPLES_PER_CORE = 8  # with fewer, cores mostly wait for each other
 
 
 def start(
@@ -57,14 +58,17 @@ def start(
     divide: bool,
     num_jobs: int | None = None,
 ) -> None:
-    """Start jax: fix its options, join the other processes, and make cores devices.
+    """Start jax: fix its options, join the other processes, and make CPU cores devices.
 
-    As many cores as can share a batch evenly where ``divide``, in training; elsewhere what is
-    uneven is filled up, and one image is the work of one thread. Devices that have jobs of their
-    own, ``num_jobs`` in all, share no batches.
+    The number of CPU devices, if ``num_devices`` does not set it, depends on the mode. In training
+    (``divide``) it is the largest number that divides a process's share of the batch evenly with at
+    least MIN_EXAMPLES_PER_CORE examples each. In an ablation whose devices have jobs of their own
+    it is at most the number of these, ``num_jobs``. In other modes it is at most the batch size,
+    and a batch of one image is computed by one thread.
 
     Raises:
-        ConfigError: more devices than there are.
+        ConfigError: num_devices is below 1 or more than there are, or the settings of the processes
+            or of JAX_PLATFORMS are wrong.
     """
     numerics.fix()
     at_least_1 = num_devices is None or num_devices >= 1
@@ -79,7 +83,7 @@ def start(
     elif divide:
         on_cpu = _devices_for(batch_size // processes, cores)
     else:
-        on_cpu = min(batch_size, cores)  # they wait for nobody
+        on_cpu = min(batch_size, cores)  # uneven batches are padded
     present = os.environ.get("XLA_FLAGS", "")
     flags = [flag for flag in XLA_FLAGS if flag.split("=")[0] not in present]
     os.environ["XLA_FLAGS"] = " ".join([present, *flags]).strip()
@@ -91,26 +95,26 @@ def start(
         _join()
     try:
         local = jax.local_device_count()
-    except (AssertionError, RuntimeError) as error:  # jax asserts that JAX_PLATFORMS has a device
+    except (AssertionError, RuntimeError) as error:  # AssertionError: JAX_PLATFORMS has no device
         reason = str(error) or "there is no such device, or jax is not installed for it"
-        asked = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax adds it at run time
-        raise ConfigError(f"JAX_PLATFORMS = {asked!r}: {reason}") from error
+        names = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax adds it at run time
+        raise ConfigError(f"JAX_PLATFORMS = {names!r}: {reason}") from error
     if num_devices is not None and num_devices > local:
         raise ConfigError(f"config.num_devices = {num_devices}: there are {local}")
 
 
 def require_shared_batches(batch_size: int, devices: list[jax.Device]) -> None:
-    """Refuse batches that the devices cannot share evenly, as they must in training.
+    """Refuse a training batch that the devices cannot share evenly.
 
     Raises:
-        ConfigError: naming the number of devices.
+        ConfigError: batch_size is not a multiple of the number of devices.
     """
     allowed = f"a multiple of the {len(devices)} devices"
     require(batch_size % len(devices) == 0, "config.train.batch_size", batch_size, allowed)
 
 
 def start_compilation_cache(folder: str | None) -> None:
-    """Keep compiled programs on disk, so that a second start takes seconds; "off" does not."""
+    """Save compiled programs in a folder, so that later starts are fast; "off" saves none."""
     if folder == "off":
         return
     try:
@@ -119,25 +123,25 @@ def start_compilation_cache(folder: str | None) -> None:
         LOG.warning("config.compilation_cache = None: no compiled program is kept: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", folder)
-    # the small programs too: a start compiles dozens of them, which takes two seconds
+    # Save small programs too: a start compiles dozens of them, which takes two seconds.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()  # the checks may have compiled a trifle: jax looked only then
+    compilation_cache.reset_cache()  # jax reads the folder only at its first compilation
 
 
 def log(devices: list[jax.Device]) -> None:
-    """Say what the run uses."""
+    """Log the devices and the number of processes."""
     platform = jax.default_backend()
     note = f" of {count_cores()} cores" if platform == "cpu" else ""
     LOG.info("%d %s devices%s, %d process(es)", len(devices), platform, note, jax.process_count())
 
 
 def count_cores() -> int:
-    """The CPU cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _devices_for(batch_size: int, cores: int) -> int:
-    """The most cores that share a batch evenly and get enough examples each."""
+    """The largest number of cores that divides a batch evenly with enough examples each."""
     fitting = [
         n
         for n in range(1, cores + 1)
@@ -146,15 +150,15 @@ def _devices_for(batch_size: int, cores: int) -> int:
     return max(fitting, default=1)
 
 
-@functools.cache  # once is enough
+@functools.cache  # so that the listener is registered only once
 def _manage_memory(is_training: bool) -> None:
-    """Have glibc give back what the compiler frees, and in training keep what a step frees.
+    """Make glibc return the compiler's memory to the system, and in training keep that of a step.
 
-    XLA:CPU allocates the temporaries of a training step anew each time, and the faults of their
-    fresh pages take a seventh of the step's time. One arena keeps them; but in one that a
-    compilation has left full of holes each allocation of some 10 KB takes 50 microseconds, for
-    glibc looks through the holes one by one: so they are filled. It must run before jax
-    starts its threads, when the platform is not known yet. Other C libraries stay as they are.
+    XLA:CPU allocates the temporary arrays of every training step again, and the page faults of new
+    memory take a seventh of the step's time. With MALLOC_OPTIONS glibc keeps the memory in a single
+    arena. A compilation leaves many free holes in that arena, and glibc searches them one by one,
+    so an allocation of 10 KB can take 50 microseconds; therefore the holes are filled. This must
+    run before jax starts its threads, so on all platforms. Other C libraries have no mallopt.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
@@ -173,14 +177,14 @@ def _manage_memory(is_training: bool) -> None:
 
 
 def _fill_holes(libc: ctypes.CDLL) -> None:
-    """Take the free memory below the top of the heap and keep it: addresses, but no pages."""
+    """Allocate the free blocks below the top of the heap for ever; this uses nearly no memory."""
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_size_t, (ctypes.c_size_t,)
     libc.free.restype, libc.free.argtypes = None, (ctypes.c_size_t,)
     smallest, size = HOLES
     top = libc.malloc(size)
     libc.free(top)
     while size >= smallest:
-        if not 0 < (hole := libc.malloc(size)) < top:  # none of this size is left below
+        if not 0 < (hole := libc.malloc(size)) < top:  # no hole of this size is left
             libc.free(hole)
             size -= size // 8
 
@@ -206,7 +210,7 @@ def _number_of(variable: str) -> int:
 
 
 def select_devices(num_devices: int | None) -> list[jax.Device]:
-    """The devices of all processes that the run uses, ``num_devices`` of each process."""
+    """The devices of the run, ``num_devices`` of each process (None: all)."""
     if num_devices is None:
         return jax.devices()
     by_process: dict[int, list[jax.Device]] = {}
@@ -216,15 +220,15 @@ def select_devices(num_devices: int | None) -> list[jax.Device]:
 
 
 def replicate(tree: Tree, devices: list[jax.Device]) -> Tree:
-    """Put every array of a pytree on every device, as ``pmap(in_axes=None)`` wants to find it.
+    """Copy every array of a pytree to every device, with the sharding of ``pmap(in_axes=None)``.
 
-    Done before the first call, for otherwise that call and the second one compile each.
+    Without it, the first and the second call of a pmapped function each compile.
     """
     return _place(tree, devices, PartitionSpec())
 
 
 def divide(tree: Tree, devices: list[jax.Device]) -> Tree:
-    """Put row i of every array on device i, as ``pmap(in_axes=0)`` wants to find it."""
+    """Put row i of every array on device i, with the sharding of ``pmap(in_axes=0)``."""
     return _place(tree, devices, PartitionSpec("device"))
 
 
@@ -233,12 +237,12 @@ def _place(tree: Tree, devices: list[jax.Device], spec: PartitionSpec) -> Tree:
     return placed
 
 
-@functools.cache  # for another function compiles anew
+@functools.cache  # because jit compiles again for every new function
 def _compile_place(devices: tuple[jax.Device, ...], spec: PartitionSpec) -> Callable[..., Any]:
     sharding = NamedSharding(Mesh(np.array(devices), ("device",)), spec)
     return jax.jit(lambda tree: tree, out_shardings=sharding)
 
 
 def local_copy(tree: Tree) -> Tree:
-    """A host copy of a replicated pytree (one replica of it), safe from buffer donation."""
+    """Copy one replica of a replicated pytree to the host, safe from buffer donation."""
     return map_leaves(lambda leaf: np.array(leaf.addressable_data(0)), tree)

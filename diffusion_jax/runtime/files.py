@@ -1,4 +1,4 @@
-"""The one way in which files are written: whole or not at all, whatever happens meanwhile."""
+"""Atomic writing of files: a file is replaced as a whole, or stays as it was."""
 
 import contextlib
 import os
@@ -9,9 +9,9 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def replace(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of ``path`` once all of it is on the disk.
+    """Yield a temporary file that replaces ``path`` when the block ends without an error.
 
-    A process that is killed meanwhile leaves ``path`` as it was.
+    It is on disk before it replaces ``path``. A process that is killed leaves ``path`` as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -25,6 +25,6 @@ def replace(path: pathlib.Path) -> Iterator[BinaryIO]:
 
 
 def replace_text(path: pathlib.Path, text: str) -> None:
-    """Write a text in the place of ``path``."""
+    """Write a text file atomically, see ``replace``."""
     with replace(path) as file:
         file.write(text.encode())

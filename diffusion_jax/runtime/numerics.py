@@ -1,4 +1,4 @@
-"""What the numbers of a run depend on beside its config: options of jax, which are fixed here."""
+"""Options of jax that change the results of a run beside its config; they are fixed here."""
 
 import logging
 
@@ -8,8 +8,8 @@ from diffusion_jax.diffusion.streams import GENERATOR
 
 LOG = logging.getLogger("diffusion_jax")
 
-# jax takes them from the environment too (JAX_ENABLE_X64). Other values change the noise of a seed,
-# make it depend on the batch, or make arrays and checkpoints of 64 bits.
+# Users can set these in the environment (JAX_ENABLE_X64). Other values change the noise of a seed,
+# make noise depend on the batch, or make arrays and checkpoints 64-bit.
 FIXED = {
     "jax_default_prng_impl": GENERATOR,
     "jax_enable_x64": False,
@@ -20,11 +20,11 @@ FIXED = {
 
 
 def fix() -> None:
-    """Set the options, with a warning where one had another value."""
+    """Set the options to FIXED, with a warning for each that had another value."""
     for name, value in FIXED.items():
         if name not in jax.config.values:  # an option that this version of jax does not have
             continue
         before = jax.config.values[name]
         if getattr(before, "value", before) != value:
-            LOG.warning("%s = %s: set to %s, for results depend on it", name, before, value)
+            LOG.warning("%s = %s: set to %s, because results depend on it", name, before, value)
             jax.config.update(name, value)

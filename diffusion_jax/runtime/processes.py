@@ -1,4 +1,4 @@
-"""Several processes of one run: what they tell each other, so that none waits for ever."""
+"""Agreement between the processes of a run, so that none waits for ever for a failed one."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from diffusion_jax.errors import RunError
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """A block that every process of a run ends before any goes on; if one fails, all do.
+    """A block with a barrier at its end: if it fails in one process, all processes fail.
 
-    In the block a process must not wait for another: no loads or saves of orbax, no step on the
-    devices of several processes.
+    Inside the block a process must not wait for another one: it must not save or load with orbax,
+    nor run a step on the devices of several processes.
 
     Raises:
         RunError: the block failed in another process.
@@ -23,7 +23,7 @@ def together() -> Iterator[None]:
     try:
         yield
     except Exception:
-        with contextlib.suppress(Exception):  # the others may be gone; the first error matters
+        with contextlib.suppress(Exception):  # the others may have ended; raise the first error
             any_is(True)
         raise
     if any_is(False):
@@ -31,14 +31,14 @@ def together() -> Iterator[None]:
 
 
 def any_is(value: bool) -> bool:
-    """Whether the value is true in any process; all processes must ask at the same time."""
+    """Whether the value is true in any process; all processes must call this together."""
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.process_allgather(np.array(value)).any())
 
 
 def value_of_first(value: int) -> int:
-    """The value that the first process has; all processes must ask at the same time."""
+    """The value of the first process; all processes must call this together."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.array(value)))

@@ -1,4 +1,4 @@
-"""The samples of a long job: a file for each batch as it comes, joined into one at the end."""
+"""The samples of a long job: one file per finished batch, joined into one file at the end."""
 
 import json
 import logging
@@ -17,19 +17,19 @@ LOG = logging.getLogger("diffusion_jax")
 
 
 class Shards:
-    """The files of a job that may be killed at any moment and go on: none repeated, none lost.
+    """The files of a job that can be killed at any time and resumed without losing a batch.
 
-    A shard's name says which samples it holds. ``job`` is what the samples depend on; shards of
-    another job are thrown away, with a warning.
+    The name of a shard gives the range of its samples. ``job`` holds everything that the samples
+    depend on; shards of another job are removed with a warning.
     """
 
     def __init__(self, folder: pathlib.Path, name: str, job: dict) -> None:
         self._folder, self._name = folder, name
         record, text = folder / "job.json", json.dumps(job, sort_keys=True)
         self._joined = folder.with_name(f"{folder.name}.joined")
-        shutil.rmtree(self._joined, ignore_errors=True)  # of a run killed while it removed them
+        shutil.rmtree(self._joined, ignore_errors=True)  # left by a run killed in ``join``
         if folder.exists() and (not record.exists() or record.read_text() != text):
-            LOG.warning("%s: of another job, begun again", folder)
+            LOG.warning("%s: removed the samples of another job; starting again", folder)
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         files.replace_text(record, text)
@@ -37,7 +37,7 @@ class Shards:
         self._size = ranges[-1][1] if ranges else 0
 
     def _ranges(self) -> list[tuple[int, int, pathlib.Path]]:
-        """First and end of the shards that follow on each other from sample 0, and their files."""
+        """(start, stop, file) of the shards that cover the samples from 0 without a gap."""
         ranges, end = [], 0
         for path in sorted(self._folder.glob("*.npz")):
             first, last = map(int, path.stem.split("-"))
@@ -48,11 +48,11 @@ class Shards:
         return ranges
 
     def __len__(self) -> int:
-        """How many samples there are."""
+        """The number of samples."""
         return self._size
 
     def add(self, samples: Num[np.ndarray, "n ..."]) -> None:
-        """Write the next samples, whole or not at all."""
+        """Write the next samples atomically."""
         end = self._size + len(samples)
         path = self._folder / f"{self._size:09d}-{end - 1:09d}.npz"
         arrays: dict[str, Any] = {self._name: samples}
@@ -72,7 +72,7 @@ class Shards:
         return np.concatenate(parts)[:count]
 
     def join(self, path: pathlib.Path) -> None:
-        """Make one .npz of all shards, a shard in memory at a time, and remove them."""
+        """Join all shards into one .npz, with one shard in memory at a time, and remove them."""
         like = self.first(1)
         header = {
             "descr": np.lib.format.dtype_to_descr(like.dtype),
@@ -88,5 +88,5 @@ class Shards:
             for _, _, part in self._ranges():
                 with np.load(part) as arrays:
                     column.write(np.ascontiguousarray(arrays[self._name]).tobytes())
-        os.replace(self._folder, self._joined)  # at once, whatever happens while they are removed
+        os.replace(self._folder, self._joined)  # atomic, unlike the removal
         shutil.rmtree(self._joined)

@@ -1,4 +1,4 @@
-"""Being asked to stop: by Ctrl-C, by a batch queue, by the machine that goes away."""
+"""Requests to stop: Ctrl-C, or the SIGTERM of a batch queue or a preempted machine."""
 
 import signal
 from types import FrameType
@@ -8,9 +8,9 @@ from jax.experimental import multihost_utils
 
 
 class Stop:
-    """SIGTERM and SIGINT as a question that the loop asks between steps.
+    """Remembers SIGTERM and SIGINT, so that the training loop can stop after a step.
 
-    Of several processes jax's preemption service hears the SIGTERM, if nobody else handles it.
+    In a run of several processes jax's preemption service handles SIGTERM, so this class does not.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Stop:
         self._before = {number: signal.signal(number, self._remember) for number in numbers}
 
     def close(self) -> None:
-        """Let signals do again what they did before."""
+        """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -27,7 +27,7 @@ class Stop:
         self.signal = number
 
     def asked(self, step: int) -> bool:
-        """Whether to stop now; several processes agree on the step through jax."""
+        """Whether to stop after this step; jax makes several processes agree on the step."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal = signal.SIGTERM
         return self.signal is not None

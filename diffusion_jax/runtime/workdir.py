@@ -1,4 +1,4 @@
-"""A run's folder: one run at a time in it, and its record of what it was started with."""
+"""The folder of a run: its lock, and its record of the config (config.json)."""
 
 import contextlib
 import fcntl
@@ -10,15 +10,15 @@ from typing import Any
 from diffusion_jax.errors import WorkdirError
 from diffusion_jax.runtime import files, numerics
 
-OPTIONS = "jax"  # the part of config.json that is no part of the config
-PATTERNS = "*?[\\"  # orbax takes the path of a checkpoint for a pattern if it has one of these
+OPTIONS = "jax"  # the section of config.json with the options of jax, beside the config
+PATTERNS = "*?[\\"  # orbax reads a path with one of these characters as a glob pattern
 
 
 class Workdir:
-    """The folder of one run, held by a lock that dies with the process.
+    """The folder of one run or ablation.
 
     Raises:
-        WorkdirError: a path whose checkpoints could not be read back.
+        WorkdirError: the path has a character of PATTERNS, so orbax could not read checkpoints.
     """
 
     def __init__(self, path: str | pathlib.Path) -> None:
@@ -33,10 +33,11 @@ class Workdir:
         self._record = self.path / "config.json"
 
     def read_record(self) -> dict[str, Any] | None:
-        """The config of the run that is there; None if there is none.
+        """Read the config of the run in the folder; None if there is no run.
 
         Raises:
-            WorkdirError: the path is a file, or holds an ablation, or its record is damaged.
+            WorkdirError: the path is a file or holds an ablation, or its record is damaged or has
+                other options of jax.
         """
         if self.path.exists() and not self.path.is_dir():
             raise WorkdirError(self.path, "is a file")
@@ -52,21 +53,21 @@ class Workdir:
             raise WorkdirError(self.path, f"config.json is damaged: {error}") from error
         if not isinstance(record, dict):
             raise WorkdirError(self.path, "config.json is damaged: it holds no sections")
-        options = record.get(OPTIONS, numerics.FIXED)  # an older record has none
+        options = record.get(OPTIONS, numerics.FIXED)  # older records have no such section
         if options != numerics.FIXED:
-            reason = f"is of a run under other options of jax, {options}, not {numerics.FIXED}"
+            reason = f"holds a run with other options of jax: {options}, not {numerics.FIXED}"
             raise WorkdirError(self.path, reason)
         return {name: value for name, value in record.items() if name != OPTIONS}
 
     @contextlib.contextmanager
     def lock(self, shard: str | None = None) -> Iterator[None]:
-        """Create the folder and hold it to the end of the block, or of the process by kill -9.
+        """Create the folder and lock it until the block ends, or the process is killed.
 
         Different shards of an ablation ("1/3") may work in the folder at once; the same shard
         twice is refused.
 
         Raises:
-            WorkdirError: another run holds it, or it cannot be written.
+            WorkdirError: another run holds the lock, or the folder is not writable.
         """
         whole = self.path / ".lock"
         kinds = {whole: fcntl.LOCK_EX}
@@ -75,11 +76,11 @@ class Workdir:
                 whole: fcntl.LOCK_SH,
                 whole.with_suffix("." + shard.replace("/", "_")): fcntl.LOCK_EX,
             }
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 for path, kind in kinds.items():
-                    fcntl.flock(held.enter_context(path.open("w")), kind | fcntl.LOCK_NB)
+                    fcntl.flock(stack.enter_context(path.open("w")), kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise WorkdirError(self.path, "in use by another run") from None
             except OSError as error:
@@ -87,24 +88,24 @@ class Workdir:
             yield
 
     def require_record(self, record: Mapping[str, Any] | None) -> None:
-        """Refuse a folder whose record is no longer the one that a run was checked against.
+        """Refuse a folder whose record has changed since the config was compared with it.
 
         Raises:
-            WorkdirError: another run has written it between the check and the lock.
+            WorkdirError: another run wrote the record before this one locked the folder.
         """
         if self.read_record() != record:
-            raise WorkdirError(self.path, "another run has just been here; start again")
+            raise WorkdirError(self.path, "another run has just changed config.json; start again")
 
     def keep_traceback(self, text: str) -> str:
-        """Write error.log, if the folder is there; returns the end of a message that says so."""
+        """Write error.log if the folder exists; returns the text " (see PATH)", or "" if not."""
         path = self.path / "error.log"
         try:
             files.replace_text(path, text)
-        except OSError:  # no folder yet, or the disk itself is what failed
+        except OSError:  # there is no folder yet, or the disk is the problem
             return ""
         return f" (see {path})"
 
     def record(self, config: Mapping[str, Any]) -> None:
-        """Write config.json: the config, and the options of jax that results depend on."""
+        """Write config.json: the config and the fixed options of jax."""
         record = {**config, OPTIONS: numerics.FIXED}
         files.replace_text(self._record, json.dumps(record, indent=2, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""What can be done with given images: each edit is a sampler and the x_T that it starts from."""
+"""The edits of images: each is a sampler, and the x_T that its chain starts from."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from diffusion_jax.experiment.editing import EditingPlan
 
 
 class EditInputs(NamedTuple):
-    """What an edit is made from; ``rows`` end at the plan's timestep."""
+    """The inputs of an edit; ``rows`` end at the plan's timestep."""
 
     plan: EditingPlan
     keys: Key[Array, " batch"]
@@ -25,18 +25,18 @@ class EditInputs(NamedTuple):
     images: dict[str, Array]  # x_0, mask, fraction and latents, see Generator
 
 
-# The sampler of an edit, and the x_T that it starts from; None: from noise.
+# The sampler of an edit, and the x_T that its chain starts from; None: x_T ~ N(0, I).
 Start = tuple[Sampler, Float[Array, "batch ..."] | None]
 
 
 def _image_to_image(inputs: EditInputs) -> Start:
-    """SDEdit: noise the image up to a timestep and denoise it."""
+    """SDEdit: noise the image up to the plan's timestep, then denoise it."""
     begun = editing.diffuse(inputs.keys, inputs.rows[-1], inputs.images["x_0"])
     return inputs.sampler, begun
 
 
 def _inpaint(inputs: EditInputs) -> Start:
-    """RePaint, from pure noise or from the noised image."""
+    """RePaint, from pure noise or from the image noised up to the plan's timestep."""
     plan, x_0 = inputs.plan, inputs.images["x_0"]
     jumps = plan.num_resamples, plan.jump_length
     sampler = editing.inpaint(inputs.sampler, x_0, inputs.images["mask"], *jumps)
@@ -46,7 +46,7 @@ def _inpaint(inputs: EditInputs) -> Start:
 
 
 def _interpolate(inputs: EditInputs) -> Start:
-    """The latents of the first and the last image, joined by an arc."""
+    """Spherical interpolation between the latents of the first and the last image."""
     latents = inputs.images["latents"]
 
     def join(first: Array, last: Array, fraction: Array) -> Array:
@@ -57,24 +57,24 @@ def _interpolate(inputs: EditInputs) -> Start:
 
 
 def _variations(inputs: EditInputs) -> Start:
-    """The latent of the image with part of its noise drawn anew."""
+    """The latent of the image, with its noise rotated towards fresh noise, see ``editing.vary``."""
     x_T, last = inputs.images["latents"][:, 0], inputs.rows[-1]
     prediction = inputs.predict(x_T, last)
     return inputs.sampler, editing.vary(inputs.keys, last, x_T, prediction, inputs.plan.strength)
 
 
 def _ends(indices: Int[np.ndarray, "..."], num_images: int) -> Int[np.ndarray, "... 2"]:
-    """The first and the last image, whatever the index."""
+    """The numbers of the first and the last image, for every index."""
     return np.broadcast_to([0, num_images - 1], (*indices.shape, 2))
 
 
 def _own(indices: Int[np.ndarray, "..."], num_images: int) -> Int[np.ndarray, "... 1"]:
-    """Image i mod n for index i."""
+    """The number i mod n of an image, for each index i."""
     return indices[..., None] % num_images
 
 
 class Edit(NamedTuple):
-    """Where the chain of a task starts, and the numbers of the images whose latents it needs."""
+    """A task: the start of its chain, and the numbers of the images whose latents it needs."""
 
     start: Callable[[EditInputs], Start]
     inverted: Callable[[Int[np.ndarray, "..."], int], Int[np.ndarray, "..."]] | None = None

@@ -1,4 +1,4 @@
-"""What sampling leaves in a workdir: arrays, grids of images, animations."""
+"""The files that sampling writes into a workdir: arrays, grids of images, animations."""
 
 import functools
 import logging
@@ -41,11 +41,12 @@ LOG = logging.getLogger("diffusion_jax")
 
 FRAME_MILLISECONDS = 80
 POINTS_SIZE = 256  # pixels of a picture of 2-D points
-POINTS_LIMIT = 1.6  # its axes
+POINTS_LIMIT = 1.6  # its axes are from -1.6 to 1.6
 COMPARED_IMAGES = 8  # in each row of steps.png
 CLASS_IMAGES = 10  # in each row of a conditional model's grid
 
-# Beside a run's own schedule in noising.gif; linear ends at noise for any T if it is rescaled.
+# Schedules that noising.gif shows beside the run's own. Rescaled, linear ends at noise whatever T
+# is; with 20 timesteps or fewer its last beta would reach 1.
 NOISING: dict[str, Callable[[int], Schedule]] = {
     "linear": lambda num_timesteps: schedules.linear(num_timesteps, rescale=num_timesteps > 20),
     "cosine": schedules.cosine,
@@ -53,7 +54,7 @@ NOISING: dict[str, Callable[[int], Schedule]] = {
 
 
 def pictures(x_0: Float[np.ndarray, "images ..."], levels: int | None) -> UInt8[np.ndarray, "..."]:
-    """Images as PNGs hold them [n h w c]; 2-D points become one picture of all of them."""
+    """Images as uint8 [n, h, w, c]; 2-D points as one picture [1, h, w, 3] of all points."""
     if levels is not None:
         return np.asarray(to_uint8(x_0, levels))
     return draw_points(np.asarray(x_0), POINTS_LIMIT, POINTS_SIZE)[None]
@@ -70,10 +71,10 @@ def write_grid(grid: SampleGrid, path: pathlib.Path) -> UInt8[np.ndarray, "h w c
 def grids_in_training(
     generator: Generator, every_steps: int, folder: pathlib.Path
 ) -> Callable[[int, PyTree], Callable[[], UInt8[np.ndarray, "h w c"]] | None]:
-    """What a training run calls after its steps: a grid of samples every so many; 0: none.
+    """The ``on_step`` of a training run: a grid of samples every ``every_steps`` steps (0: none).
 
-    The grid is sampled while the training goes on. The function that is returned for it waits for
-    the images, writes them and returns the picture.
+    ``on_step`` starts the sampling, which goes on during the training. It returns a function that
+    waits for the images, writes them and returns the picture.
     """
 
     def on_step(step: int, ema: PyTree) -> Callable[[], UInt8[np.ndarray, "h w c"]] | None:
@@ -86,10 +87,10 @@ def grids_in_training(
 
 
 class Samples(NamedTuple):
-    """What is sampled: by which generator and parameters, from which images if any."""
+    """The inputs of ``write_samples``: generator, parameters, plan, images to edit if any."""
 
     generator: Generator
-    params: tuple[PyTree, PyTree]  # of the network and of the weaker one
+    params: tuple[PyTree, PyTree]  # of the network and of the weak network
     plan: SamplingPlan
     schedule: Schedule
     dataset: Dataset
@@ -97,11 +98,15 @@ class Samples(NamedTuple):
 
 
 def write_samples(samples: Samples, identity: dict[str, Any], folder: pathlib.Path) -> None:
-    """Sample, from where a killed run with the same ``identity`` stopped, and write everything.
+    """Sample, and write the samples and their pictures into ``folder``.
 
-    samples.npz holds all samples, grid.png the first, of an edit beside what it began from.
-    denoising.gif is the way of x_t and of the predicted x_0, noising.gif that of real data under
-    the run's schedule and others, steps.png the same noise by chains of several lengths.
+    Sampling goes on where a killed run with the same ``identity`` stopped. samples.npz has all
+    samples. grid.png shows the first ones, those of an edit below its images. denoising.gif shows
+    x_t and the predicted x_0 along the chain, noising.gif real data noised by the run's schedule
+    and by others, steps.png samples from the same noise by chains of several lengths.
+
+    Raises:
+        NonFiniteSampleError: a sample is not finite.
     """
     folder.mkdir(exist_ok=True)
     plan, levels = samples.plan, samples.dataset.levels
@@ -121,7 +126,7 @@ def write_samples(samples: Samples, identity: dict[str, Any], folder: pathlib.Pa
 
 
 def _write_for_evaluator(samples: Samples, folder: pathlib.Path) -> None:
-    """The samples as guided-diffusion's evaluator opens them: arr_0 in RGB, the labels in arr_1."""
+    """Write the samples for guided-diffusion's evaluator: arr_0 in RGB, and the labels in arr_1."""
     with np.load(folder / "samples.npz") as arrays:
         images = arrays["images"]
     rgb = np.broadcast_to(images, (*images.shape[:-1], 3))
@@ -139,13 +144,13 @@ def _sample(samples: Samples, shards: Shards, folder: pathlib.Path) -> None:
     if len(shards):
         LOG.info("going on after %d of %d samples", len(shards), plan.num_images)
     else:
-        animation.unlink(missing_ok=True)  # of other samples
+        animation.unlink(missing_ok=True)  # it shows other samples
     rows, evaluations = generator.rows(params), generator.num_evaluations(params)
     also = "" if plan.guidance is None else ", and of the weak network in its interval"
     inversion = generator.num_evaluations_of_inversion(params)
     also += f", and {inversion} for each given image, once" if inversion else ""
     LOG.info("%d steps, %d network evaluations per image%s", len(rows), evaluations, also)
-    if len(shards) and plan.num_frames and not animation.exists():  # begun without frames
+    if len(shards) and plan.num_frames and not animation.exists():  # the first start had no frames
         batch = next(generator.batches(params, 0, samples.edited))
         _animate_denoising(batch, rows, samples, animation)
     with tqdm(total=plan.num_images, initial=len(shards), desc="samples", disable=None) as bar:
@@ -163,7 +168,7 @@ def _sample(samples: Samples, shards: Shards, folder: pathlib.Path) -> None:
 def _animate_denoising(
     batch: HostTrajectory, rows: Schedule, samples: Samples, path: pathlib.Path
 ) -> None:
-    """The way of x_t and of the predicted x_0, of the first images."""
+    """Animate x_t and the predicted x_0 of the first images, along the chain."""
     states = np.append(rows.timestep[::-1], 0)
     _animate(
         {"x_t": batch.x_t, "predicted\nx_0": batch.predicted_x_0},
@@ -174,7 +179,7 @@ def _animate_denoising(
 
 
 def _animate_noising(samples: Samples, path: pathlib.Path) -> None:
-    """Real data on its way to noise, under the schedule of the run and under others."""
+    """Animate the forward process of real data, under the run's schedule and under others."""
     schedule, dataset, num_frames = samples.schedule, samples.dataset, samples.plan.num_frames
     shown = slice(num_animated(dataset.levels))
     real = jnp.asarray(to_x_0((dataset.test or dataset.train).images[shown], dataset.levels))
@@ -187,7 +192,7 @@ def _animate_noising(samples: Samples, path: pathlib.Path) -> None:
 
 
 def _draw_grid(shown: np.ndarray, samples: Samples) -> Image.Image:
-    """The first samples: of a conditional model a row for each class, of an edit what it is of."""
+    """The first samples: in a row for each class if conditional, below their images if edited."""
     plan, dataset, levels = samples.plan, samples.dataset, samples.dataset.levels
     if levels is None:
         return image_grid(pictures(shown, levels))

@@ -1,4 +1,4 @@
-"""Images out of a trained model: a plan's chain, guidance and editing, over the devices."""
+"""Sampling from a trained model, by a plan's chain, guidance and editing, on all devices."""
 
 import copy
 import functools
@@ -38,18 +38,18 @@ class SampleGrid(NamedTuple):
 
 
 class ChainInputs(NamedTuple):
-    """What all images of a call have in common, on every device."""
+    """The inputs of a chain that are the same for all images, replicated on every device."""
 
-    params: tuple[PyTree, PyTree]  # of the network and of the weaker one
+    params: tuple[PyTree, PyTree]  # of the network and of the weak network
     rows: Schedule
-    native: Schedule  # the schedule that ``rows`` are of
+    native: Schedule  # the schedule before it is respaced to ``rows``
     sampler: Sampler
     guidance: Guidance | None
     key: Key[Array, ""]
 
 
 class HostTrajectory(NamedTuple):
-    """The images of a batch, and the frames of those that are shown, see ``Trajectory``."""
+    """The images of a batch, and the frames of its first images, see ``Trajectory``."""
 
     x_0: Float[np.ndarray, "batch ..."]
     x_t: Float[np.ndarray, "frames shown ..."]
@@ -57,15 +57,17 @@ class HostTrajectory(NamedTuple):
 
 
 def num_animated(levels: int | None) -> int:
-    """How many images, or points, an animation shows."""
+    """The number of images or points that an animation shows."""
     return ANIMATED_POINTS if levels is None else ANIMATED_IMAGES
 
 
 class Generator:
-    """Samples of a model, compiled once for each batch shape, on this process's devices.
+    """Draws samples of a model on this process's devices.
 
-    Image i depends on the seed and i alone; a conditional model draws class i mod num_classes.
-    ``weak`` is the network that guides by being worse, None: the same one without the label.
+    Image i depends on the seed and i alone. Without a label in the plan, a conditional model draws
+    image i of class i mod num_classes. ``weak`` is the weak network of autoguidance; None: guidance
+    uses the same network without the label. A chain is compiled again for another batch size,
+    length or number of frames.
     """
 
     def __init__(
@@ -90,14 +92,14 @@ class Generator:
         )
 
     def of_schedule(self, schedule_of: Callable[[PyTree], Schedule], seed: int) -> "Generator":
-        """The same for another schedule and seed, which are arguments of what is compiled."""
+        """A generator for another schedule and seed, which shares the compiled chains."""
         other = copy.copy(self)
         other._schedule_of = schedule_of
         other._key = stream_key(seed, Stream.SAMPLING)
         return other
 
     def label(self, indices: Int[Array, "..."] | Int[np.ndarray, "..."]) -> Array | None:
-        """The class of each image; None where the network is told none."""
+        """The class of each image; None if the model is not conditional."""
         if not self._plan.is_conditional:
             return None
         if self._plan.label is not None:
@@ -107,17 +109,17 @@ class Generator:
 
     @property
     def _num_classes(self) -> int:
-        """The number of classes, of a conditional model."""
+        """The number of classes of the data set, which a conditional model has."""
         assert self._dataset.num_classes is not None
         return self._dataset.num_classes
 
     def _predict(self, inputs: ChainInputs, label: Array | None) -> Predict:
-        """The network with the plan's guidance, and then its threshold."""
+        """The network as samplers see it: guided, and x_0 then thresholded as the plan says."""
         params, weak_params = inputs.params
         predict = create_predict(self._network, params, label)
         if inputs.guidance is not None:
             if self._weak is None:
-                assert label is not None  # create_guidance has seen to it
+                assert label is not None  # create_guidance requires it
                 nothing = jnp.full_like(label, self._num_classes)
                 weak = create_predict(self._network, params, nothing)
             else:
@@ -139,7 +141,7 @@ class Generator:
         key, sampler, x_T = inputs.key, inputs.sampler, None
         plan = self._plan.editing
         if edited is not None and plan is not None:
-            # of their own, not those of the chain's noise
+            # the noise of the edit must be independent of that of the chain
             edit_key, key = jax.random.split(key)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(edit_key, indices)
             sampler, x_T = EDITS[plan.task].start(
@@ -179,8 +181,8 @@ class Generator:
         edited: EditedImages | None = None,
         latents: Latents | None = None,
     ) -> Trajectory:
-        """The chains of the images of these numbers, as many on each device."""
-        # an uneven batch is filled up with images past its end, which are left out later
+        """Run the chains of the images of these numbers, the same number on each device."""
+        # an uneven batch is filled up with images past its end, which the caller drops
         per_device = -(-len(images) // len(self._devices))
         numbers = images.start + np.arange(per_device * len(self._devices))
         indices = numbers.reshape(len(self._devices), per_device)
@@ -188,7 +190,7 @@ class Generator:
         return self._trajectory(inputs, indices, made_from, num_frames)
 
     def _inputs(self, params: tuple[PyTree, PyTree], chain: Chain) -> ChainInputs:
-        """What the plan's sampler and guidance need for a chain, on the devices."""
+        """The inputs of a chain with the plan's sampler and guidance, on the devices."""
         inputs = ChainInputs(
             params=params,
             rows=self._chain_rows(params, chain),
@@ -200,7 +202,7 @@ class Generator:
         return devices.replicate(inputs, self._devices)
 
     def _latents(self, inputs: ChainInputs, edited: EditedImages | None) -> Latents | None:
-        """The latents of the images, where the plan's edit needs them."""
+        """The latents of the edited images; None if the plan's edit needs none."""
         plan = self._plan.editing
         numbers_of = None if plan is None else EDITS[plan.task].inverted
         if edited is None or numbers_of is None:
@@ -212,7 +214,7 @@ class Generator:
     def _edited(
         self, images: EditedImages, latents: Latents | None, indices: Int[np.ndarray, "..."]
     ) -> dict[str, Array]:
-        """What each image is made from: file image i mod n, and the latents that its edit needs."""
+        """The inputs of the edit of each index i: image i mod n of the file, and its latents."""
         last = max(self._plan.num_images - 1, 1)
         made_from = {
             "x_0": images.x_0[indices % len(images.x_0)],
@@ -224,32 +226,32 @@ class Generator:
         return made_from
 
     def grid(self, params: PyTree) -> SampleGrid:
-        """Start a small DDIM grid and do not wait for it (save for a learned schedule's rows)."""
+        """Start sampling a small DDIM grid; it waits for the rows of a learned schedule only."""
         plan, native = self._plan, self._schedule_of(params)
         inputs = ChainInputs(
             params=(params, None),
             rows=schedules.respace(native, plan.grid_steps),
             native=native,
             sampler=samplers.ddim(eta=0.0),
-            guidance=None,  # the weak network is read when training is over
+            guidance=None,  # the weak network is restored only after the training
             key=self._key,
         )
         x_0 = self._run(devices.replicate(inputs, self._devices), range(plan.grid_images)).x_0
         return SampleGrid(x_0=x_0, num_images=plan.grid_images, levels=self._dataset.levels)
 
     def rows(self, params: PyTree) -> Schedule:
-        """The rows of the plan's chain: those up to its timestep, if it edits images."""
+        """The rows of the plan's chain; those of an edit end at its timestep."""
         return self._chain_rows(params, self._plan.chain)
 
     def _chain_rows(self, params: PyTree, chain: Chain) -> Schedule:
         schedule, edit = self._schedule_of(params[0]), self._plan.editing
-        with in_section("config.sampling"):  # a learned schedule's end was not known before
+        with in_section("config.sampling"):  # the ends of a learned schedule are checked here
             return chain.rows(schedule if edit is None else edit.rows(schedule))
 
     def num_evaluations(self, params: PyTree) -> int:
-        """Evaluations of the network for each image, without those of inversions.
+        """Evaluations of the network for each sample, without those of inversions.
 
-        Guidance has the weak network evaluated beside it, in its interval.
+        Evaluations of the weak network, in the interval of the guidance, are not counted.
         """
         plan, sampler, num_steps = self._plan, self._plan.sampler, len(self.rows(params))
         task = "" if plan.editing is None else plan.editing.task
@@ -260,7 +262,7 @@ class Generator:
         return sampler.num_evaluations(num_steps) + (task == "variations")
 
     def num_evaluations_of_inversion(self, params: PyTree) -> int:
-        """Evaluations of the network for each of the given images; 0: the plan inverts none."""
+        """Evaluations of the network to invert one image; 0 if the plan inverts no images."""
         plan = self._plan.editing
         if plan is None or EDITS[plan.task].inverted is None:
             return 0
@@ -269,10 +271,10 @@ class Generator:
     def batches(
         self, params: PyTree, first: int, edited: EditedImages | None
     ) -> Iterator[HostTrajectory]:
-        """The images of the plan from number ``first`` on, a batch at a time: [image, ...].
+        """Sample the images of the plan from number ``first`` on, a batch [image, ...] at a time.
 
-        ``params`` are those of the network and of the weak one. The frames [frame, image, ...] are
-        of the first images of the batch.
+        ``params`` are those of the network and of the weak network. The frames [frame, image, ...]
+        are those of the first images of the batch.
         """
         plan = self._plan
         inputs = self._inputs(params, plan.chain)
@@ -291,7 +293,7 @@ class Generator:
             )
 
     def compared(self, params: PyTree, num_images: int) -> dict[int, np.ndarray]:
-        """The first images by chains of each number of steps that the plan compares: one noise."""
+        """The first images by a chain of each length in ``compared_steps``, from the same noise."""
         images = {}
         for num_steps in self._plan.compared_steps:
             inputs = self._inputs(params, self._plan.chain._replace(num_steps=num_steps))
@@ -308,7 +310,7 @@ def _first(frames: Float[Array, "..."], shown: int) -> Float[np.ndarray, "frames
 def noising(
     schedule: Schedule, key: Key[Array, ""], x_0: Float[Array, "batch ..."], num_frames: int
 ) -> Float[Array, "frames batch ..."]:
-    """Real data on its way to noise: x_t at evenly spaced timesteps, the same eps all the way."""
+    """Frames of the forward process: x_t at evenly spaced timesteps, with the same eps in all."""
     eps = jax.random.normal(key, x_0.shape)
     timesteps = np.linspace(0, len(schedule), num_frames).round().astype(int)
     rows = schedules.with_terminal_row(schedule)[timesteps]

@@ -1,4 +1,4 @@
-"""The latents x_T of the images that are edited: each image is inverted once."""
+"""The latents x_T of the images that are edited; each image is inverted once."""
 
 from collections.abc import Callable
 
@@ -10,11 +10,11 @@ NumbersOf = Callable[[Int[np.ndarray, "..."], int], Int[np.ndarray, "... latents
 
 
 class Latents:
-    """The latents that the edit of each index needs. An image is inverted at its first use.
+    """The latents that the edit of each index needs; an image is inverted at its first use.
 
-    ``numbers_of(indices, n)`` are the numbers of the images, of ``x_0`` [n, ...], whose latents
-    the edits of these indices need. ``invert`` gets as many images on each of the devices at every
-    call, so that it is compiled once.
+    ``numbers_of(indices, n)`` are the numbers of the images in ``x_0`` [n, ...] whose latents the
+    edits of these indices need. Every call of ``invert`` has the same number of images on each
+    device, so that it is compiled once.
     """
 
     def __init__(

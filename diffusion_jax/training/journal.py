@@ -1,4 +1,4 @@
-"""What a training run tells while it goes on, read from the devices late so that nothing waits."""
+"""The records of a training run; metrics are read from the devices late, so that nothing waits."""
 
 import pathlib
 import time
@@ -14,10 +14,10 @@ from diffusion_jax.runtime import devices
 from diffusion_jax.training.metrics import MetricsWriter, Progress
 from diffusion_jax.training.step import QUARTILES, StepMetrics
 
-# A function that waits for a picture that a device may still be making.
+# A function that waits for a picture, which a device may still be sampling, and returns it.
 Picture = Callable[[], UInt8[np.ndarray, "h w c"]]
 
-# The sums over no steps, as a Journal keeps them.
+# The sums of a Journal before the first step after a record.
 NO_STEPS: dict[str, np.ndarray] = {
     "steps": np.zeros(()),
     "loss": np.zeros(()),
@@ -28,11 +28,12 @@ NO_STEPS: dict[str, np.ndarray] = {
 
 
 class Journal:
-    """Reads each call's metrics when ``max_in_flight`` later ones are under way, and reports.
+    """Reads the metrics of a call once ``max_in_flight`` later calls are under way, and logs them.
 
-    Every process reads (a non-finite loss stops them all), the first one writes. ``since_log``
-    has the sums over the steps since the last record; a checkpoint keeps them. ``read`` brings what
-    a call returned to the host; ``name`` tells runs apart that train at once.
+    Every process reads them, because a non-finite loss must stop all processes; the first process
+    writes the records. ``since_log`` has the sums over the steps since the last record; checkpoints
+    contain it. ``read`` copies the metrics of a call to the host. ``name`` distinguishes runs that
+    train at the same time.
     """
 
     def __init__(
@@ -58,18 +59,26 @@ class Journal:
         self._progress = Progress(plan.num_steps, start, name) if is_writer else None
 
     def add(self, step: int, metrics: StepMetrics, picture: Picture | None) -> None:
-        """Take what the call that ends at ``step`` will report; report what is due."""
+        """Queue the metrics of the call that ends at ``step``, and read those of old calls.
+
+        Raises:
+            NonFiniteLossError: a loss or gradient norm that was read is not finite.
+        """
         self._in_flight.append((step, metrics, picture))
         while len(self._in_flight) > self._max_in_flight:
             self._read()
 
     def drain(self) -> None:
-        """Wait for every call that is under way."""
+        """Wait for every call that is under way, and read its metrics.
+
+        Raises:
+            NonFiniteLossError: a loss or gradient norm is not finite.
+        """
         while self._in_flight:
             self._read()
 
     def loss_since_save(self) -> float:
-        """The mean loss since the last checkpoint, which ranks the next one."""
+        """The mean loss since the last checkpoint, which ranks the next one; starts a new mean."""
         losses, self._since_save = self._since_save, []
         return float(np.concatenate(losses).mean())
 
@@ -83,7 +92,7 @@ class Journal:
                 f"step {step - len(finite) + 1 + bad}: loss {metrics.loss[bad]}, "
                 f"gradient norm {metrics.gradient_norm[bad]}"
             )
-        for of_step in zip(*metrics):  # one by one, so that a sum does not depend on the calls
+        for of_step in zip(*metrics):  # one by one: the rounding must not depend on steps_per_call
             values = {"steps": 1, **StepMetrics(*of_step)._asdict()}
             self.since_log = {name: sum_ + values[name] for name, sum_ in self.since_log.items()}
         self._since_save.append(np.asarray(metrics.loss))
@@ -114,7 +123,7 @@ class Journal:
         self._progress.report(step, record["loss"], record.get("images_per_second", 0.0))
 
     def close(self) -> None:
-        """Finish the records; what is under way is not waited for."""
+        """Close the records, without waiting for calls that are under way."""
         if self._writer is not None:
             self._writer.close()
         if self._progress is not None:

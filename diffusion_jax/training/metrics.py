@@ -24,8 +24,8 @@ TENSORBOARD_FLUSH_SECONDS = 5
 class MetricsWriter:
     """Appends scalars to workdir/metrics.jsonl and to workdir/tensorboard.
 
-    A run that resumes at `resume_step` will report everything after that step again, so what an
-    earlier run reported after it is dropped: the file ends up as if nothing had been killed.
+    A run that resumes at `resume_step` reports every later step again, so older records of those
+    steps are dropped: the file ends up like that of a run that was never killed.
 
     Args:
         workdir: the folder of the run.
@@ -40,9 +40,9 @@ class MetricsWriter:
         if path.exists():
             _drop_after(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
-        # Tells TensorBoard to forget earlier events from purge_step on. An event file is named
-        # by the second, and one of the same name is overwritten: the suffix keeps those of an
-        # earlier start apart (one from the same step holds nothing that is not purged).
+        # purge_step makes TensorBoard ignore earlier events from that step on. The name of an event
+        # file has the second in which it starts, and a file of the same name is overwritten. The
+        # suffix prevents that, except for a start at the same step, whose events are all purged.
         self._tensorboard = SummaryWriter(
             logdir=str(Path(workdir) / "tensorboard"),
             purge_step=resume_step + 1,
@@ -55,7 +55,7 @@ class MetricsWriter:
         record = {name: float(value) for name, value in scalars.items()}
         for name, value in record.items():
             self._tensorboard.add_scalar(name, value, step)
-        # JSON has no NaN or infinity (RFC 8259): null keeps the file readable by everything.
+        # JSON has no NaN or infinity (RFC 8259): with null every parser can read the file.
         finite = {name: v if math.isfinite(v) else None for name, v in record.items()}
         # One write per record, so that a kill cuts at most the last line.
         self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
@@ -91,7 +91,7 @@ def _drop_after(path: Path, resume_step: int) -> None:
             keep = step <= resume_step
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
-                break  # no newline after it: cut off by a kill, or the empty end of the file
+                break  # it has no newline: a record that a kill cut off, or the end of the file
             raise DamagedRecordError(
                 f"{path}, line {number}: not a record with a step: {line[:80]!r}"
             ) from error
@@ -99,7 +99,7 @@ def _drop_after(path: Path, resume_step: int) -> None:
             remaining.append(line + b"\n")
     if b"".join(remaining) == content:
         return
-    # Replaced as a whole, or not at all: a kill at this moment must not lose the history.
+    # The whole file is replaced at once, so that a kill at this moment does not lose the history.
     with files.replace(path) as file:
         file.writelines(remaining)
 
@@ -110,7 +110,7 @@ class Progress:
     Args:
         num_steps: the step at which the run ends.
         resume_step: the step at which it starts.
-        name: of the run, where there are several.
+        name: of the run, if several runs train at the same time.
     """
 
     def __init__(self, num_steps: int, resume_step: int = 0, name: str = "") -> None:

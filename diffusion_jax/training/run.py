@@ -21,18 +21,19 @@ LOG = logging.getLogger("diffusion_jax")
 
 
 class Processes(NamedTuple):
-    """Which of how many processes share the batches of a run."""
+    """The index of this process, and the number of processes that share the batches of a run."""
 
-    index: int = 0  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    index: int = 0  # type: ignore[assignment]  # hides tuple.index, which is not needed here
     count: int = 1  # type: ignore[assignment]  # hides tuple.count, likewise
 
 
 class Run:
-    """A training run but for its state on the devices: where it stands and its records.
+    """The part of a training run on the host: its step, checkpoints, batches and records.
 
-    It goes on from the newest intact checkpoint, if there is one: ``step`` and ``state``, on the
-    host, are those that it begins with. ``journal`` opens the records at a step with the sums that
-    the checkpoint kept. ``held`` is closed with the run: the lock of its folder, for example.
+    It starts from the newest intact checkpoint, if there is one. ``step`` is the number of steps
+    taken so far, and ``state`` the state of the start, on the host. ``journal`` opens the records
+    with the step and the sums of the checkpoint. ``held`` is closed with the run: it holds the lock
+    of the folder, for example.
     """
 
     def __init__(
@@ -53,8 +54,8 @@ class Run:
                 workdir.checkpoints, plan.keep_last, plan.keep_best, keep_step=plan.keep_step
             )
             resources.callback(self._checkpoints.close)
-            # what the next record is made of is saved too: a resumed run reports as one never
-            # stopped
+            # with the sums of the next record, a resumed run writes the same records as a run that
+            # was never stopped
             template = {**fresh._asdict(), "since_log": NO_STEPS}
             self.step, saved = self._checkpoints.restore(template) or Restored(0, template)
             self.state = TrainState(*(saved[name] for name in TrainState._fields))
@@ -75,8 +76,8 @@ class Run:
             LOG.info("resuming at step %d", self.step)
         if self.step > plan.num_steps:
             LOG.warning(
-                "the checkpoint is of step %d, past config.train.num_steps = %d: there is nothing "
-                "to train, and what follows is of step %d",
+                "the checkpoint is of step %d, past config.train.num_steps = %d: nothing is "
+                "trained, and all results are of step %d",
                 self.step,
                 plan.num_steps,
                 self.step,
@@ -88,7 +89,7 @@ class Run:
         return self.step >= self._plan.num_steps
 
     def steps_to(self, multiple: int) -> int:
-        """Steps until the step number is a multiple, or the run ends."""
+        """The number of steps until the next step that is divisible by ``multiple``, or the end."""
         return min(multiple - self.step % multiple, self._plan.num_steps - self.step)
 
     def batches(self, num_steps: int) -> Batch:
@@ -97,7 +98,7 @@ class Run:
         return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
     def took(self, num_steps: int, metrics: StepMetrics, picture: Picture | None = None) -> None:
-        """Report steps that were begun; a picture is that of the state after them."""
+        """Count the steps of a call, and queue its metrics and a picture of the state after it."""
         self.step += num_steps
         self._journal.add(self.step, metrics, picture)
 
@@ -107,12 +108,16 @@ class Run:
         return self.is_done or self.step % self._plan.checkpoint_every_steps == 0
 
     def save(self, state: TrainState) -> None:
-        """Save a state, which is on the host; nothing before its losses are known to be finite."""
+        """Save a state that is on the host, after checking that all losses so far are finite.
+
+        Raises:
+            NonFiniteLossError: a loss or gradient norm is not finite; the state is not saved.
+        """
         self._journal.drain()
         loss = self._journal.loss_since_save()
         tree = {**state._asdict(), "since_log": self._journal.since_log}
         self._checkpoints.save(self.step, tree, loss)
 
     def close(self) -> None:
-        """Finish what is being saved, and the records."""
+        """Wait for the save that is under way, and close the records."""
         self._resources.close()

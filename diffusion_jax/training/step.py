@@ -1,6 +1,6 @@
-"""One training step: the gradient on a device's share of the batch, the optimizer, the averages.
+"""One training step: the gradient on a device's share of the batch, the optimizer, the EMA.
 
-``compile_steps`` maps it over all devices. Keys and batches follow from the step number.
+``compile_steps`` maps it over all devices. Keys and batches are functions of the step number.
 """
 
 from collections.abc import Callable
@@ -27,13 +27,13 @@ from diffusion_jax.experiment.training import TrainingPlan
 # pile up, so there the loss of step k-1 is read at every step k.
 MAX_IN_FLIGHT_ON_CPU = 1
 MAX_IN_FLIGHT = 16
-QUARTILES = 4  # of the timesteps, whose losses are reported apart
+QUARTILES = 4  # of the timesteps 1..T; records have the mean loss of each
 
-Batch = dict[str, Any]  # "image" and "label", of which the latter may be None
+Batch = dict[str, Any]  # "image" and "label"; "label" may be None
 
 
 class TrainState(NamedTuple):
-    """All that a step changes: arrays only. Keys and batches follow from the step number."""
+    """All arrays that a step changes; ``ema`` has the averaged weights."""
 
     step: Int[Array, ""]
     params: PyTree
@@ -43,16 +43,16 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports; quartile k sums over timesteps (k, k+1] T/4, with weights 1/(T p_t)."""
+    """The metrics of a step; quartile k sums weighted losses over k T/4 < t <= (k+1) T/4."""
 
     loss: Float[Array, "*steps"]
     gradient_norm: Float[Array, "*steps"]
     quartile_losses: Float[Array, "*steps quartiles"]
-    quartile_weights: Float[Array, "*steps quartiles"]
+    quartile_weights: Float[Array, "*steps quartiles"]  # sums of the weights 1 / (T p_t)
 
 
 class Exchange(NamedTuple):
-    """What devices that share a batch tell each other in a step."""
+    """The collective operations of a step, over the devices that share a batch."""
 
     mean: Callable[[PyTree], PyTree]
     sum: Callable[[PyTree], PyTree]
@@ -64,11 +64,11 @@ BETWEEN_DEVICES = Exchange(
     sum=lambda tree: lax.psum(tree, "device"),
     gather=lambda tree: lax.all_gather(tree, "device", tiled=True),
 )
-ALONE = Exchange(*[lambda tree: tree] * 3)  # of a device that has the whole batch
+ALONE = Exchange(*[lambda tree: tree] * 3)  # one device has the whole batch
 
 
 class StepChoices(NamedTuple):
-    """What a step is compiled for."""
+    """The static choices of a step: other ones compile another program."""
 
     losses_of: LossesOf
     timesteps: TimestepSampler
@@ -78,7 +78,7 @@ class StepChoices(NamedTuple):
 
 
 def step_choices(experiment: Experiment, exchange: Exchange) -> StepChoices:
-    """The choices of an experiment."""
+    """The static choices of a training step of an experiment."""
     return StepChoices(
         losses_of=experiment.losses_of,
         timesteps=experiment.objective.timesteps,
@@ -89,7 +89,7 @@ def step_choices(experiment: Experiment, exchange: Exchange) -> StepChoices:
 
 
 def init_state(experiment: Experiment, *, seed: int, num_timesteps: int) -> TrainState:
-    """The state before the first step; the averaged weights start as the weights."""
+    """The state before the first step; the averaged weights start as a copy of the weights."""
     params = experiment.model.init(stream_key(seed, Stream.WEIGHTS))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -101,13 +101,13 @@ def init_state(experiment: Experiment, *, seed: int, num_timesteps: int) -> Trai
 
 
 def ema_decay(plan: TrainingPlan, step: Int[Array, ""]) -> Float[Array, ""]:
-    """Decay of the averaged weights: min(decay, (1 + step) / (10 + step)) while it warms up."""
+    """Decay of the averaged weights; with a warm-up min(decay, (1 + step) / (10 + step))."""
     warm = (1 + step) / (10 + step) if plan.ema_warmup else 1.0
     return jnp.minimum(plan.ema_decay, warm)
 
 
 class Constants(NamedTuple):
-    """What every step of a run has in common, as arguments of the compiled step."""
+    """The arguments of a compiled step that are the same for all steps of a run."""
 
     schedule: Schedule
     key: Key[Array, ""]  # of Stream.TRAINING; a step folds its number in
@@ -154,14 +154,14 @@ def train_step(
     return TrainState(state.step + 1, params, ema, opt_state, timestep_state), metrics
 
 
-# A step with its choices made: (state, constants, indices, batch) -> (state, metrics)
+# A step with its static choices bound: (state, constants, indices, batch) -> (state, metrics)
 Steps = Callable[..., tuple[TrainState, StepMetrics]]
 
 
 def several_steps(step: Steps) -> Steps:
     """Consecutive steps as one call: batches and metrics are [step, ...].
 
-    One step is called as it is: XLA:CPU runs convolution gradients inside a scan 20 times slower.
+    A single step has no scan: XLA:CPU runs convolution gradients inside a scan 20 times slower.
     """
 
     def steps(
@@ -182,7 +182,7 @@ def several_steps(step: Steps) -> Steps:
 
 
 def compile_steps(step: Steps, devices: list[jax.Device]) -> Steps:
-    """Steps of a run on all devices: indices and batches are [device, ...], the rest is shared."""
+    """Compile steps for all devices: indices and batches are [device, ...], the rest replicated."""
     return jax.pmap(
         several_steps(step),
         axis_name="device",
@@ -194,14 +194,14 @@ def compile_steps(step: Steps, devices: list[jax.Device]) -> Steps:
 
 
 def pace(plan: TrainingPlan, device: jax.Device) -> tuple[int, int]:
-    """How many steps a call takes, and how many calls may be under way."""
+    """The number of steps in a call, and the number of calls that may be under way."""
     if device.platform == "cpu":
         return plan.steps_per_call or 1, MAX_IN_FLIGHT_ON_CPU
     return plan.steps_per_call or plan.steps_per_call_of_accelerators, MAX_IN_FLIGHT
 
 
 def divide_batches(batches: Batch, num_devices: int) -> Batch:
-    """Batches as every device wants its share: from [step, ...] to [device, step, ...]."""
+    """Split batches between devices: [step, example, ...] to [device, step, example, ...]."""
 
     def of_leaf(leaf: np.ndarray) -> np.ndarray:
         parts = leaf.reshape(len(leaf), num_devices, -1, *leaf.shape[2:])

@@ -1,4 +1,4 @@
-"""The training loop: one compiled step on every device, logs one step late, exact resumes."""
+"""The training loop: compiled steps on all devices, late reading of metrics, exact resumption."""
 
 import functools
 import logging
@@ -44,8 +44,8 @@ def train(
 ) -> tuple[TrainState, int | None]:
     """Train to the plan's last step, from the newest intact checkpoint if there is one.
 
-    ``on_step`` may start a picture; the journal shows it when its step is read. Returns the state,
-    on the devices, and the signal that stopped the run early, if one did.
+    ``on_step`` may start a picture, which the journal writes when it reads that step. Returns the
+    state, on the devices, and the signal that asked the run to stop, None if there was none.
 
     Raises:
         NonFiniteLossError: naming the step; the last good checkpoint stays.
@@ -77,7 +77,7 @@ def train(
         state, constants = replicate((run.state, constants), devices)
         stopping = False
         while not (run.is_done or stopping):
-            # the first call is a short one if the run stopped where calls of another length ended
+            # the first call is shorter if the checkpoint's step is no multiple of steps_per_call
             num_steps = run.steps_to(steps_per_call)
             batches = divide_batches(run.batches(num_steps), len(local))
             state, metrics = steps(state, constants, indices, batches)

@@ -678,7 +678,7 @@ def test_a_signal_saves_all_jobs_and_the_same_command_goes_on(finished, small, w
     started.kill(signal.SIGTERM)
     done = started.wait()
     assert done.code == 143, done.stderr
-    assert "what was under way is saved" in done.stderr
+    assert "after saving the jobs under way" in done.stderr
     assert len(folders(workdir)) == 2
     steps = [int(checkpoint(of_job)["step"]) for of_job in folders(workdir)]
     assert steps[0] == steps[1]

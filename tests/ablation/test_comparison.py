@@ -215,6 +215,15 @@ def test_paired_intervals_hold_the_truth(ratio, num_seeds, num_images):
     assert max(missed) <= (1 - truly[num_seeds][0]) / 2 + 3.5 * np.sqrt(0.05 / NUM_DRAWS)
 
 
+@pytest.mark.parametrize(("num_seeds", "truly"), [(2, 0.894), (3, 0.84), (5, 0.824), (10, 0.84)])
+def test_intervals_of_lognormal_seeds_are_too_narrow(num_seeds, truly):
+    """The shares are those of 20,000 other draws; the report and the docstring state them."""
+    source = np.random.default_rng((4, num_seeds))
+    effects = np.exp(source.normal(size=(8 * NUM_DRAWS, num_seeds)))
+    share = coverage(intervals(mean_interval, effects), np.exp(0.5))
+    assert_within(share, truly - 0.005, truly + 0.005, 8 * NUM_DRAWS)
+
+
 @pytest.mark.parametrize("num_images", [20, 300])
 def test_paired_intervals_of_one_seed_hold_what_that_seed_has(num_images):
     """Where trainings do not differ: of their spread one seed tells nothing, as its coverage does.

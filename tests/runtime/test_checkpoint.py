@@ -229,7 +229,9 @@ def test_can_be_lost_older_steps_while_a_save_is_not_confirmed(saved, tmp_path):
     directory = shutil.copytree(saved, tmp_path / "x[1]" / "checkpoints")
     checkpoints = Checkpoints(directory, 1, 0)
     checkpoints.save(30, state_at(30), 1.0)
-    with pytest.raises(SaveError, match=r"^checkpoint 30 could not be saved, those before it stay"):
+    with pytest.raises(
+        SaveError, match=r"^checkpoint 30 could not be saved, earlier checkpoints stay"
+    ):
         checkpoints.close()
     assert saved_steps(directory) == [10, 20, 30]
     restored = restore(shutil.copytree(directory, tmp_path / "elsewhere"), state_at(0))

@@ -52,7 +52,7 @@ def test_can_be_lost_the_record_of_a_run_that_began_meanwhile(tmp_path):
     workdir = Workdir(tmp_path)
     for checked in (None, {"seed": 2}):
         workdir.record({"seed": 3})
-        with pytest.raises(WorkdirError, match="another run has just been here"):
+        with pytest.raises(WorkdirError, match="another run has just changed config"):
             workdir.require_record(checked)
     workdir.require_record({"seed": 3})
 
@@ -62,5 +62,5 @@ def test_means_two_things_a_run_under_other_options_of_jax(tmp_path):
     workdir.record({"seed": 3})
     path = tmp_path / "config.json"
     path.write_text(path.read_text().replace('"jax_enable_x64": false', '"jax_enable_x64": true'))
-    with pytest.raises(WorkdirError, match="is of a run under other options of jax"):
+    with pytest.raises(WorkdirError, match="holds a run with other options of jax"):
         workdir.read_record()

@@ -208,7 +208,7 @@ def test_shards_of_another_job_are_not_mixed_in(trained, tmp_path):
     (folder / "job.json").write_text(json.dumps({"seed": 1}))
     np.savez(folder / "000000000-000000005.npz", images=np.zeros((6, 8, 8, 1), np.uint8))
     images, done = sampled(trained, tmp_path)
-    assert "of another job, begun again" in done.stderr
+    assert "removed the samples of another job; starting again" in done.stderr
     assert images.any()
     assert start_folder.exists()
 
@@ -412,6 +412,6 @@ def test_guidance_of_an_unconditional_model_is_refused(tmp_path):
     done = run(arguments(tmp_path / "run", fields, "digits", "sample"), tmp_path / "log")
     assert done.code == 2
     assert done.stderr.startswith(
-        "config.guidance.weight = 2.0: must be unset: the network is told"
+        "config.guidance.weight = 2.0: must be unset: the network has no labels"
     )
     assert len(done.stderr.splitlines()) == 1

@@ -284,7 +284,7 @@ def test_can_be_lost_the_last_good_step_where_the_disk_is_full(finished, tmp_pat
     last = done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert last.startswith("SaveError: checkpoint "), done.stderr
-    assert "those before it stay" in last
+    assert "earlier checkpoints stay" in last
     assert "File too large" in last
     failed = int(last.split()[2])
     assert sum("Error" in line for line in done.stderr.splitlines()) == 1
@@ -311,7 +311,7 @@ def test_means_two_things_an_option_of_jax_in_the_environment(finished, tmp_path
     words = [sys.executable, REPOSITORY / "main.py", *arguments(tmp_path / "run", TOY2D)]
     done = subprocess.run(words, env=os.environ | options, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "jax_enable_x64 = True: set to False, for results depend on it" in done.stderr
+    assert "jax_enable_x64 = True: set to False, because results depend on it" in done.stderr
     assert "jax_default_prng_impl = rbg: set to threefry2x32" in done.stderr
     assert_same(checkpoint(tmp_path / "run"), checkpoint(finished))
     samples = (

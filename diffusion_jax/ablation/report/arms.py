@@ -1,39 +1,39 @@
-"""The arms in the plots of a report: their colours and lines, their order, their names."""
+"""How the plots of a report show the arms: colours, lines, order and labels."""
 
 import re
 from typing import NamedTuple
 
 from diffusion_jax.ablation.results import ArmScores, Results
 
-# A name beside a plot has at most so many lines of so many letters; the table has whole names.
+# The most letters per line, and lines, of a name beside a plot; the table has the whole names.
 NAME_LETTERS = 20
 NAME_LINES = 3
 
-# The dashes of the arms in their order, in units of the line's width.
+# The dash patterns, which the arms take in turn, in units of the line's width.
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.8), (1.6, 1.4), (7, 1.6, 1.6, 1.6))
-WIDTHS = {True: 3.2, False: 1.6}  # of the reference arm's line and of other lines
+WIDTHS = {True: 3.2, False: 1.6}  # of a line, in points; True: of the reference arm
 
-# Without a swept number: colours that the colour-blind can distinguish, at 3:1 or more on the page.
+# Without a swept number: colours that the colour-blind can distinguish, contrast at least 3:1.
 CATEGORIES = {
     "light": ("#0072b2", "#b85000", "#00826a", "#a8438a", "#7a6a00", "#3f3f9e"),
     "dark": ("#56b4e9", "#e69f00", "#1fc29a", "#e58fc6", "#e5dc4b", "#a5a5f5"),
 }
 
-# With a swept number: parts of the colour map "plasma", dark on white and bright on near-black.
+# With a swept number: a range of the colour map "plasma", dark on white, bright on near-black.
 SEQUENCE = {"light": (0.02, 0.63), "dark": (0.44, 0.97)}
 
 
 class Style(NamedTuple):
     """How an arm is drawn in every plot."""
 
-    light: str  # colours on a white and on a near-black page
-    dark: str
+    light: str  # colour on a white page
+    dark: str  # colour on a near-black page
     width: float
     dashes: tuple[float, ...]
 
 
 def create_styles(results: Results) -> list[Style]:
-    """A style for each arm; the reference arm has the colour of the text and a thick line."""
+    """Create a style for each arm; the reference arm is a thick line in the colour of the text."""
     others = [i for i, arm in enumerate(results.arms) if arm.name != results.reference]
     ordered = sorted(others, key=lambda i: _position(results, results.arms[i]))
     styles = [Style("currentColor", "currentColor", WIDTHS[True], ())] * len(results.arms)
@@ -55,7 +55,7 @@ def _colour(is_swept: bool, theme: str, rank: int, share: float) -> str:
 
 
 def swept_values(results: Results) -> list[float]:
-    """The swept number of each arm; its place among the arms if none is swept."""
+    """The swept number of each arm, or its index if no number is swept."""
     return [_position(results, arm) for arm in results.arms]
 
 
@@ -66,7 +66,7 @@ def _position(results: Results, arm: ArmScores) -> float:
 
 
 def reference_index(results: Results) -> int:
-    """The place of the reference arm."""
+    """The index of the reference arm."""
     return [arm.name for arm in results.arms].index(results.reference)
 
 
@@ -77,7 +77,7 @@ def reference_name(results: Results) -> str:
 
 
 def arm_labels(results: Results) -> list[str]:
-    """The label of each arm at an axis: its swept number, or its name in several lines."""
+    """The label of each arm on an axis: its swept number, or its name in several lines."""
     if results.swept is not None:
         return [f"{value:g}" for value in swept_values(results)]
     names = [arm.name for arm in results.arms]
@@ -87,7 +87,7 @@ def arm_labels(results: Results) -> list[str]:
 
 
 def _lines(name: str) -> str:
-    """A name in lines, cut off where it is too long."""
+    """A name broken into lines, with an ellipsis where it is too long."""
     lines = [""]
     for part in re.findall(r"[^,]+,?|,", name):
         if lines[-1] and len(lines[-1]) + len(part.rstrip()) > NAME_LETTERS:

@@ -1,4 +1,4 @@
-"""The plots of a report: each function draws one and returns it as an SVG element."""
+"""The plots of a report: each public function draws one and returns it as an SVG element."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -41,20 +41,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ROW_POINTS = 24  # height of an arm's row
-PLOTTED_POINTS = 300  # of a curve, at most
-UNSETTLED_SHARE = 0.1  # of the training steps; the loss before is far above the rest
+PLOTTED_POINTS = 300  # the most points of a curve
+UNSETTLED_SHARE = 0.1  # of the training steps: the first losses are far above the others
 
 # Schedules
 
 
 def beta(results: Results) -> str:
-    """Draw beta against t, both logarithmic: an offset changes the first timesteps."""
+    """Draw beta against t on logarithmic axes, because the offset s changes the first timesteps."""
     bound = pixel_bin(results.levels) ** 2
 
     def draw(axis: "Axes") -> None:
         _curves(results, axis, "beta")
         axis.axhline(bound, color=TEXT, linewidth=0.9, linestyle=(0, (2, 3)))
-        # The text is on the right: on the left the curves begin.
+        # The text is on the right, because the curves begin on the left.
         axis.annotate(
             "√β = one pixel bin",
             (1, bound),
@@ -71,7 +71,7 @@ def beta(results: Results) -> str:
     first = [float(arm.schedule.beta[0]) for arm in results.arms]
     text = (
         "Variance beta of the noise that each timestep adds, by arm; at t = 1 it is between"
-        f" {min(first):.2g} and {max(first):.2g}. The square of a pixel's bin is {bound:.2g}."
+        f" {min(first):.2g} and {max(first):.2g}. The square of a pixel bin is {bound:.2g}."
     )
     return create_svg("beta", text, draw)
 
@@ -85,14 +85,14 @@ def alpha_bar(results: Results) -> str:
 
     last = [float(arm.schedule.alpha_bar[-1]) for arm in results.arms]
     text = (
-        "Share alpha_bar of the signal's variance that is left, by arm, falling from 1 to between"
-        f" {min(last):.2g} and {max(last):.2g}."
+        "Share alpha_bar of the signal's variance that remains in x_t, by arm; at the last timestep"
+        f" it is between {min(last):.2g} and {max(last):.2g}."
     )
     return create_svg("alpha_bar", text, draw)
 
 
 def log_snr(results: Results) -> str:
-    """Draw the log of the signal-to-noise ratio against t."""
+    """Draw the natural log of the signal-to-noise ratio against t."""
 
     def draw(axis: "Axes") -> None:
         _curves(results, axis, "log_snr")
@@ -102,25 +102,26 @@ def log_snr(results: Results) -> str:
     first = [float(arm.schedule.log_snr[0]) for arm in results.arms]
     last = [float(arm.schedule.log_snr[-1]) for arm in results.arms]
     text = (
-        f"Natural log of the signal-to-noise ratio, by arm, falling from between {min(first):.3g}"
-        f" and {max(first):.3g} to between {min(last):.3g} and {max(last):.3g}."
+        "Natural log of the signal-to-noise ratio, by arm. At the first timestep it is between"
+        f" {min(first):.3g} and {max(first):.3g}, at the last between {min(last):.3g} and"
+        f" {max(last):.3g}."
     )
     return create_svg("log_snr", text, draw)
 
 
 def _curves(results: Results, axis: "Axes", column: str) -> None:
-    """Draw a column of every schedule against t, more densely at the first timesteps."""
+    """Draw a column of every schedule against t, with more points at the first timesteps."""
     for i, arm, style in _back_to_front(results):
         timestep = np.asarray(arm.schedule.timestep, np.float64)
         values = np.asarray(getattr(arm.schedule, column), np.float64)
         last = len(timestep) - 1
-        shown = np.concatenate(
+        rows = np.concatenate(
             [np.linspace(0, last, PLOTTED_POINTS), np.geomspace(1, last + 1, 100) - 1]
         )
-        shown = np.unique(shown.round().astype(int))
-        shown = shown[np.isfinite(values[shown])]
+        rows = np.unique(rows.round().astype(int))
+        rows = rows[np.isfinite(values[rows])]
         marker = "." if len(timestep) <= 50 else ""
-        tag_with_arm(axis.plot(timestep[shown], values[shown], marker=marker, **_line(i, style)), i)
+        tag_with_arm(axis.plot(timestep[rows], values[rows], marker=marker, **_line(i, style)), i)
 
 
 def root_beta_1(results: Results) -> str:
@@ -137,7 +138,7 @@ def root_beta_1(results: Results) -> str:
                 (7, 0),
                 textcoords="offset points",
                 va="center",
-                # A ground for the number, so that the line at one bin does not cross it.
+                # A background, so that the line at one bin does not cross the number.
                 bbox={"facecolor": SURFACE, "edgecolor": "none", "pad": 1},
             )
         low, high = min(*roots, 1), max(*roots, 1)
@@ -148,13 +149,13 @@ def root_beta_1(results: Results) -> str:
         _arm_rows(results, axis)
         axis.set_xlabel("√β₁ in pixel bins")
 
-    described = ", ".join(f"{arm.name}: {root:.2g}" for arm, root in zip(results.arms, roots))
-    text = f"Square root of beta_1 in pixel bins, by arm, beside a line at one bin. {described}."
+    descriptions = ", ".join(f"{arm.name}: {root:.2g}" for arm, root in zip(results.arms, roots))
+    text = f"Square root of beta_1 in pixel bins, by arm, with a line at one bin. {descriptions}."
     return create_svg("root_beta_1", text, draw, height=_rows_height(results))
 
 
 def root_beta_1_in_bins(results: Results, arm: ArmScores) -> float:
-    """sqrt(beta_1), the noise of the first timestep, in units of a pixel's bin."""
+    """sqrt(beta_1), the standard deviation of the first timestep's noise, in pixel bins."""
     return float(np.sqrt(np.asarray(arm.schedule.beta[0], np.float64)) / pixel_bin(results.levels))
 
 
@@ -162,7 +163,7 @@ def root_beta_1_in_bins(results: Results, arm: ArmScores) -> float:
 
 
 def training_loss(results: Results) -> str:
-    """Draw the loss against the step: thin lines for seeds, thick ones for their means."""
+    """Draw the training loss against the step: thick lines for means, thin lines for seeds."""
 
     def draw(axis: "Axes") -> None:
         curves = []
@@ -181,13 +182,13 @@ def training_loss(results: Results) -> str:
         axis.set(xlabel="training step", ylabel="loss")
 
     ends = {arm.name: mean_losses(arm)[1] for arm in results.arms}
-    described = ", ".join(f"{name}: {end[-1]:.4g}" for name, end in ends.items() if len(end))
-    text = f"Training loss against the step, by arm, means over seeds. At the end {described}."
+    descriptions = ", ".join(f"{name}: {end[-1]:.4g}" for name, end in ends.items() if len(end))
+    text = f"Training loss against the step, by arm, means over seeds. At the end {descriptions}."
     return create_svg("training_loss", text, draw)
 
 
 def _settled(axis: "Axes", curves: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Scale the logarithmic y axis to the losses after the beginning of training."""
+    """Fit the logarithmic y axis to the losses after the first ``UNSETTLED_SHARE`` of training."""
     last = max((steps[-1] for steps, _ in curves if len(steps)), default=1)
     settled = [losses[steps >= UNSETTLED_SHARE * last] for steps, losses in curves]
     values = np.concatenate([*settled, np.zeros(0)])
@@ -198,7 +199,7 @@ def _settled(axis: "Axes", curves: list[tuple[np.ndarray, np.ndarray]]) -> None:
 
 
 def mean_losses(arm: ArmScores) -> tuple[np.ndarray, np.ndarray]:
-    """The steps that all seeds have a record of, and the mean of their losses there."""
+    """The steps at which all seeds have a record, and the mean of their losses there."""
     common = arm.jobs[0].steps
     for job in arm.jobs[1:]:
         common = np.intersect1d(common, job.steps)
@@ -207,7 +208,7 @@ def mean_losses(arm: ArmScores) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _thinned(steps: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over neighbours, so that at most PLOTTED_POINTS points are left."""
+    """Average neighbouring points, so that at most ``PLOTTED_POINTS`` points are left."""
     losses = np.asarray(losses, np.float64)
     if len(steps) <= PLOTTED_POINTS:
         return steps, losses
@@ -234,7 +235,7 @@ def density(results: Results) -> str:
 
 
 def density_difference(results: Results) -> str:
-    """Draw bits/dim per unit of log SNR minus those of the reference arm."""
+    """Draw the difference of ``density`` between each arm and the reference arm."""
     densities = _of_seeds(results, lambda job: job.density)
     of_reference = densities[reference_index(results)]
 
@@ -271,7 +272,7 @@ def eps_error(results: Results) -> str:
 
 
 def eps_error_ratio(results: Results) -> str:
-    """Draw the error of eps divided by that of the reference arm."""
+    """Draw the mean squared error of eps divided by that of the reference arm."""
     errors = _of_seeds(results, lambda job: job.eps_error)
     of_reference = errors[reference_index(results)]
     of_reference = np.where(of_reference > 0, of_reference, np.nan)
@@ -291,7 +292,7 @@ def eps_error_ratio(results: Results) -> str:
 def _of_seeds(
     results: Results, column: Callable[[JobScores], np.ndarray]
 ) -> list[Float[np.ndarray, " bins"]]:
-    """The mean over the seeds of each arm, nan where no seed has a number."""
+    """The mean over the finite values of the seeds, for each arm; nan in bins without a value."""
     means = []
     for arm in results.arms:
         values = np.stack([column(job) for job in arm.jobs]).astype(np.float64)
@@ -303,11 +304,11 @@ def _of_seeds(
 
 
 def _stairs(results: Results, axis: "Axes", values: list[Float[np.ndarray, " bins"]]) -> None:
-    """Draw values of each arm in bins of log SNR; a bin without a number stays empty."""
+    """Draw the values of each arm in bins of log SNR, with gaps at bins without a finite value."""
     for i, _, style in _back_to_front(results):
         line = _line(i, style)
         line["edgecolor"] = line.pop("color")
-        # A patch cannot leave out an empty bin between two others, so runs of bins are drawn apart.
+        # One patch cannot have a gap, so every run of finite bins is a patch of its own.
         for first, last in _runs(np.isfinite(values[i])):
             edges = results.edges[first : last + 1]
             tag_with_arm([axis.stairs(values[i][first:last], edges, baseline=None, **line)], i)
@@ -315,13 +316,13 @@ def _stairs(results: Results, axis: "Axes", values: list[Float[np.ndarray, " bin
 
 
 def _runs(has: np.ndarray) -> list[tuple[int, int]]:
-    """Where runs of True begin and end."""
+    """The start and the end (exclusive) of each run of True."""
     steps = np.diff(np.concatenate([[False], has, [False]]).astype(int))
     return list(zip(np.flatnonzero(steps == 1).tolist(), np.flatnonzero(steps == -1).tolist()))
 
 
 def _from_data_to_noise(results: Results, axis: "Axes") -> None:
-    """Let log SNR fall from left to right, as it does in time."""
+    """Let log SNR decrease from left to right, as it does with the timestep."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_xlim(results.edges[-1], results.edges[0])
@@ -331,11 +332,11 @@ def _from_data_to_noise(results: Results, axis: "Axes") -> None:
 
 
 def _highest(results: Results, column: Callable[[JobScores], np.ndarray]) -> str:
-    """A sentence: where the reference arm has its highest value."""
+    """A sentence that says where the reference arm has its highest value."""
     values = dict(zip((arm.name for arm in results.arms), _of_seeds(results, column)))
     mean = values[results.reference]
     if not np.isfinite(mean).any():
-        return f"{results.reference} has no numbers."
+        return f"{results.reference} has no finite values."
     k = int(np.nanargmax(mean))
     low, high = results.edges[k : k + 2]
     return (
@@ -345,7 +346,7 @@ def _highest(results: Results, column: Callable[[JobScores], np.ndarray]) -> str
 
 
 def terms(results: Results) -> str:
-    """Draw the terms of the bound as bars, each on an axis of its own."""
+    """Draw the terms of the bound as bars, each term on its own axis."""
     names = list(results.arms[0].jobs[0].terms)
     means = {
         name: [float(np.mean([job.terms[name] for job in arm.jobs])) for arm in results.arms]
@@ -385,7 +386,7 @@ def terms(results: Results) -> str:
 
 
 def scores_of_arms(results: Results, name: str) -> str:
-    """Draw a score of each arm with its interval, and a dot for each seed."""
+    """Draw a score of each arm with its interval, and a small dot for each seed."""
     kind = SCORES[name]
     means = [arm.scores[name].mean for arm in results.arms]
 
@@ -403,7 +404,7 @@ def scores_of_arms(results: Results, name: str) -> str:
 
 
 def differences_of_arms(results: Results, name: str) -> str:
-    """Draw the paired difference of a score of each arm to that of the reference arm."""
+    """Draw the paired difference of a score between each arm and the reference arm."""
     kind = SCORES[name]
     exact = Interval(0.0, 0.0, 0.0)
     differences = [arm.scores[name].difference or exact for arm in results.arms]
@@ -424,10 +425,12 @@ def differences_of_arms(results: Results, name: str) -> str:
         "below": [a.name for a, d in zip(results.arms, differences) if d.high < 0],
         "above": [a.name for a, d in zip(results.arms, differences) if d.low > 0],
     }
-    listed = "; ".join(f"{side} zero: {', '.join(arms) or 'none'}" for side, arms in sides.items())
+    arms_by_side = "; ".join(
+        f"{side} zero: {', '.join(arms) or 'none'}" for side, arms in sides.items()
+    )
     text = (
         f"{kind.heading.capitalize()}, {kind.unit}, of each arm minus that of the reference arm"
-        f" {results.reference}. Intervals that lie {listed}."
+        f" {results.reference}. Intervals {arms_by_side}."
     )
     return create_svg(f"{name}_differences", text, draw, height=_scores_height(results))
 
@@ -443,7 +446,7 @@ def _along(
     seeds: list[np.ndarray],
     hollow: Sequence[int] = (),
 ) -> None:
-    """Draw intervals at evenly spaced places: along x if a number is swept, else one row each."""
+    """Draw the interval of each arm: evenly spaced along x if a number is swept, else in rows."""
     is_swept = results.swept is not None
     values = swept_values(results)
     places = np.argsort(np.argsort(values, kind="stable"), kind="stable")
@@ -496,7 +499,7 @@ def _scores_height(results: Results) -> int:
 
 
 def _back_to_front(results: Results) -> list[tuple[int, ArmScores, Style]]:
-    """Arms in the order of drawing: the thick line of the reference arm lies below the others."""
+    """The arms in drawing order: the thick line of the reference arm is drawn first."""
     entries = list(zip(range(len(results.arms)), results.arms, create_styles(results)))
     return sorted(entries, key=lambda entry: entry[1].name != results.reference)
 
@@ -518,7 +521,7 @@ def _dot(results: Results, i: int) -> dict[str, Any]:
 
 
 def _arm_rows(results: Results, axis: "Axes", labelled: bool = True) -> None:
-    """Give every arm a row, from the top down as in the table."""
+    """Give every arm a row, from top to bottom as in the table."""
     names = arm_labels(results) if labelled else [""] * len(results.arms)
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.4, -0.6)

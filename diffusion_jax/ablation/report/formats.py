@@ -1,4 +1,4 @@
-"""Numbers as a report writes them: in sentences, in the table, at the ticks of an axis."""
+"""Format the numbers of a report: in sentences, in the table, at the ticks of an axis."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def short_number(value: float) -> str:
-    """A number with three significant digits."""
+    """A number with three significant digits; a dash if it is not finite."""
     if not math.isfinite(value):
         return "–"
     if value == 0:
@@ -30,7 +30,10 @@ def with_minus(number: str) -> str:
 
 
 def decimals(intervals: Sequence[Interval]) -> int:
-    """Decimals at which a typical half-width has two significant digits; six at most."""
+    """The number of decimals, at most six, that gives the median half-width two significant digits.
+
+    Without a finite half-width, the largest value gets four significant digits.
+    """
     halves = [(interval.high - interval.low) / 2 for interval in intervals]
     halves = [half for half in halves if math.isfinite(half) and half > 0]
     if halves:
@@ -41,7 +44,7 @@ def decimals(intervals: Sequence[Interval]) -> int:
 
 
 def describe_interval(interval: Interval) -> str:
-    """A number and its interval, for a sentence; the number alone if the interval is infinite."""
+    """A number and its interval as text; the number alone if the interval is infinite."""
     half = (interval.high - interval.low) / 2
     if not math.isfinite(half):
         return f"{interval.value:.4g}"
@@ -51,7 +54,7 @@ def describe_interval(interval: Interval) -> str:
 
 
 def set_logarithmic_ticks(axis: "Axis") -> None:
-    """Set the ticks of a logarithmic axis, as plain numbers: a power of ten needs mathtext."""
+    """Set the ticks of a logarithmic axis as plain numbers, because mathtext is switched off."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = sorted(axis.get_view_interval())
@@ -69,7 +72,7 @@ def _plain_number(value: float) -> str:
 
 
 def set_step_ticks(axis: "Axis") -> None:
-    """Set the ticks of an axis of training steps: 5000, 20k."""
+    """Set the ticks of an axis of training steps, for example 5000 and 20k."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))

@@ -1,4 +1,4 @@
-"""The report of an ablation: one page that needs no other file, and a table for other tools."""
+"""Write the report of an ablation: report.html, which needs no other file, and ablation.csv."""
 
 import base64
 import csv
@@ -31,15 +31,15 @@ from diffusion_jax.drawing.images import image_grid
 from diffusion_jax.evaluation.interval import Interval
 from diffusion_jax.runtime import files
 
-ROW_PICTURES = 16  # samples in a row: more would be too small to see
-PICTURE_SCALE = 2  # of a sample's pixels; the browser enlarges them further
-DASH = "–"  # in the place of a number
-MARKS = {"best": "◆", "better": "▼", "worse": "▲"}  # beside the word, never alone
+ROW_PICTURES = 16  # the most samples in a row: more would be too small to see
+PICTURE_SCALE = 2  # enlargement of a sample; the browser enlarges it further
+DASH = "–"  # stands for a missing number
+MARKS = {"best": "◆", "better": "▼", "worse": "▲"}  # shown beside the word
 
 
 def write_report(results: Results, path: pathlib.Path) -> None:
-    """Write the page. It contains all its pictures, styles and scripts."""
-    # Imported here, because a training does not need it.
+    """Write report.html, which contains all its pictures, styles and scripts."""
+    # Imported here, because training does not need jinja2.
     import jinja2
 
     environment = jinja2.Environment(
@@ -55,7 +55,7 @@ def write_report(results: Results, path: pathlib.Path) -> None:
 
 
 def write_csv(results: Results, path: pathlib.Path) -> None:
-    """Write one row for each arm and seed with all its scores."""
+    """Write ablation.csv: one row for each arm and seed, with all its scores."""
     rows = [_row(results, arm, job) for arm in results.arms for job in arm.jobs]
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
@@ -93,7 +93,7 @@ def _fields(results: Results) -> list[str]:
 
 
 def _page(results: Results) -> dict[str, Any]:
-    """The variables of the template."""
+    """The variables of page.html.jinja."""
     styles = create_styles(results)
     fields = _fields(results)
     num_seeds = max(len(arm.jobs) for arm in results.arms)
@@ -133,7 +133,7 @@ def _page(results: Results) -> dict[str, Any]:
 
 
 def _breakable(name: str) -> Markup:
-    """A name with allowed line breaks between its parts: "schedule.", "s=", "0.008,"."""
+    """A name that may break into lines after its parts: "schedule.", "s=", "0.008,"."""
     parts = re.split(r"(?<=[,=])|(?<=\.)(?=[A-Za-z])", name)
     return Markup("<wbr>").join(escape(part) for part in parts)
 
@@ -143,7 +143,11 @@ def _plain(value: object) -> str:
 
 
 def _finding(results: Results, name: str) -> dict[str, Any]:
-    """The parts of a sentence about a score: its lowest arm, and the arms that may be as low."""
+    """The parts of the sentences about a score: the lowest arm, and the arms that may equal it.
+
+    "lowest" is None if a value is not finite. "equal" is None if the arms cannot be compared with
+    the lowest one: with one number per arm, only the differences to the reference have intervals.
+    """
     kind = SCORES[name]
     finding: dict[str, Any] = {"heading": kind.heading, "unit": kind.unit, "lowest": None}
     values = {arm.name: score_values(arm.jobs, name) for arm in results.arms}
@@ -174,7 +178,7 @@ def _finding(results: Results, name: str) -> dict[str, Any]:
 
 
 def _equal_to_reference(results: Results, name: str) -> list[str]:
-    """The arms whose interval of the difference to the reference arm holds zero."""
+    """The arms whose difference to the reference arm has an interval that contains zero."""
     differences = {arm.name: arm.scores[name].difference for arm in results.arms}
     return [
         arm
@@ -212,7 +216,7 @@ def _difference_decimals(results: Results, name: str) -> int:
 
 
 def _cells(score: Score, mean_decimals: int, difference_decimals: int) -> dict[str, Any]:
-    """A score in a row of the table."""
+    """The cells of a score in a row of the table."""
     difference = score.difference
     return {
         "mark": score.mark,
@@ -224,7 +228,7 @@ def _cells(score: Score, mean_decimals: int, difference_decimals: int) -> dict[s
 
 
 def _interval(interval: Interval, digits: int, sign: str = "") -> dict[str, str | None]:
-    """A number, the ends of its interval (None: infinite) and its key for sorting, as texts."""
+    """A number, the ends of its interval (None if infinite) and its sorting key, as texts."""
 
     def text(value: float) -> str:
         if not math.isfinite(value):
@@ -243,7 +247,7 @@ def _interval(interval: Interval, digits: int, sign: str = "") -> dict[str, str 
 
 
 def _samples(results: Results) -> list[dict[str, Any]]:
-    """A sheet for each seed: the first samples of every arm, one row of pictures for each arm."""
+    """A grid for each seed: the first samples of every arm, with one row for each arm."""
     seeds = dict.fromkeys(job.seed for arm in results.arms for job in arm.jobs)
     return [
         {"seed": seed, "rows": list(_sample_rows(results, seed)), "labels": _numbers(results, seed)}
@@ -252,7 +256,7 @@ def _samples(results: Results) -> list[dict[str, Any]]:
 
 
 def _numbers(results: Results, seed: int) -> list[int]:
-    """The numbers above the columns of a sheet, counted from 1."""
+    """The numbers above the columns of a grid, counted from 1."""
     counts = [len(job.pictures) for arm in results.arms for job in arm.jobs if job.seed == seed]
     return list(range(1, min(max(counts), ROW_PICTURES) + 1))
 
@@ -276,7 +280,7 @@ def _sample_rows(results: Results, seed: int) -> Iterable[dict[str, Any]]:
 
 
 def _data_uri(pictures: UInt8[np.ndarray, "n h w c"]) -> tuple[str, int, int]:
-    """A row of pictures as the address of an image, with its width and height."""
+    """A row of pictures as the data URI of one PNG, with its width and height in pixels."""
     image = image_grid(pictures, columns=len(pictures), scale=PICTURE_SCALE)
     png = io.BytesIO()
     image.save(png, format="png")

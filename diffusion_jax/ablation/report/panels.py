@@ -1,4 +1,4 @@
-"""The sections of a report that hold plots: each plot with its title and caption."""
+"""The sections of a report that contain plots, each plot with its title and caption."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,7 @@ MIDDLE, DECODER = Markup("L<sub>1</sub> to L<sub>T−1</sub>"), Markup("L<sub>0<
 
 
 class Panel(NamedTuple):
-    """One plot."""
+    """One plot with its title and caption."""
 
     title: str
     caption: str | Markup
@@ -22,7 +22,7 @@ class Panel(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A group of panels. Without a legend, an axis of its plots names the arms."""
+    """A group of panels. If it has no legend, the axes of its plots name the arms."""
 
     id: str
     heading: str
@@ -32,7 +32,7 @@ class Section(NamedTuple):
 
 
 def create_sections(results: Results) -> list[Section]:
-    """All sections with plots, in the order of the page."""
+    """Create all sections with plots, in the order of the page."""
     return [
         _scores(results),
         _by_log_snr(results),
@@ -42,12 +42,12 @@ def create_sections(results: Results) -> list[Section]:
 
 
 def _scores(results: Results) -> Section:
-    about = "Less is better in all of them."
+    about = "Lower is better for every score."
     if results.swept is not None:
-        about += f" Values of {results.swept} stand at equal distances, whatever lies between them."
+        about += f" The values of {results.swept} are sorted and evenly spaced on the axis."
     return Section(
-        id="figures",
-        heading="Figures of the arms",
+        id="scores",
+        heading="Scores of the arms",
         about=about,
         has_legend=results.swept is None,
         panels=[panel for name in SCORES for panel in _score(results, name)],
@@ -55,7 +55,7 @@ def _scores(results: Results) -> Section:
 
 
 def _score(results: Results, name: str) -> list[Panel]:
-    """A score of every arm, and its differences to the reference arm if there are other arms."""
+    """The panels of a score: its value for every arm and, with several arms, the differences."""
     heading, unit = SCORES[name].heading, SCORES[name].unit
     title = f"{heading[0].upper()}{heading[1:]}"
     has_ends = any(math.isfinite(arm.scores[name].mean.high) for arm in results.arms)
@@ -68,11 +68,11 @@ def _score(results: Results, name: str) -> list[Panel]:
         )
     ]
     if _has_others(results):
-        hollow = "; hollow where the interval holds zero"
+        hollow = "; the marker is hollow if the interval contains zero"
         panels.append(
             Panel(
                 title=f"{title}: difference to {reference_name(results)}",
-                caption=f"In pairs of equal seeds{hollow * has_ends}.",
+                caption=f"Paired by seed{hollow * has_ends}.",
                 svg=Markup(figures.differences_of_arms(results, name)),
             )
         )
@@ -80,36 +80,36 @@ def _score(results: Results, name: str) -> list[Panel]:
 
 
 def _by_log_snr(results: Results) -> Section:
-    """The bound and the network's error; each is also compared if there are other arms."""
+    """The bound and the error of eps; with several arms, also compared with the reference arm."""
     panels = [
         Panel(
-            title="Where the bits go",
+            title="Bits by log SNR",
             caption=Markup(
                 "Bits/dim per unit of log SNR, means over seeds. The area below a curve is the"
-                " sum of {}; {} stands apart."
+                " sum of {}, without {}."
             ).format(MIDDLE, DECODER),
             svg=Markup(figures.density(results)),
         ),
         Panel(
             title="Error of the predicted noise",
-            caption="Mean squared error of ε, means over seeds; no line where an arm has no"
-            " timestep.",
+            caption="Mean squared error of ε, means over seeds. A curve has gaps where its arm has"
+            " no timestep.",
             svg=Markup(figures.eps_error(results)),
         ),
     ]
     if _has_others(results):
         compared = [
             Panel(
-                title="Where arms differ",
+                title="Difference of the bits",
                 caption=Markup(
-                    "The same, minus the reference arm: better below zero. Where one of the two"
-                    " has no timestep, on the left, its bits are in {}."
+                    "Bits of an arm minus those of the reference arm: lower is better. At the left"
+                    " end, where an arm may have no timestep, its bits are in {}."
                 ).format(DECODER),
                 svg=Markup(figures.density_difference(results)),
             ),
             Panel(
-                title="Where the errors differ",
-                caption="The same, divided by the reference arm's: better below one.",
+                title="Ratio of the errors",
+                caption="Error of an arm divided by that of the reference arm: lower is better.",
                 svg=Markup(figures.eps_error_ratio(results)),
             ),
         ]
@@ -117,8 +117,8 @@ def _by_log_snr(results: Results) -> Section:
     return Section(
         id="log-snr",
         heading="By log SNR",
-        about="On the axis that all schedules share: timesteps of two schedules are not"
-        " alike, noise levels are.",
+        about="All schedules share the axis of log SNR. The same timestep has another noise level"
+        " under every schedule, so arms are not compared by timestep.",
         has_legend=True,
         panels=panels,
     )
@@ -129,25 +129,27 @@ def _schedules(results: Results) -> Section:
         Panel(
             title="Noise of each timestep",
             caption=Markup(
-                "{} on logarithmic axes; at the dotted line its root is one pixel bin."
+                "{0} on logarithmic axes; on the dotted line √{0} is one pixel bin."
             ).format(BETA),
             svg=Markup(figures.beta(results)),
         ),
         Panel(
             title="Noise of the first timestep",
-            caption=f"√β₁ in pixel bins: one is 2/{results.levels - 1}, from a grey level to the"
-            " next.",
+            caption=f"√β₁ in pixel bins; a bin is 2/{results.levels - 1}, the distance between two"
+            " grey levels.",
             svg=Markup(figures.root_beta_1(results)),
         ),
         Panel(
-            title="Signal that is left",
-            caption=Markup("{}, its share of the variance.").format(ALPHA_BAR),
+            title="Remaining signal",
+            caption=Markup("{}, the share of the signal's variance in x<sub>t</sub>.").format(
+                ALPHA_BAR
+            ),
             svg=Markup(figures.alpha_bar(results)),
         ),
         Panel(
-            title="Signal to noise",
+            title="Signal-to-noise ratio",
             caption=Markup(
-                "Natural log of {0} / (1 − {0}); at the dotted line they are equal."
+                "Natural log of {0} / (1 − {0}); on the dotted line signal and noise are equal."
             ).format(ALPHA_BAR),
             svg=Markup(figures.log_snr(results)),
         ),
@@ -160,13 +162,14 @@ def _terms_and_training(results: Results) -> Section:
     panels = [
         Panel(
             title="Terms of the bound",
-            caption="Bits/dim, means over seeds; each term on a scale of its own.",
+            caption="Bits/dim, means over seeds; each term has its own scale.",
             svg=Markup(figures.terms(results)),
         ),
         Panel(
             title="Training loss",
-            caption=f"Means over seeds{seeds}. The first steps lie above. Another schedule's is"
-            " another average: compare the errors by log SNR.",
+            caption=f"Means over seeds{seeds}. The axis may leave out the first steps. The losses"
+            " of two schedules are not comparable, because each averages over its own noise levels:"
+            " compare the errors by log SNR.",
             svg=Markup(figures.training_loss(results)),
         ),
     ]

@@ -1,4 +1,4 @@
-"""Axes of matplotlib as SVG inside a page, with the colours, letters and width of the page."""
+"""Turn matplotlib plots into SVG elements with the colours, fonts and width of the page."""
 
 import io
 import re
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# In units of the picture, each about 0.85 pixels on a phone: small letters stay legible.
+# In units of the SVG; a unit is about 0.85 pixels on a phone, where letters must stay legible.
 WIDTH, HEIGHT = 390, 270
 FONT_POINTS = 11
 LETTER_WIDTH = 0.62  # the mean width of a letter, as a share of its height
 POINTS_PER_INCH = 72
 
-# matplotlib needs colours as numbers; these are replaced by the colours of the page.
+# matplotlib cannot use CSS variables: ``_tidy`` replaces these colours by those of the page.
 TEXT, GRID, SURFACE = "#010203", "#040506", "#070809"
 PAGE_COLOURS = {TEXT: "currentColor", GRID: "var(--grid)", SURFACE: "var(--surface)"}
 
@@ -54,12 +54,12 @@ SETTINGS: dict[Any, Any] = {
 
 
 def colour_of_arm(index: int) -> str:
-    """The colour to draw an arm in; it is replaced by the colour that the page has for the arm."""
+    """A placeholder for the colour of an arm; ``_tidy`` replaces it by the colour on the page."""
     return f"#0b{index // 256:02x}{index % 256:02x}"
 
 
 def tag_with_arm(artists: "Sequence[Artist]", index: int) -> None:
-    """Tag what is drawn with its arm, so that the legend of the page can pick it out."""
+    """Tag artists with their arm, so that the legend of the page can highlight them."""
     for artist in artists:
         artist.set_gid(f"arm:{index}")
 
@@ -67,17 +67,17 @@ def tag_with_arm(artists: "Sequence[Artist]", index: int) -> None:
 def create_svg(
     name: str, text: str, draw: Callable[..., None], *, height: int = HEIGHT, columns: int = 1
 ) -> str:
-    """An SVG element with the axes that ``draw`` fills, one or several ``columns``.
+    """Create an SVG element with axes in ``columns`` columns, on which ``draw`` draws.
 
-    ``name`` is the beginning of all ids in it; ``text`` describes it to those who cannot see it.
+    ``name`` is the prefix of all ids in the element. ``text`` describes it to a screen reader.
     """
-    # Imported here, because that takes half a second.
+    # Imported here, because matplotlib takes half a second to import.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     file = io.StringIO()
     with rc_context(SETTINGS | {"svg.hashsalt": name}), warnings.catch_warnings():
-        # DejaVu lacks some letters and measures them wrongly; the page has other fonts.
+        # DejaVu Sans lacks the glyphs of some names; the browser draws them with other fonts.
         warnings.filterwarnings("ignore", message="Glyph")
         size = WIDTH / POINTS_PER_INCH, height / POINTS_PER_INCH
         figure = Figure(figsize=size)
@@ -90,7 +90,7 @@ def create_svg(
 
 
 def _set_margins(figure: "Figure", axes: "Sequence[Axes]", height: int) -> None:
-    """Leave room for labels, by the number of their letters: measuring them is slow."""
+    """Leave room for the labels by counting their letters, because measuring text is slow."""
 
     def longest(axis: "Axis") -> float:
         ticks = axis.get_major_formatter().format_ticks(list(axis.get_majorticklocs()))
@@ -110,13 +110,13 @@ def _set_margins(figure: "Figure", axes: "Sequence[Axes]", height: int) -> None:
 
 
 def _tidy(svg: str, name: str, text: str, height: int) -> str:
-    """The element of a page that a file of matplotlib becomes, half as long."""
+    """Turn the SVG file of matplotlib into an element of the page, which is half as long."""
     body = svg[svg.index("<defs>") : svg.rindex("</svg>")]
     body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.DOTALL)
-    # A style would hold for the whole page; the root element has these attributes instead.
+    # A <style> would apply to the whole page; the root element has its settings as attributes.
     body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
 
-    # Ids count up from 1 in every file: ids that are referred to get the name in front.
+    # Every file has the same ids: prefix those that are referenced, and remove the others.
     body = re.sub(r' id="arm:(\d+)"', r' data-arm="\1"', body)
     pairs = re.findall(r"#([\w-]+)\"|url\(#([\w-]+)\)", body)
     referenced = {identifier for pair in pairs for identifier in pair if identifier}
@@ -133,7 +133,7 @@ def _tidy(svg: str, name: str, text: str, height: int) -> str:
     body = re.sub(r"#0b([0-9a-f]{4})", lambda match: f"var(--arm-{int(match[1], 16)})", body)
     body = body.replace("'DejaVu Sans'", "var(--sans, sans-serif)")
     body = re.sub(r'\b(d|x|y|transform|width|height)="([^"]*)"', _rounded, body)
-    # L_0 and L_{T-1} get subscripts; other underscores stay.
+    # Only the L of the bound, as in L_0 and L_{T-1}, gets subscripts.
     body = re.sub(r"\bL_(?:\{([^}<]*)\}|(\w))", _subscript, body)
     body = re.sub(r">\s+<", "><", body).strip()
     return (
@@ -143,7 +143,7 @@ def _tidy(svg: str, name: str, text: str, height: int) -> str:
 
 
 def _rounded(match: re.Match) -> str:
-    """An attribute with two decimals of each of its numbers."""
+    """An attribute with its numbers rounded to two decimals."""
 
     def shorter(number: re.Match) -> str:
         return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")

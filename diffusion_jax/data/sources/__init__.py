@@ -1,7 +1,7 @@
-"""The data sets as numpy arrays, each read from its authors' own archives.
+"""The data sets as numpy arrays, each read from the archives of its authors.
 
 A new set is a ``Source`` in a file here (one file per family) and its line in DATASETS. Only
-builder.py imports TFDS: what is known of a set costs no import.
+builder.py imports TFDS, so the properties of a set are known without that slow import.
 """
 
 from diffusion_jax.data.sources import cifar10, digits, idx, toy2d

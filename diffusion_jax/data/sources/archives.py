@@ -1,6 +1,6 @@
-"""The original archives: fetched, found, decompressed, and compared with known sums.
+"""The original archives: download, look-up, decompression and checksums.
 
-A message names the file and what is wrong; data.py puts in front of it where the file came from.
+The error messages name the file and the problem; prepared.py adds the config field before them.
 """
 
 import gzip
@@ -18,16 +18,16 @@ from typing import TypeVar
 
 from diffusion_jax.errors import ConfigError
 
-ANSWER_SECONDS = 5.0  # until a server must have answered
-READ_SECONDS = 30.0  # until it must have sent some more
+ANSWER_SECONDS = 5.0  # time limit for the first answer of a server
+READ_SECONDS = 30.0  # time limit for each later read
 T = TypeVar("T")
 
 
 def download(urls: Iterable[str], folder: Path) -> None:
-    """Fetch archives into a folder, trying each once.
+    """Download archives into a folder, with one attempt each.
 
     Raises:
-        ConfigError: no answer within ``ANSWER_SECONDS``, or the transfer broke off.
+        ConfigError: the server does not answer within ``ANSWER_SECONDS``, or the transfer fails.
     """
     for url in urls:
         print(f"downloading {url}", file=sys.stderr, flush=True)
@@ -40,10 +40,10 @@ def download(urls: Iterable[str], folder: Path) -> None:
 
 
 def locate(folder: Path, names: Iterable[str]) -> dict[str, Path]:
-    """The path of each archive: of ``name.gz``, or of ``name`` where it is decompressed.
+    """The path of each archive: ``name.gz``, or ``name`` if the user has decompressed it.
 
     Raises:
-        ConfigError: some are in the folder under neither name.
+        ConfigError: the folder lacks an archive under both names.
     """
     paths, missing = {}, []
     for name in names:
@@ -59,7 +59,7 @@ def locate(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 
 
 def contents(path: Path) -> bytes:
-    """What a file holds, decompressed if its name ends in .gz.
+    """The contents of a file, decompressed if its name ends in .gz.
 
     Raises:
         ConfigError: the compressed file is truncated or damaged.
@@ -70,7 +70,7 @@ def contents(path: Path) -> bytes:
 
 
 def intact(path: Path, read: Callable[[], T]) -> T:
-    """What read returns, with what a broken archive makes it raise put in words.
+    """Return the result of ``read``, with its errors about a broken archive as ConfigError.
 
     Raises:
         ConfigError: the file is truncated or damaged.
@@ -90,21 +90,23 @@ def check(
     algorithm: str = "sha256",
     others: Mapping[str, str] | None = None,
 ) -> None:
-    """Compare what a file holds with the known sum; others are the sums of files to mistake it for.
+    """Compare the checksum of a file's contents with the expected one.
+
+    ``others`` maps the checksums of similar files to their descriptions, for the message.
 
     Raises:
-        ConfigError: the sums differ.
+        ConfigError: the checksums differ.
     """
     actual = hashlib.new(algorithm, content).hexdigest()
     if actual != expected:
-        taken_for = f"it is {others[actual]}" if others and actual in others else "wrong content"
+        problem = f"it is {others[actual]}" if others and actual in others else "wrong content"
         sums = f"{algorithm} {actual[:12]}..., not {expected[:12]}..."
-        raise ConfigError(f"{name}: {taken_for} ({len(content)} bytes, {sums})")
+        raise ConfigError(f"{name}: {problem} ({len(content)} bytes, {sums})")
 
 
 def _open(url: str) -> http.client.HTTPResponse:
-    # In a thread, because looking up a host name without a network can take far longer than any
-    # timeout that a socket knows.
+    # In a thread, because without a network the look-up of a host name can take much longer than
+    # the timeout of the socket.
     outcome: queue.SimpleQueue = queue.SimpleQueue()
 
     def connect() -> None:

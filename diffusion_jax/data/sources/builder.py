@@ -10,11 +10,11 @@ from PIL import Image
 from diffusion_jax.data.sources.source import VERSION, Arrays, Images, Labels
 
 
-# Not registered, because TFDS has builders of its own by most of these names.
+# Not registered, because TFDS has its own builders with most of these names.
 class ImageBuilder(  # type: ignore[call-arg]  # TFDS has no types, and takes this argument
     tfds.core.GeneratorBasedBuilder, skip_registration=True
 ):
-    """A builder of labelled images that are in memory already, checked."""
+    """A builder for labelled images that are already in memory."""
 
     VERSION = tfds.core.Version(VERSION)
 
@@ -39,7 +39,7 @@ class ImageBuilder(  # type: ignore[call-arg]  # TFDS has no types, and takes th
         return tfds.core.DatasetInfo(
             builder=self,
             features=tfds.features.FeaturesDict(features),
-            disable_shuffling=True,  # keeps the order of the archives: we shuffle indices
+            disable_shuffling=True,  # keep the order of the archives: read_batches shuffles
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
@@ -47,6 +47,7 @@ class ImageBuilder(  # type: ignore[call-arg]  # TFDS has no types, and takes th
 
     def _generate_examples(self, images: Images, labels: Labels) -> Iterator:
         for index, (image, label) in enumerate(zip(images, labels)):
-            # Given an array, TFDS would have tensorflow write the PNG; Pillow has no grey channel.
+            # TFDS encodes arrays with tensorflow, but Pillow's images without it. Pillow's grey
+            # images have no channel axis.
             picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
             yield index, {"image": picture, "label": int(label)}

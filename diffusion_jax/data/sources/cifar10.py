@@ -16,7 +16,7 @@ PYTHON, PYTHON_FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"
 BINARY, BINARY_FOLDER = "cifar-10-binary.tar.gz", "cifar-10-batches-bin"
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 
-# md5 of the files inside the python version (those that torchvision checks).
+# md5 of the files inside the python version (as in torchvision).
 MD5 = {
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
     "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
@@ -26,16 +26,18 @@ MD5 = {
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
 
-# sha256 of the compressed binary version (TFDS, url_checksums/cifar10.txt): none are published
-# of the files inside it, so that only the original .tar.gz can be checked.
+# sha256 of the compressed binary version (TFDS, url_checksums/cifar10.txt). No checksums of the
+# files inside it are published, so only the original .tar.gz can be checked.
 BINARY_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 
 
 def read(folder: Path) -> Arrays:
-    """The photographs, from the python version (.tar.gz, .tar or unpacked) or the binary .tar.gz.
+    """Read the photographs from the python version or from the binary .tar.gz.
+
+    The python version may be a .tar.gz, a .tar or an unpacked folder.
 
     Raises:
-        ConfigError: a file is missing, truncated, damaged, or not the one that it should be.
+        ConfigError: a file is missing, truncated or damaged, or has another checksum.
     """
     names = [name for batches in BATCHES.values() for name in batches]
     if (folder / PYTHON_FOLDER).is_dir():
@@ -59,14 +61,14 @@ def _splits(
     splits = {}
     for split, names in BATCHES.items():
         pixels = np.concatenate([batches[name][0] for name in names])
-        # A row is the red plane, the green and the blue, each row by row.
+        # A row holds the red, green and blue planes of a picture, each in row-major order.
         images = np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         splits[split] = (images, np.concatenate([batches[name][1] for name in names]))
     return splits
 
 
 def _members(path: Path, names: list[str]) -> dict[str, bytes]:
-    """Some files of a tar archive, which is not unpacked, by the last parts of their names."""
+    """Read files of a tar archive without unpacking it; the keys are their base names."""
 
     def extract() -> dict[str, bytes]:
         contents = {}
@@ -74,7 +76,7 @@ def _members(path: Path, names: list[str]) -> dict[str, bytes]:
             for name in names:
                 file = archive.extractfile(name)
                 if file is None:
-                    raise tarfile.TarError(f"{name} is no file")
+                    raise tarfile.TarError(f"{name} is not a file")
                 contents[name.rsplit("/", 1)[1]] = file.read()
         return contents
 
@@ -85,13 +87,13 @@ def _members(path: Path, names: list[str]) -> dict[str, bytes]:
 
 
 def _parse(content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """The pixels and labels of a batch of the binary version: one byte of label, 3,072 of image."""
+    """The pixels and labels of a binary batch: rows of one label byte and 3,072 pixel bytes."""
     rows = np.frombuffer(content, np.uint8).reshape(-1, 3073)
     return rows[:, 1:], rows[:, 0].astype(np.int64)
 
 
 class _Unpickler(pickle.Unpickler):
-    """An unpickler that makes numpy arrays and can call nothing else."""
+    """An unpickler that can create numpy arrays and call nothing else."""
 
     def find_class(self, module: str, name: str) -> object:
         allowed = {

@@ -10,10 +10,10 @@ NUM_TEST = 300
 
 
 def read(folder: Path) -> Arrays:
-    """The file of scikit-learn, which has no split of its own, cut into 1,497 and 300.
+    """Split scikit-learn's digits, which have no test split, into 1,497 and 300 images.
 
-    The test set is 30 images of each class, evenly spaced in the file: it holds one writer after
-    the other, so that both parts have some of every writer (and no writer is held out).
+    The test split has 30 images of each class, evenly spaced in the file. The file is ordered by
+    writer, so both splits have images of every writer (and no writer is held out).
     """
     from sklearn.datasets import load_digits  # here, because it takes a second
 

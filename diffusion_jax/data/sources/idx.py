@@ -1,4 +1,4 @@
-"""MNIST and the sets that copy its four IDX files: Fashion-MNIST and Kuzushiji-MNIST."""
+"""MNIST and the sets with the same four IDX files: Fashion-MNIST and Kuzushiji-MNIST."""
 
 import functools
 from pathlib import Path
@@ -15,7 +15,7 @@ FILES = (
     "t10k-labels-idx1-ubyte.gz",
 )
 
-# sha256 of the decompressed files, in the order of FILES: compressing them anew is no damage.
+# sha256 of the decompressed files, in the order of FILES, so that recompressed files are accepted.
 SUMS = {
     "mnist": (
         "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -31,8 +31,8 @@ SUMS = {
     ),
 }
 
-# sha256 of the compressed files (TFDS, url_checksums/kmnist.txt). No sums of the decompressed
-# ones are published, so only the original .gz can be checked, and nothing else is read.
+# sha256 of the compressed files (TFDS, url_checksums/kmnist.txt). No checksums of the decompressed
+# files are published, so only the original .gz files are accepted.
 SUMS_OF_GZ = {
     "kmnist": (
         "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4",
@@ -44,10 +44,10 @@ SUMS_OF_GZ = {
 
 
 def read(name: str, folder: Path) -> Arrays:
-    """The images and labels of one of the sets.
+    """Read the images and labels of one of the sets.
 
     Raises:
-        ConfigError: a file is missing, truncated, damaged, or not the one that it should be.
+        ConfigError: a file is missing, truncated or damaged, or has another checksum.
     """
     paths = archives.locate(folder, FILES)
     arrays = [parse(_checked(name, index, paths[file])) for index, file in enumerate(FILES)]
@@ -59,7 +59,7 @@ def read(name: str, folder: Path) -> Arrays:
 
 
 def parse(content: bytes) -> np.ndarray:
-    """The array in an IDX file: two zeros, the type (8: uint8), the rank, the lengths, the data."""
+    """Parse an IDX file: two zero bytes, the type (8: uint8), the rank, the lengths, the data."""
     rank = content[3]
     shape = np.frombuffer(content, ">i4", rank, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
@@ -70,7 +70,7 @@ def _checked(name: str, index: int, path: Path) -> bytes:
         archives.check(path.name, path.read_bytes(), SUMS_OF_GZ[name][index])
         return archives.contents(path)
     content = archives.contents(path)
-    # The files of all the sets have the same names, so one folder is easily taken for another.
+    # All the sets have the same file names, so users confuse their folders.
     owners = {sums[index]: f"that of {other}" for other, sums in SUMS.items()}
     archives.check(path.name, content, SUMS[name][index], others=owners)
     return content

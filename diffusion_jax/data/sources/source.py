@@ -1,4 +1,4 @@
-"""A source of images or points: what is known of a set, and how its archives are read."""
+"""A source of images or points: the properties of a data set and the reader of its archives."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Integer, UInt8
 
-# Of every set prepared here: change it when what a builder writes changes.
+# The version of every set that is prepared here; it must change when the builder's output changes.
 VERSION = "1.0.0"
 Images = UInt8[np.ndarray, "n height width channel"]
 Points = Float32[np.ndarray, "n dimension"]
@@ -16,14 +16,14 @@ Arrays = Mapping[str, tuple[Images | Points, Labels]]  # "train" and "test"
 
 
 class Source(NamedTuple):
-    """What is known of a set before it is prepared, and how its archives are read.
+    """The properties of a data set before it is prepared, and the reader of its archives.
 
-    A pixel is one of 0 .. levels - 1. A set whose levels are None holds points: it is used as
-    read gives it, and nothing is prepared. read takes the folder of the archives, which are the
-    last parts of the urls (none: the set needs no archives), and gives "train" and "test".
+    A pixel is one of 0 .. levels - 1. If levels is None, the set holds points; it is read directly
+    and not prepared. ``read`` takes the folder of the archives and returns "train" and "test". The
+    names of the archives are the last parts of ``urls``, which is empty if the set needs none.
     """
 
-    shape: tuple[int, ...]  # height, width, channels; of points, (dimension,)
+    shape: tuple[int, ...]  # (height, width, channels) of an image, (dimension,) of a point
     levels: int | None
     num_classes: int
     urls: tuple[str, ...]

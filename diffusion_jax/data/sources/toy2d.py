@@ -12,8 +12,9 @@ _ANGLES = 2 * np.pi * np.arange(NUM_COMPONENTS) / NUM_COMPONENTS
 _RADIAL = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=-1)
 _TANGENTIAL = np.stack([-np.sin(_ANGLES), np.cos(_ANGLES)], axis=-1)
 
-# On the unit circle; narrow across it and wider along it, and every other one twice as heavy, so
-# that a wrong weight, axis or scale shows in the samples.
+# The means lie on the unit circle. The components are narrow along the radius and wider along the
+# circle, and every second one has twice the weight, so that samples show a wrong weight, axis or
+# scale.
 WEIGHTS = np.resize([1.0, 2.0], NUM_COMPONENTS) / (1.5 * NUM_COMPONENTS)  # [component]
 MEANS = _RADIAL  # [component, 2]
 COVARIANCES = (  # [component, 2, 2]
@@ -23,7 +24,7 @@ COVARIANCES = (  # [component, 2, 2]
 
 
 def read(folder: Path) -> Arrays:
-    """Draws from the mixture, the same at every call; the label is the component."""
+    """Draw points from the mixture, the same at every call; the label is the component."""
     splits = {}
     factors = np.linalg.cholesky(COVARIANCES)
     for seed, (split, size) in enumerate(NUM_EXAMPLES.items()):

@@ -1,6 +1,7 @@
 """Samplers of the reverse chain, and ``sample``, which runs one of them.
 
-A new sampler is one subclass of ``Sampler``, a function that makes it, and its line in SAMPLERS.
+To add a sampler, write a subclass of ``Sampler`` and a function that returns an instance of it, and
+add the function's line to SAMPLERS.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Ancestral sampling (Ho et al. 2020), alone or after Langevin corrections (Song et al. 2021)."""
+"""Ancestral sampling (Ho et al. 2020), optionally with Langevin corrections (Song et al. 2021)."""
 
 import dataclasses
 from typing import Any
@@ -53,15 +53,15 @@ class PredictorCorrector(Sampler):
         return self.predictor.step(now._replace(keys=fold(now.keys, 0), x_t=x_t))
 
     def num_evaluations(self, num_steps: int) -> int:
-        """One for the predictor and one for each correction."""
+        """Per step, one for the predictor and one for each correction."""
         return num_steps * (1 + self.num_corrections)
 
 
 def ancestral(variance: str = "posterior") -> Sampler:
     """Ancestral sampling from p(x_{t-1} | x_t), a Gaussian around the posterior mean (DDPM).
 
-    ``variance`` is "beta" or "posterior" (beta~), the two fixed choices of DDPM section 3.2, or
-    "learned" or "learned_range", which both mean the variance that the network predicts.
+    ``variance`` is "beta" or "posterior" (beta~), the two fixed choices of DDPM section 3.2.
+    "learned" and "learned_range" both use the variance in the ``Prediction`` of the network.
 
     Raises:
         ConfigError: an unknown variance.
@@ -73,10 +73,10 @@ def ancestral(variance: str = "posterior") -> Sampler:
 def predictor_corrector(
     variance: str = "posterior", snr: Number = 0.16, num_corrections: int = 1
 ) -> Sampler:
-    """Langevin steps at each noise level before the ancestral one (Song et al. 2021, algorithm 5).
+    """Langevin steps at each noise level, then an ancestral step (Song et al. 2021, algorithm 5).
 
-    ``snr`` > 0 scales the steps of their annealed Langevin dynamics, whose size follows from the
-    noise level; ``num_corrections`` >= 1 is their number.
+    ``snr`` > 0 scales the size of the Langevin steps, 2 alpha (snr sqrt(1 - alpha_bar))^2.
+    ``num_corrections`` >= 1 is their number at each noise level.
 
     Raises:
         ConfigError: an unknown variance, or a number out of its range.

@@ -1,7 +1,8 @@
 """The reverse chain: one ``jax.lax.scan`` over the reversed rows of a schedule, for any sampler.
 
-A sampler sees ``base.Step`` alone: a key per image, ``predict``, and the two rows of its step. It
-is a pytree whose numbers (eta) are leaves, so that other numbers do not compile the chain again.
+A sampler gets one ``base.Step`` at a time: a key per image, ``predict``, and the two rows of the
+step. A sampler is a pytree whose numbers (eta) are leaves; another number does not compile the
+chain again.
 """
 
 from typing import Any, NamedTuple
@@ -30,20 +31,20 @@ def sample(
     indices: Int[Array, " batch"] | None = None,
     native: Schedule | None = None,
 ) -> Batch:
-    """Draw images from the model: the reverse chain from x_T ~ N(0, I) to x_0.
+    """Draw images from the model: run the reverse chain from x_T ~ N(0, I) to x_0.
 
     ``shape`` is (batch, ...). ``indices`` are the global numbers of the images (default
-    0..batch-1): image i depends on ``key`` and i alone, whatever the batch, where ``key`` is
-    threefry's, jax's default. Samplers that evaluate between the rows of ``schedule`` interpolate
-    the timestep there in ``native``, the schedule that the network was trained with (default:
-    ``schedule`` itself).
+    0..batch-1). Image i depends only on ``key`` and i, not on the batch, if ``key`` is a threefry
+    key, jax's default. A sampler that evaluates the network between the rows of ``schedule``
+    interpolates the timestep in ``native``, the schedule of the network's training (default:
+    ``schedule``).
     """
     inputs = key, predict, schedule, sampler, shape
     return trajectory(*inputs, num_frames=0, x_T=x_T, indices=indices, native=native).x_0
 
 
 class Trajectory(NamedTuple):
-    """The end of a chain, and frames of its states x_t and of the x_0 predicted at them."""
+    """The images of a chain, with frames of its states x_t and of the x_0 predicted from them."""
 
     x_0: Batch
     x_t: Float[Array, "frames batch ..."]
@@ -64,11 +65,11 @@ def trajectory(
 ) -> Trajectory:
     """As ``sample``, with ``num_frames`` evenly spaced states of the chain, from x_T to x_0.
 
-    Memory grows with the number of frames, not with that of the steps.
+    Memory grows with the number of frames, not with the number of steps.
 
     Raises:
-        ConfigError: one frame, more frames than the chain has states (one more than its steps), or
-            frames of a chain that goes back up.
+        ConfigError: one frame, more frames than states (steps + 1), or frames of a chain that goes
+            back up.
     """
     path = sampler.path(len(schedule))
     slot_of = _slots(num_frames, len(path), len(schedule))
@@ -108,7 +109,7 @@ def trajectory(
 
 
 def _slots(num_frames: int, num_states: int, num_steps: int) -> Int[np.ndarray, " states"]:
-    """The frame of each state, x_T first; ``num_frames``, which is out of range, for no frame."""
+    """The frame index of each state, x_T first; states without a frame get ``num_frames``."""
     fits = num_frames == 0 or 2 <= num_frames <= num_states
     require(fits, "num_frames", num_frames, f"0 or in 2..{num_states}")
     goes_down = num_states == num_steps + 1
@@ -120,7 +121,7 @@ def _slots(num_frames: int, num_states: int, num_steps: int) -> Int[np.ndarray, 
 
 
 def _observe(predict: Predict) -> tuple[Predict, list[Prediction]]:
-    """The same function, and a list of all that it predicts."""
+    """``predict`` with a record: the function appends each prediction to the returned list."""
     predictions = []
 
     def observed(x_t: Batch, row: Schedule) -> Prediction:
@@ -136,14 +137,15 @@ INVERSION_ROUNDS = 5
 def invert(
     predict: Predict, schedule: Schedule, x_0: Batch, num_iterations: int = INVERSION_ROUNDS
 ) -> Batch:
-    """DDIM backwards: the x_T from which DDIM (eta = 0) generates the image x_0, in one scan.
+    """DDIM inversion: the x_T from which DDIM (eta = 0) generates the image x_0, in one scan.
 
-    Each step solves x_{t-1} = DDIM(x_t) for x_t by ``num_iterations`` >= 1 rounds of
+    Each step solves x_{t-1} = DDIM(x_t) for x_t with ``num_iterations`` >= 1 rounds of
     x_t = sqrt(alpha) x_{t-1} + beta / (sqrt(1 - ab) + sqrt(alpha (1 - ab_prev))) eps(x_t, t).
-    One round, with eps at x_{t-1}, is the published inversion (Dhariwal & Nichol 2021, section
-    3.2). The rounds converge where steps are small and the data are not between two modes. DDIM
-    then returns x_0 of a mixture with an error of 0.2 for 20 steps of the cosine schedule, 0.03 for
-    200 and 0.006 for 1,000; on the linear schedule of 1e-4 from 200 steps on.
+    One round uses eps(x_{t-1}, t). The published inversion is Euler's method backwards on the ODE
+    of DDIM, with eps(x_{t-1}, t-1) (DDIM: Song, Meng & Ermon 2021, sections 4.3 and 5.4, eq. 14).
+    The rounds converge if the steps are small and x_0 is not between two modes. For data of a
+    mixture, DDIM then reproduces x_0 with an error of 0.2 for 20 steps of the cosine schedule, 0.03
+    for 200 and 0.006 for 1,000, and 1e-4 for 200 or more steps of the linear schedule.
 
     Raises:
         ConfigError: num_iterations < 1.

@@ -1,4 +1,4 @@
-"""DDIM (Song et al. 2021), and the other names of its map."""
+"""DDIM (Song et al. 2021), and the samplers of other papers that compute the same step."""
 
 from typing import Any
 
@@ -17,9 +17,8 @@ class Ddim(Sampler):
     def step(self, now: Step) -> tuple[Batch, tuple[Any, ...]]:
         """x_{t-1} = sqrt(ab_prev) x_0 + sqrt(1 - ab_prev - sigma^2) eps + sigma z (DDIM eq. 12).
 
-        sigma^2 = eta^2 beta~, and 1 - ab_prev - eta^2 beta~ =
-        (1 - ab_prev) (1 - eta^2 + eta^2 alpha (1 - ab_prev) / (1 - ab)), where no nearly equal
-        numbers are subtracted.
+        sigma^2 = eta^2 beta~. To avoid subtracting nearly equal numbers, 1 - ab_prev - sigma^2 is
+        computed as (1 - ab_prev) (1 - eta^2 + eta^2 alpha (1 - ab_prev) / (1 - ab)).
         """
         x_t, row = now.x_t, now.row
         prediction = now.predict(x_t, row)
@@ -32,9 +31,9 @@ class Ddim(Sampler):
 
 
 def ddim(eta: Number = 0.0) -> Sampler:
-    """Denoising diffusion implicit models (Song et al. 2021).
+    """The sampler of denoising diffusion implicit models, DDIM (Song et al. 2021).
 
-    ``eta`` in [0, 1]: 0 is deterministic, 1 has the ancestral mean and variance.
+    ``eta`` in [0, 1]: 0 is deterministic, 1 has the mean and variance of ancestral sampling.
 
     Raises:
         ConfigError: eta outside [0, 1] (a traced eta is not checked).
@@ -44,15 +43,15 @@ def ddim(eta: Number = 0.0) -> Sampler:
 
 
 def euler() -> Sampler:
-    """Euler's method for dy = eps d sigma, k-diffusion's "euler": the same map as DDIM's, eta 0."""
+    """Euler's method for dy = eps d sigma, k-diffusion's "euler": the step of DDIM with eta = 0."""
     return ddim(0.0)
 
 
 def euler_ancestral(eta: Number = 1.0) -> Sampler:
-    """Euler down to sigma_down, then noise up to sigma: k-diffusion's "euler_ancestral".
+    """An Euler step to sigma_down, then noise up to sigma_prev: k-diffusion's "euler_ancestral".
 
-    sigma_up^2 = eta^2 sigma_prev^2 (sigma^2 - sigma_prev^2) / sigma^2 is eta^2 beta~ in these
-    units: the same map as DDIM's with this eta in [0, 1].
+    sigma_up^2 = eta^2 sigma_prev^2 (sigma^2 - sigma_prev^2) / sigma^2 is eta^2 beta~ in the units
+    of x_t, so that the step is that of DDIM with the same eta in [0, 1].
 
     Raises:
         ConfigError: eta outside [0, 1] (a traced eta is not checked).
@@ -61,5 +60,5 @@ def euler_ancestral(eta: Number = 1.0) -> Sampler:
 
 
 def dpmpp_1s() -> Sampler:
-    """DPM-Solver++(1), the first-order exponential integrator of x_0: the same map as DDIM's."""
+    """DPM-Solver++(1), the first-order exponential integrator of x_0: DDIM's step with eta = 0."""
     return ddim(0.0)

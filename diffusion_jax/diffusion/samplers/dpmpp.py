@@ -26,16 +26,16 @@ from diffusion_jax.errors import require
 
 
 class Dpmpp2S(TwoStage):
-    """See ``dpmpp_2s``; its state is the schedule, for the rows half-way."""
+    """See ``dpmpp_2s``; its state is the native schedule."""
 
     goes_off_grid: ClassVar[bool] = True
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> Schedule:
-        """The schedule, in which the rows half-way are interpolated."""
+        """The native schedule, in which the middle rows of the steps are interpolated."""
         return schedule
 
     def step(self, now: Step) -> tuple[Batch, Schedule]:
-        """Lu et al. 2022 (DPM-Solver++), algorithm 1 with r_1 = 1/2: x_0 at the middle."""
+        """Algorithm 1 of DPM-Solver++ (Lu et al. 2022) with r_1 = 1/2: x_0 at the middle."""
         x_t, row, row_prev = now.x_t, now.row, now.row_prev
         prediction = now.predict(x_t, row)
         euler = ddim_step(prediction, row_prev)
@@ -55,11 +55,11 @@ class Dpmpp2M(Sampler):
     eta: Number
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> Memory:
-        """The memory of no step."""
+        """The state before the first step."""
         return no_memory(x_T)
 
     def step(self, now: Step) -> tuple[Batch, Memory]:
-        """x_0 extrapolated to the middle of the step by the one before it, r = h_before / h.
+        """Extrapolate x_0 to the middle of the step from the previous step, r = h_before / h.
 
         x_prev = sigma_prev / sigma e^(-eta h) x_t + sqrt(ab_prev) (1 - e^(-(1 + eta) h)) D
         + sigma_prev sqrt(1 - e^(-2 eta h)) z, D = x_0 + (x_0 - x_0_before) / (2 r)
@@ -68,7 +68,7 @@ class Dpmpp2M(Sampler):
         x_t, row, row_prev = now.x_t, now.row, now.row_prev
         prediction = now.predict(x_t, row)
         h = width(row)
-        noisy = jnp.where(self.eta > 0, self.eta * h, 0)  # 0 times an infinite h
+        noisy = jnp.where(self.eta > 0, self.eta * h, 0)  # 0 * inf is nan
         deviation = jnp.sqrt(row_prev.one_minus_alpha_bar)
         x_prev = jnp.sqrt(row_prev.alpha_bar) * prediction.x_0
         x_prev += deviation * jnp.exp(-noisy) * prediction.eps
@@ -82,15 +82,15 @@ class Dpmpp3M(Sampler):
     """See ``dpmpp_3m``."""
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> Memory:
-        """The memory of no step."""
+        """The state before the first step."""
         return no_memory(x_T)
 
     def step(self, now: Step) -> tuple[Batch, Memory]:
         """DDIM + sqrt(ab_prev) (phi_2 h x_0' - phi_3 h^2 x_0''), the derivatives of x_0 in lambda.
 
-        The derivatives are those of the parabola through the last three x_0. In the first step of
-        a chain they are 0; in the next one x_0 is a line, without a second derivative. That is
-        twice the second divided difference: published code leaves out the 2 and has order 2.
+        The derivatives are those of the parabola through the last three x_0. Both are 0 in the
+        first step of a chain; x_0'' is 0 in the second step. x_0'' is twice the second divided
+        difference: published code leaves out the factor 2, and its order is therefore 2.
         """
         x_t, row, row_prev = now.x_t, now.row, now.row_prev
         prediction = now.predict(x_t, row)
@@ -106,19 +106,19 @@ class Dpmpp3M(Sampler):
 
 
 def dpmpp_2s() -> Sampler:
-    """DPM-Solver++(2S), single-step: x_0 at the middle of the step (Lu et al. 2022)."""
+    """DPM-Solver++(2S), single-step: it predicts x_0 at the middle of a step (Lu et al. 2022)."""
     return Dpmpp2S()
 
 
 def dpmpp_2m() -> Sampler:
-    """DPM-Solver++(2M), multistep: x_0 extrapolated from the last two (Lu et al. 2022)."""
+    """DPM-Solver++(2M), multistep: it extrapolates the last two x_0 by a line (Lu et al. 2022)."""
     return Dpmpp2M(0.0)
 
 
 def dpmpp_2m_sde(eta: Number = 1.0) -> Sampler:
     """SDE-DPM-Solver++(2M): as dpmpp_2m, with the noise of the reverse SDE (Lu et al. 2022).
 
-    ``eta`` >= 0 scales the noise: 0 is dpmpp_2m, 1 the SDE of the forward process.
+    ``eta`` >= 0 scales the noise: 0 is dpmpp_2m, 1 is the reverse SDE.
 
     Raises:
         ConfigError: a negative eta.
@@ -128,5 +128,5 @@ def dpmpp_2m_sde(eta: Number = 1.0) -> Sampler:
 
 
 def dpmpp_3m() -> Sampler:
-    """DPM-Solver++(3M), multistep: x_0 a parabola in log SNR through the last three."""
+    """DPM-Solver++(3M), multistep: it extrapolates the last three x_0 by a parabola in log SNR."""
     return Dpmpp3M()

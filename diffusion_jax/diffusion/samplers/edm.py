@@ -1,4 +1,4 @@
-"""The samplers of EDM: Heun's method, and the stochastic one (Karras et al. 2022)."""
+"""The two samplers of EDM: Heun's method and the stochastic sampler (Karras et al. 2022)."""
 
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,13 +21,13 @@ from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.diffusion.tracing import is_known
 from diffusion_jax.errors import require
 
-SAME = 1e-5  # float32 log SNRs that are closer may be one number, rounded twice
+SAME = 1e-5  # float32 log SNRs that are closer may be two roundings of one number
 
 
 def _heun(now: Step) -> Batch:
-    """y_prev = y + (sigma_prev - sigma) (eps + eps') / 2, eps' at the end of an Euler step.
+    """y_prev = y + (sigma_prev - sigma) (eps + eps') / 2, where eps' is at the Euler step's end.
 
-    The last step is Euler's: at sigma = 0 there is no eps.
+    The last step is an Euler step, because eps is undefined at sigma = 0.
     """
     prediction = now.predict(now.x_t, now.row)
     euler = ddim_step(prediction, now.row_prev)
@@ -44,12 +44,12 @@ class Heun(TwoStage):
     """See ``heun``."""
 
     def step(self, now: Step) -> tuple[Batch, tuple[Any, ...]]:
-        """Karras et al. 2022 (EDM), algorithm 1."""
+        """One step of algorithm 1 of EDM (Karras et al. 2022)."""
         return _heun(now), now.state
 
 
 class EdmState(NamedTuple):
-    """The schedule, for the rows of the raised noise levels, and the number of steps."""
+    """The schedule, in which rows of raised noise levels are interpolated, and the step count."""
 
     schedule: Schedule
     num_steps: Int[Array, ""]
@@ -66,14 +66,14 @@ class Edm(TwoStage):
     noise: Number
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> EdmState:
-        """The schedule, in which the rows of raised noise are interpolated."""
+        """The native schedule, and the number of steps of the chain."""
         return EdmState(schedule, jnp.asarray(len(rows)))
 
     def step(self, now: Step) -> tuple[Batch, EdmState]:
         """Raise sigma by the factor 1 + gamma with fresh noise, then take a step of Heun's method.
 
         gamma = min(churn / num_steps, sqrt(2) - 1) for sigma in [churn_min, churn_max], else 0
-        (EDM algorithm 2); never beyond the schedule's own largest sigma.
+        (EDM algorithm 2). The raised sigma is at most the largest sigma of the schedule.
         """
         x_t, row, state = now.x_t, now.row, now.state
         room = row.log_snr - state.schedule.log_snr[-1]
@@ -91,10 +91,11 @@ class Edm(TwoStage):
 def heun() -> Sampler:
     """Heun's second-order method on the sigmas of the chain (Karras et al. 2022, algorithm 1).
 
-    Steps that grow fast amplify errors without bound, such as 2 to 5 of the cosine schedule's 1,000
-    timesteps: with the exact denoiser, data of two modes in [-1, 1] come out as large as 411 to 59
-    (one mode: 44 to 5). 10 steps of spacing "log_snr" or 20 of "karras" are bounded there, and few
-    timesteps of the linear schedule with spacing "trailing".
+    Too few steps with fast-growing sigmas amplify errors without bound. An example is 2 to 5 of the
+    1,000 timesteps of the cosine schedule: even with the exact denoiser, samples of a distribution
+    with two modes in [-1, 1] reach 411 to 59, with one mode 44 to 5. On this schedule 10 steps of
+    spacing "log_snr" or 20 of "karras" stay bounded. On the linear schedule a few steps of spacing
+    "trailing" stay bounded.
     """
     return Heun()
 
@@ -105,9 +106,9 @@ def edm(
     """EDM's stochastic sampler: fresh noise before each step of Heun's method (algorithm 2).
 
     ``churn`` >= 0 is S_churn, ``churn_min`` and ``churn_max`` are S_tmin and S_tmax in units of
-    sigma, ``noise`` > 0 is S_noise; the defaults are EDM's for ImageNet-64 (table 5). In few steps
-    that grow fast it is as unbounded as ``heun``: in 2 to 5 of the cosine schedule's timesteps data
-    in [-1, 1] come out as large as 211 to 14.
+    sigma, ``noise`` > 0 is S_noise; the defaults are EDM's for ImageNet-64 (table 5). Too few steps
+    amplify errors as in ``heun``: with 2 to 5 of the cosine schedule's timesteps, samples of data
+    in [-1, 1] reach 211 to 14.
 
     Raises:
         ConfigError: a number out of its range, or churn_min above churn_max.

@@ -11,14 +11,14 @@ from diffusion_jax.diffusion.process import Prediction
 from diffusion_jax.diffusion.samplers.base import Batch, Sampler, Step, ddim_step, step_along
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 
-# Adams and Bashforth's weights, by order: of the newest eps, of the one before it, and so on.
+# Adams-Bashforth weights: row i has order i + 1, column j weights the eps of j steps before.
 ADAMS_BASHFORTH = (
     np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]) / 24
 )
 
 
 class PndmState(NamedTuple):
-    """The eps of the last steps, newest first, the number of all steps so far, and the schedule."""
+    """The eps of the last three steps, newest first; the number of steps so far; the schedule."""
 
     eps: Float[Array, "3 batch ..."]
     num_steps: Int[Array, ""]
@@ -29,15 +29,15 @@ class Plms(Sampler):
     """See ``plms``."""
 
     needs_signal: ClassVar[bool] = True
-    num_starting: ClassVar[int] = 1  # steps before the multistep method
+    num_starting: ClassVar[int] = 1  # steps before the multistep method begins
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> PndmState:
-        """The memory of no step."""
+        """The state before the first step."""
         eps = jnp.zeros((len(ADAMS_BASHFORTH) - 1, *x_T.shape), x_T.dtype)
         return PndmState(eps, jnp.zeros((), jnp.int32), schedule)
 
     def step(self, now: Step) -> tuple[Batch, PndmState]:
-        """A DDIM step along a combination of the newest eps (PNDM eqs. 9 to 12)."""
+        """A DDIM step along a weighted sum of the last eps, at most four (PNDM eqs. 9 to 12)."""
         prediction = now.predict(now.x_t, now.row)
         history = jnp.concatenate([prediction.eps[None], now.state.eps])
         order = jnp.minimum(now.state.num_steps, len(ADAMS_BASHFORTH) - 1)
@@ -56,7 +56,7 @@ class Plms(Sampler):
         return (prediction.eps + now.predict(euler, now.row_prev).eps) / 2
 
     def num_evaluations(self, num_steps: int) -> int:
-        """One a step, and one more in the first unless it is the last."""
+        """One per step, and one more in the first step unless it is also the last."""
         return num_steps + min(self.num_starting, num_steps - 1)
 
 
@@ -77,23 +77,23 @@ class Pndm(Plms):
         return (prediction.eps + 2 * second + 2 * third + fourth) / 6
 
     def num_evaluations(self, num_steps: int) -> int:
-        """One a step, and three more in each of the first three that is not the last."""
+        """One per step, and three more in each of the first three steps that is not the last."""
         return num_steps + 3 * min(self.num_starting, num_steps - 1)
 
 
 def plms() -> Sampler:
-    """Pseudo linear multistep of four eps, after one improved Euler step (S-PNDM's start).
+    """The pseudo linear multistep method with four eps, after one improved Euler step.
 
-    Liu et al. 2022 (PNDM), as in latent diffusion. The weights are those of even steps in sigma.
-    On a chain of few steps that grow fast, such as the cosine schedule's timesteps, they amplify
-    errors; the spacings "karras" and "log_snr" suit them.
+    Liu et al. 2022 (PNDM); latent diffusion starts in the same way. The weights assume equal steps
+    in sigma. They amplify errors if a chain has few steps with fast-growing sigmas, such as the
+    timesteps of the cosine schedule; the spacings "karras" and "log_snr" avoid this.
     """
     return Plms()
 
 
 def pndm() -> Sampler:
-    """Pseudo linear multistep of four eps, after three pseudo Runge-Kutta steps (Liu et al. 2022).
+    """PNDM: the linear multistep method of ``plms`` after three pseudo Runge-Kutta steps.
 
-    On a chain of few steps it amplifies errors even more than ``plms``.
+    Liu et al. 2022 (PNDM). With few steps it amplifies errors even more than ``plms``.
     """
     return Pndm()

@@ -1,4 +1,4 @@
-"""UniPC: a predictor and a corrector of one evaluation (Zhao et al. 2023, arXiv 2302.04867)."""
+"""UniPC: predictor and corrector share an evaluation (Zhao et al. 2023, arXiv 2302.04867)."""
 
 from typing import NamedTuple
 
@@ -20,9 +20,9 @@ from diffusion_jax.diffusion.schedules.schedule import Schedule
 
 
 class UniPCState(NamedTuple):
-    """The memory of the corrector."""
+    """The state of the corrector."""
 
-    euler: Batch  # x_t as the DDIM step before predicted it
+    euler: Batch  # x_t as predicted by the DDIM step of the previous step
     memory: Memory
 
 
@@ -30,14 +30,14 @@ class UniPC(Sampler):
     """See ``unipc``."""
 
     def init(self, x_T: Batch, rows: Schedule, schedule: Schedule) -> UniPCState:
-        """The memory of no step."""
+        """The state before the first step."""
         return UniPCState(x_T, no_memory(x_T))
 
     def step(self, now: Step) -> tuple[Batch, UniPCState]:
-        """Correct the last step by the evaluation at its end, then predict by the same evaluation.
+        """Correct x_t with the evaluation at x_t, then predict x_prev with the same evaluation.
 
         UniPC-2 (Zhao et al. 2023, algorithms 5 and 6) with the exact solution of its linear system,
-        in which B(h) cancels: the corrector fits x_0 by a parabola in lambda, the predictor by a
+        in which B(h) cancels. The corrector fits x_0 by a parabola in lambda, the predictor by a
         line.
         """
         x_t, row, row_prev = now.x_t, now.row, now.row_prev
@@ -63,5 +63,5 @@ class UniPC(Sampler):
 
 
 def unipc() -> Sampler:
-    """UniPC-2: a predictor, and a corrector that costs no further evaluation (Zhao et al. 2023)."""
+    """UniPC-2: a predictor and a corrector with one evaluation per step (Zhao et al. 2023)."""
     return UniPC()

@@ -1,6 +1,6 @@
 """Noise schedules: pure functions that return a ``Schedule``, and functions that transform one.
 
-A new schedule is a function in families.py and its line in SCHEDULES at the foot of that file.
+To add a schedule, write a function in families.py and add its line to SCHEDULES in that file.
 """
 
 from diffusion_jax.diffusion.schedules.families import (

@@ -1,7 +1,7 @@
 """The arithmetic of schedules: columns of betas and alpha_bars without loss of precision.
 
-Columns of numpy are float64 on the host, and are rounded once to float32. Columns of jax are
-computed where they are traced, by the same formulas.
+Columns of numpy are float64 on the host, and are rounded once to float32. Columns of jax use the
+same formulas, in their own precision, and may be traced.
 """
 
 from types import ModuleType
@@ -18,14 +18,14 @@ from diffusion_jax.errors import require
 
 
 def array_module(*values: object) -> ModuleType:
-    """The module that computes with the values: jax.numpy if one of them is a jax array."""
+    """The module for computing with the values: jax.numpy if one is a jax array, else numpy."""
     return jnp if any(isinstance(value, jax.Array) for value in values) else np
 
 
 def require_betas(**betas: Scalar) -> None:
-    """Raise ConfigError for a beta outside (0, 1]; the message has the name of its argument."""
+    """Raise ConfigError for a beta outside (0, 1]; the message names its argument."""
     for field, beta in betas.items():
-        if is_known(beta):  # a number that rounds to 0 in float32 is 0
+        if is_known(beta):  # a beta that float32 rounds to 0 is 0
             require(np.float32(beta) > 0 and beta <= 1, field, beta, "in (0, 1]")
 
 
@@ -36,9 +36,10 @@ def log_one_minus(
 @overload
 def log_one_minus(x: Column, rest: Column, large: float = ...) -> Column: ...
 def log_one_minus(x: Column, rest: Column, large: float = 0.5) -> Column:
-    """log(1 - x) of x in [0, 1], and from ``large`` on of its ``rest`` 1 - x, which is known.
+    """log(1 - x) for x in [0, 1]; for x >= ``large`` it is computed as log(rest), rest = 1 - x.
 
-    A rounding of x is x / (1 - x) times as much in 1 - x: four times at 0.8, a thousand at 0.999.
+    A relative rounding error of x is x / (1 - x) times as large in 1 - x: 4 times at x = 0.8, 999
+    times at x = 0.999.
     """
     xp = array_module(x)
     with np.errstate(divide="ignore"):  # x = 1: -inf
@@ -47,10 +48,11 @@ def log_one_minus(x: Column, rest: Column, large: float = 0.5) -> Column:
 
 
 def running_product(log_alpha: Column) -> tuple[Column, Column]:
-    """The products alpha_1 ... alpha_t, and 1 minus them."""
+    """The products alpha_1 ... alpha_t for all t, and 1 minus each product."""
     xp = array_module(log_alpha)
-    # A float32 sum near -80 rounds by 4e-6 at every term. Multiples of 2^-16 add up exactly (to
-    # 256; e^-88 is the least of float32), and the rest of each term is too small to matter.
+    # A float32 sum near -80 is rounded by 4e-6 at every term. So each term is split: multiples of
+    # 2^-16 add up exactly (up to 256; e^-88 is near the least float32), and the sum of the small
+    # remainders has a negligible rounding error.
     coarse = xp.trunc(xp.maximum(log_alpha, -100) * 2**16) / 2**16
     fine = xp.cumsum(log_alpha - coarse)
     coarse = xp.cumsum(coarse)
@@ -65,7 +67,7 @@ def from_columns(
     one_minus_alpha_bar: Column,
     timestep: Column | None = None,
 ) -> Schedule:
-    """Add the columns of the row before, and round once to float32 on the host."""
+    """Build a schedule: add the columns that use the previous row, and round numpy to float32."""
     xp = array_module(beta)
     alpha_bar_prev = xp.concatenate([xp.ones(1), alpha_bar[:-1]])
     one_minus_alpha_bar_prev = xp.concatenate([xp.zeros(1), one_minus_alpha_bar[:-1]])
@@ -87,9 +89,9 @@ def from_columns(
 
 
 def _require_sound(columns: dict[str, Column]) -> None:
-    """Refuse a schedule with a number that is not finite, or with a step without any noise.
+    """Raise ConfigError for a number that is not finite, or for a step that adds no noise.
 
-    What a user asks for is refused before, by its name. This is for what nobody foresaw.
+    The arguments of a schedule are checked earlier, by name. This is a last check of the result.
     """
     for name, column in columns.items():
         column = np.asarray(column, np.float32)
@@ -109,7 +111,9 @@ def from_alpha_bars(
     max_beta: Scalar,
     min_beta: Scalar,
 ) -> Schedule:
-    """Clip beta; alpha_bar is exact before the first clipped row, and a product from there on.
+    """Build a schedule from closed forms, with beta clipped to [min_beta, max_beta].
+
+    alpha_bar is the closed form before the first clipped row, and a running product from there on.
 
     Raises:
         ConfigError: max_beta outside (0, 1] or min_beta outside [0, max_beta].
@@ -120,16 +124,16 @@ def from_alpha_bars(
     xp = array_module(beta, max_beta, min_beta)
     high, low = beta > max_beta, beta < min_beta
     beta = xp.where(high, max_beta, xp.where(low, min_beta, beta))
-    # 1 - float32(0.999) is off by 1.3e-5, so plain bounds are subtracted here, in float64.
+    # 1 - float32(0.999) has a relative error of 1.3e-5: subtract the plain bounds in float64
     alpha = xp.where(high, 1 - max_beta, xp.where(low, 1 - min_beta, alpha))
-    # Of two numbers that add up to 1 the smaller one determines the larger, and keeps it below 1.
+    # of two numbers that add up to 1, compute the larger from the smaller: it stays below 1
     alpha = xp.where(beta < 0.5, 1 - beta, alpha)
     alpha_bar, one_minus_alpha_bar = (
         xp.where(one_minus_alpha_bar < 0.5, 1 - one_minus_alpha_bar, alpha_bar),
         xp.where(alpha_bar < 0.5, 1 - alpha_bar, one_minus_alpha_bar),
     )
     exact = xp.cumsum(high | low) == 0
-    last_exact = xp.minimum(np.arange(1, len(beta) + 1), xp.sum(exact))  # 0: the row t = 0
+    last_exact = xp.minimum(np.arange(1, len(beta) + 1), xp.sum(exact))  # 0 means t = 0
     base = xp.concatenate([xp.ones(1), alpha_bar])[last_exact]
     one_minus_base = xp.concatenate([xp.zeros(1), one_minus_alpha_bar])[last_exact]
     tail, one_minus_tail = running_product(xp.where(exact, 0.0, log_one_minus(beta, alpha)))

@@ -1,8 +1,8 @@
 """The noise schedules of the literature, each a function from its parameters to a ``Schedule``.
 
 With plain numbers a schedule is computed in float64 on the host and rounded once to float32. With
-jax values (under jit, vmap or grad) the same formula runs in jax, to a relative error of 1e-6
-(identities) or 1e-5 (running products), because nearly equal numbers are never subtracted.
+jax values (under jit, vmap or grad) the same formula runs in jax. No formula subtracts nearly equal
+numbers, so that its relative error is 1e-6 (closed forms) or 1e-5 (running products).
 """
 
 import math
@@ -39,12 +39,12 @@ def _between(beta_start: Scalar, beta_end: Scalar, weight: np.ndarray) -> Column
 def linear(
     num_timesteps: int, beta_start: Scalar = 1e-4, beta_end: Scalar = 0.02, rescale: bool = False
 ) -> Schedule:
-    """DDPM's schedule: beta grows linearly from beta_start to beta_end.
+    """The linear schedule of DDPM: beta grows linearly from beta_start to beta_end.
 
     ``rescale`` multiplies both by 1000/T (iDDPM), so that alpha_bar_T hardly changes with T.
 
     Raises:
-        ConfigError: T < 1, a beta outside (0, 1], or one that rescaling takes beyond 1.
+        ConfigError: T < 1, a beta outside (0, 1], or a rescaled beta above 1.
     """
     grid = _grid(num_timesteps)
     require_betas(beta_start=beta_start, beta_end=beta_end)
@@ -72,7 +72,7 @@ def quadratic(num_timesteps: int, beta_start: Scalar = 1e-4, beta_end: Scalar = 
 def scaled_linear(
     num_timesteps: int, beta_start: Scalar = 0.00085, beta_end: Scalar = 0.012
 ) -> Schedule:
-    """Stable Diffusion's schedule: ``quadratic`` with other betas, and with its errors."""
+    """Stable Diffusion's schedule: ``quadratic`` with other defaults, and the same errors."""
     return quadratic(num_timesteps, beta_start, beta_end)
 
 
@@ -81,7 +81,7 @@ def cosine(
 ) -> Schedule:
     """The cosine schedule of iDDPM: alpha_bar_t = f(t)/f(0), f(t) = cos^2((t/T + s)/(1 + s) pi/2).
 
-    beta_t is clipped to [min_beta, max_beta] (iDDPM: to 0.999, not from below). The offset s keeps
+    beta_t is clipped to [min_beta, max_beta]; iDDPM clips to at most 0.999. The offset s keeps
     sqrt(beta_1) close to the width of a pixel's bin.
 
     Raises:
@@ -90,11 +90,11 @@ def cosine(
     """
     require_length("num_timesteps", num_timesteps)
     if is_known(s):
-        # far beyond, the squares of its sines are 0 in float64
+        # for much larger s the squares of the sines below are 0 in float64
         require(0 <= s <= 1e100, "s", s, "in [0, 1e100]")
     xp = array_module(s)
     t = np.arange(num_timesteps + 1.0)
-    # The cosine's argument theta, and phi = pi/2 - theta without the subtraction
+    # theta is the argument of the cosine; phi = pi/2 - theta, computed without the subtraction
     d = np.pi / (2 * num_timesteps * (1 + s))
     theta, phi = (t + num_timesteps * s) * d, (num_timesteps - t) * d
     cos = xp.where(theta < phi, xp.cos(theta), xp.sin(phi))
@@ -166,7 +166,7 @@ def sigmoid_beta(
 
 
 def constant(num_timesteps: int, beta_end: Scalar = 0.02) -> Schedule:
-    """DDPM's "const" schedule: beta_end at every timestep.
+    """DDPM's "const" schedule: beta is beta_end at every timestep.
 
     Raises:
         ConfigError: T < 1 or beta_end outside (0, 1].
@@ -213,7 +213,7 @@ def warmup50(num_timesteps: int, beta_start: Scalar = 1e-4, beta_end: Scalar = 0
 
 
 def from_betas(betas: Float[Array, "..."] | np.ndarray | Sequence[float]) -> Schedule:
-    """The schedule of one's own beta_1 .. beta_T (in a config, the path of a .npy file).
+    """The schedule with the given beta_1 .. beta_T (in a config: the path of a .npy file).
 
     Raises:
         ConfigError: an array that is empty or not one-dimensional, or a beta outside (0, 1].
@@ -221,7 +221,7 @@ def from_betas(betas: Float[Array, "..."] | np.ndarray | Sequence[float]) -> Sch
     beta = betas if isinstance(betas, jax.Array) else np.asarray(betas, np.float64)
     require(beta.ndim == 1 and beta.size > 0, "betas", beta, "a vector of betas")
     if is_known(beta):
-        worst = np.argmin((np.asarray(beta, np.float32) > 0) & (beta <= 1))  # a False, if any
+        worst = np.argmin((np.asarray(beta, np.float32) > 0) & (beta <= 1))  # first out of range
         require_betas(**{f"betas[{worst}]": beta[worst]})
     alpha = 1 - beta
     alpha_bar, one_minus_alpha_bar = running_product(log_one_minus(beta, alpha))

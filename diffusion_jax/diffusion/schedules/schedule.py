@@ -1,4 +1,4 @@
-"""A noise schedule: the chain x_1 .. x_T with one row per transition, and functions of its rows."""
+"""A noise schedule as a pytree with one row per timestep, and functions of its rows."""
 
 import dataclasses
 from typing import Any, no_type_check
@@ -15,31 +15,31 @@ Scalar = float | int | Float[Array, ""]
 Column = Float[Array, "*rows"] | Float[np.ndarray, "*rows"]
 
 
-@no_type_check  # jax also builds it with shapes, specs and placeholders as leaves
+@no_type_check  # jax also puts shapes, specs and placeholders in place of the leaves
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """The chain q(x_t|x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t I), one row per transition.
 
-    Row i is t = i + 1 and ``len(schedule)`` is T; ``schedule[i]`` is a row with scalar columns,
-    ``schedule[a:b]`` a shorter schedule. A schedule is a pytree, hence an argument of compiled
-    functions: another schedule of the same length does not compile them again.
+    Row i is t = i + 1, and ``len(schedule)`` is T. ``schedule[i]`` is a row with scalar columns,
+    ``schedule[a:b]`` a shorter schedule. A schedule is a pytree, so it can be an argument of a
+    compiled function: another schedule of the same length does not compile the function again.
     """
 
     timestep: Float[Array, "*rows"]  # the network's input: 1..T on the native grid
     beta: Float[Array, "*rows"]
     alpha: Float[Array, "*rows"]  # 1 - beta
     alpha_bar: Float[Array, "*rows"]  # product of alpha_1 .. alpha_t
-    alpha_bar_prev: Float[Array, "*rows"]  # of the row before; 1 in the first
+    alpha_bar_prev: Float[Array, "*rows"]  # alpha_bar of the previous row; 1 in the first row
     one_minus_alpha_bar: Float[Array, "*rows"]  # variance of q(x_t|x_0)
     one_minus_alpha_bar_prev: Float[Array, "*rows"]
     posterior_variance: Float[Array, "*rows"]  # beta tilde, the variance of q(x_{t-1}|x_t,x_0)
 
     def __getitem__(self, index: int | slice | Array | np.ndarray) -> "Schedule":
-        # jax clamps an index out of range: `for row in schedule` would never end.
+        # jax clamps an index out of range, so that `for row in schedule` would never end
         if isinstance(index, int) and not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of a schedule of {len(self)} rows")
-        if isinstance(index, np.ndarray) and index.dtype != bool:  # computed: -1 is not row T
+        if isinstance(index, np.ndarray) and index.dtype != bool:  # -1 is an error, not row T
             outside = index[(index < 0) | (index >= len(self))]
             if outside.size:
                 raise IndexError(f"row {outside[0]} of a schedule of {len(self)} rows")
@@ -65,10 +65,10 @@ class Schedule:
 
     @property
     def posterior_log_variance_clipped(self) -> Float[Array, "*rows"]:
-        """Log of beta tilde, its 0 at t = 1 replaced by the value of t = 2 (by beta if T = 1).
+        """Log of beta tilde, whose 0 at t = 1 is replaced by its value at t = 2 (by beta if T = 1).
 
         Raises:
-            ValueError: for a row, which cannot see the next: index the whole schedule's property.
+            ValueError: the schedule is one row. Use this property of the whole schedule instead.
         """
         if self.beta.ndim == 0:
             raise ValueError("posterior_log_variance_clipped: needs a schedule, not a row")
@@ -84,7 +84,7 @@ def terminal_row() -> Schedule:
 def clip_posterior_variance(schedule: Schedule) -> Schedule:
     """Replace beta tilde's 0 at t = 1 by its value at t = 2 (by beta if T = 1), as iDDPM does.
 
-    L_0 needs a density; nothing else depends on beta tilde at t = 1.
+    L_0 needs a variance above 0, and only L_0 depends on beta tilde at t = 1.
     """
     variance = schedule.posterior_variance
     following = jnp.concatenate([variance[..., 1:], schedule.beta[..., -1:]], axis=-1)
@@ -94,7 +94,7 @@ def clip_posterior_variance(schedule: Schedule) -> Schedule:
 
 
 def with_terminal_row(schedule: Schedule) -> Schedule:
-    """The rows of t = 0, 1 .. T: row t is that of timestep t, and row t - 1 the one before it."""
+    """Put the row t = 0 in front: row i of the result is row i - 1 of ``schedule``."""
     return map_leaves(
         lambda first, column: jnp.concatenate([first[None].astype(column.dtype), column]),
         terminal_row(),
@@ -103,10 +103,10 @@ def with_terminal_row(schedule: Schedule) -> Schedule:
 
 
 def pad(schedule: Schedule, length: int) -> Schedule:
-    """A schedule with ``length`` rows; the rows past T are copies of row T.
+    """Extend a schedule to ``length`` rows with copies of its last row.
 
-    So schedules of several T have one shape, and share a compiled function. The mask of the rows
-    that count is row < ``num_timesteps``.
+    Schedules of different T then have one shape, and share a compiled function. The original rows
+    are those with index < ``num_timesteps``.
 
     Raises:
         ConfigError: ``length`` is not a whole number, or is less than the number of rows.

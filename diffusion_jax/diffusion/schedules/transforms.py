@@ -1,4 +1,4 @@
-"""Functions from schedule to schedule: respacing, off-grid rows, shifts, zero terminal SNR."""
+"""Transforms of schedules: respacing, rows between timesteps, log SNR shift, zero terminal SNR."""
 
 import math
 
@@ -16,18 +16,18 @@ from diffusion_jax.errors import at_least, at_most, bounds, choose, require
 
 
 def from_log_snr(log_snr: Column, timestep: Column, drops: LogSnrs | None = None) -> Schedule:
-    """The chain through rows of decreasing log SNR, whose input to a network is ``timestep``.
+    """The schedule with these decreasing log SNRs; ``timestep`` is the network's input at each row.
 
     alpha_bar = sigmoid(log SNR), beta_t = -(1 - alpha_bar_t) expm1(log SNR_t - log SNR_{t-1})
-    (Kingma et al. 2021, VDM). ``drops`` are log SNR_{t-1} - log SNR_t for t >= 2, where they are
-    known better than the difference of two neighbours that were rounded to float32.
+    (Kingma et al. 2021, VDM). ``drops`` are log SNR_{t-1} - log SNR_t for t >= 2. Pass them if they
+    are known more exactly than the difference of two rounded log SNRs.
     """
     xp = array_module(log_snr)
     alpha_bar, one_minus_alpha_bar = 1 / (1 + xp.exp(-log_snr)), 1 / (1 + xp.exp(log_snr))
-    # alpha_t = alpha_bar_t / alpha_bar_{t-1}, where the row before the first has alpha_bar = 1
+    # alpha_t = alpha_bar_t / alpha_bar_{t-1}, with alpha_bar_0 = 1
     drops = log_snr[:-1] - log_snr[1:] if drops is None else drops
     beta = xp.concatenate([one_minus_alpha_bar[:1], -one_minus_alpha_bar[1:] * xp.expm1(-drops)])
-    # of two numbers that add up to 1 the smaller one determines the larger
+    # for small beta, 1 - beta is more exact than the ratio of the alpha_bars
     alpha = xp.where(beta[1:] < 0.5, 1 - beta[1:], alpha_bar[1:] / alpha_bar[:-1])
     alpha = xp.concatenate([alpha_bar[:1], alpha])
     return from_columns(
@@ -40,25 +40,30 @@ def from_log_snr(log_snr: Column, timestep: Column, drops: LogSnrs | None = None
 
 
 def at_log_snr(schedule: Schedule, log_snr: Column) -> Schedule:
-    """The chain through off-grid rows, of decreasing log SNR within the range of ``schedule``.
+    """The schedule with these decreasing log SNRs, which lie in the range of ``schedule``.
 
-    The timestep is interpolated between the neighbouring rows, linearly in log SNR.
+    The timestep is interpolated between the rows of ``schedule``, linearly in log SNR.
 
     Raises:
-        ConfigError: a log SNR outside the range, or not below the one before it.
+        ConfigError: a log SNR outside the range, or log SNRs that do not decrease.
     """
     old = _columns(schedule)
-    known = _log_snr(old)
-    if is_known(known, log_snr):
-        slack = 1e-6 * np.abs(known)  # columns are rounded to float32
-        first, last = known[0] + slack[0], known[-1] - slack[-1]
+    old_log_snr = _log_snr(old)
+    if is_known(old_log_snr, log_snr):
+        slack = 1e-6 * np.abs(old_log_snr)  # columns are rounded to float32
+        first, last = old_log_snr[0] + slack[0], old_log_snr[-1] - slack[-1]
         inside = np.all((log_snr <= first) & (log_snr >= last)) and np.all(np.diff(log_snr) < 0)
-        require(inside, "log_snr", log_snr, f"decreasing, in {bounds(known[-1], known[0])}")
-    return from_log_snr(log_snr, _interpolate(-log_snr, -known, old.timestep))
+        require(
+            inside,
+            "log_snr",
+            log_snr,
+            f"decreasing, in {bounds(old_log_snr[-1], old_log_snr[0])}",
+        )
+    return from_log_snr(log_snr, _interpolate(-log_snr, -old_log_snr, old.timestep))
 
 
 def _log_snr(old: Schedule) -> Column:
-    """Log SNR of float64 columns in float64; -inf at zero SNR."""
+    """Log SNR in the precision of the columns, without a warning at zero SNR (-inf)."""
     xp = array_module(old.beta)
     with np.errstate(divide="ignore"):
         log_snr: Column = xp.log(old.alpha_bar) - xp.log(old.one_minus_alpha_bar)
@@ -70,7 +75,7 @@ def _interpolate(
     known_x: Float[Array, " m"] | Float[np.ndarray, " m"],
     known_y: Float[Array, " m"] | Float[np.ndarray, " m"],
 ) -> Float[Array, " n"] | Float[np.ndarray, " n"]:
-    """Linear interpolation, constant beyond its ends; in jax without the loop of jnp.interp."""
+    """Linear interpolation, constant beyond its ends; in jax without the loop in jnp.interp."""
     if array_module(x, known_x) is np:
         return np.asarray(np.interp(x, known_x, known_y))
     if len(known_x) == 1:
@@ -84,17 +89,17 @@ def _interpolate(
 
 
 def _columns(schedule: Schedule) -> Schedule:
-    """The same schedule in float64 on the host, or unchanged if it is traced."""
+    """The schedule with float64 columns of numpy, or unchanged if it is traced."""
     if not is_known(*jax.tree.leaves(schedule)):
         return schedule
     return map_leaves(lambda column: np.asarray(column, np.float64), schedule)
 
 
 def zero_terminal_snr(schedule: Schedule) -> Schedule:
-    """Lin et al. 2023 (arXiv 2305.08891): sqrt(alpha_bar) is shifted and scaled to end at 0.
+    """Zero terminal SNR: shift and scale sqrt(alpha_bar) to end at 0 (Lin et al. 2023).
 
-    alpha_bar_1 stays, beta_T becomes 1. x_T then contains nothing of x_0, which therefore does not
-    follow from a prediction of eps or of the score.
+    arXiv 2305.08891. alpha_bar_1 stays unchanged and beta_T becomes 1. x_T then contains nothing of
+    x_0, so that a prediction of eps or of the score does not determine x_0 at t = T.
 
     Raises:
         ConfigError: a schedule of one row, or one whose SNR is 0 before its last row.
@@ -106,27 +111,28 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
         require(old.alpha_bar[-2] > 0, "zero_terminal_snr", True, allowed)
     xp = array_module(old.beta)
     zero, root = xp.zeros(1), xp.sqrt(old.alpha_bar)
-    # sqrt(alpha_bar) loses `lost` over the transition t >= 2 and has `left` to lose after t.
-    lost = (xp.sqrt(old.alpha_bar_prev) * old.beta / (1 + xp.sqrt(old.alpha)))[1:]
-    left = xp.concatenate([xp.cumsum(lost[::-1])[::-1], zero])
-    scale = root[0] / left[0]
-    ratio = left[1:] / left[:-1]
+    # decrease: of sqrt(alpha_bar) from t - 1 to t, for t >= 2; remaining: from t to T
+    decrease = (xp.sqrt(old.alpha_bar_prev) * old.beta / (1 + xp.sqrt(old.alpha)))[1:]
+    remaining = xp.concatenate([xp.cumsum(decrease[::-1])[::-1], zero])
+    scale = root[0] / remaining[0]
+    ratio = remaining[1:] / remaining[:-1]
     one_minus_root_1 = old.one_minus_alpha_bar[:1] / (1 + root[:1])
-    one_minus_root = one_minus_root_1 + scale * xp.concatenate([zero, xp.cumsum(lost)])
+    one_minus_root = one_minus_root_1 + scale * xp.concatenate([zero, xp.cumsum(decrease)])
     return from_columns(
-        beta=xp.concatenate([old.beta[:1], lost / left[:-1] * (1 + ratio)]),
+        beta=xp.concatenate([old.beta[:1], decrease / remaining[:-1] * (1 + ratio)]),
         alpha=xp.concatenate([old.alpha[:1], ratio**2]),
-        alpha_bar=(scale * left) ** 2,
-        one_minus_alpha_bar=one_minus_root * (1 + scale * left),
+        alpha_bar=(scale * remaining) ** 2,
+        one_minus_alpha_bar=one_minus_root * (1 + scale * remaining),
         timestep=old.timestep,
     )
 
 
 def shift_log_snr(schedule: Schedule, resolution: Scalar, base_resolution: Scalar) -> Schedule:
-    """Hoogeboom et al. 2023 (arXiv 2301.11093): log SNR + 2 log(base_resolution / resolution).
+    """Shift log SNR by 2 log(base_resolution / resolution) (Hoogeboom et al. 2023).
 
-    An average over pixels removes noise, and large images have more pixels. With the shift they
-    lose as much at each timestep as images of the base resolution (both in pixels) without it.
+    arXiv 2301.11093. Both resolutions are in pixels. Averaging neighbouring pixels removes noise,
+    and a larger image has more of them. With the shift, an image that is averaged down to
+    ``base_resolution`` has the same SNR at each timestep as an image of that size without it.
 
     Raises:
         ConfigError: a resolution that is not finite and positive (traced ones are not checked).
@@ -136,7 +142,7 @@ def shift_log_snr(schedule: Schedule, resolution: Scalar, base_resolution: Scala
             require(0 < pixels < math.inf, field, pixels, "a finite number > 0")
     old = _columns(schedule)
     c = (base_resolution / resolution) ** 2
-    # The new alpha_bar and 1 - alpha_bar are as c alpha_bar to 1 - alpha_bar.
+    # new alpha_bar : new 1 - alpha_bar = c alpha_bar : 1 - alpha_bar
     total = c * old.alpha_bar + old.one_minus_alpha_bar
     total_prev = c * old.alpha_bar_prev + old.one_minus_alpha_bar_prev
     return from_columns(
@@ -157,15 +163,16 @@ def respace(
     sigma_min: Scalar | None = None,
     sigma_max: Scalar | None = None,
 ) -> Schedule:
-    """The chain over ``num_steps`` of the timesteps, with the betas of the whole jumps (iDDPM).
+    """A shorter chain over ``num_steps`` of the timesteps, whose betas span the jumps (iDDPM).
 
-    A spacing of ``spacings.SPACINGS`` selects rows, which keep their timestep and alpha_bar. One of
-    ``spacings.GRIDS`` makes rows between them, so that num_steps may exceed T: from ``sigma_min``
-    to ``sigma_max`` (None: those of the schedule); "karras" depends on ``rho`` > 0.
+    A spacing of ``spacings.SPACINGS`` selects rows, which keep their timestep and alpha_bar. A
+    spacing of ``spacings.GRIDS`` makes rows between the timesteps from ``sigma_min`` to
+    ``sigma_max`` (None: those of the schedule); num_steps may then exceed T. "karras" depends on
+    ``rho`` > 0.
 
     Raises:
-        ConfigError: num_steps outside 1..T, an unknown spacing, a spacing whose single step is at
-            t = 1, a grid that is not within the schedule or where its SNR is 0.
+        ConfigError: num_steps < 1, or above T for SPACINGS; an unknown spacing; a single step that
+            is at t = 1; a grid beyond the schedule's noise levels, or on a schedule with zero SNR.
     """
     if spacing in GRIDS:
         ends = {"sigma_min": sigma_min, "sigma_max": sigma_max}
@@ -178,12 +185,12 @@ def respace(
     require(has_noise, "spacing", spacing, allowed)
     old = _columns(schedule)
     xp = array_module(old.beta)
-    # one sum per jump, which starts after the selected row before it
+    # one sum per jump, which starts after the previous selected row
     log_alpha = log_one_minus(old.beta, old.alpha)[: rows[-1] + 1]
     log_jump = xp.add.reduceat(log_alpha, np.append(0, rows[:-1] + 1))
     selected = jax.tree.map(lambda column: column[rows], old)
     return from_columns(
-        # the first jump is from t = 0: the same numbers, to the last digit
+        # the first jump starts at t = 0: its beta and alpha are exactly 1 - alpha_bar and alpha_bar
         beta=xp.concatenate([selected.one_minus_alpha_bar[:1], -xp.expm1(log_jump[1:])]),
         alpha=xp.concatenate([selected.alpha_bar[:1], xp.exp(log_jump[1:])]),
         alpha_bar=selected.alpha_bar,
@@ -199,19 +206,19 @@ def _respace_off_grid(
     rho: Scalar,
     sigmas: dict[str, Scalar | None],
 ) -> Schedule:
-    """A spacing of ``spacings.GRIDS``; ``sigmas`` are its two ends, by the name of their field."""
+    """``respace`` for a spacing of GRIDS; ``sigmas`` maps the two field names to the two ends."""
     require_length("num_steps", num_steps, longest=1 if len(schedule) == 1 else None)
     old = _columns(schedule)
-    xp, known = array_module(old.beta), _log_snr(old)
-    if is_known(known):
+    xp, old_log_snr = array_module(old.beta), _log_snr(old)
+    if is_known(old_log_snr):
         allowed = f"one of {', '.join(SPACINGS)}: the schedule ends at zero SNR"
-        require(np.isfinite(known[-1]), "spacing", spacing, allowed)
-    ends = [known[0], known[-1]]
+        require(np.isfinite(old_log_snr[-1]), "spacing", spacing, allowed)
+    ends = [old_log_snr[0], old_log_snr[-1]]
     for place, (field, sigma) in enumerate(sigmas.items()):
         if sigma is None:
             continue
-        if is_known(sigma, known):
-            least, most = np.exp(-known[0] / 2), np.exp(-known[-1] / 2)
+        if is_known(sigma, old_log_snr):
+            least, most = np.exp(-old_log_snr[0] / 2), np.exp(-old_log_snr[-1] / 2)
             allowed = f"a noise level of the schedule, in {bounds(least, most)}"
             require(least <= sigma <= most, field, sigma, allowed)
         ends[place] = -2 * xp.log(sigma)
@@ -221,13 +228,13 @@ def _respace_off_grid(
             field, allowed = "sigma_min", f"below sigma_max = {at_most(sigma_max)}"
         else:
             field, allowed = "sigma_max", f"above sigma_min = {at_least(sigma_min)}"
-        why = "as many steps need noise levels between them"
+        why = "more than one step needs noise levels between them"
         require(ends[1] < ends[0], field, sigmas[field], f"{allowed} ({why})")
     if is_known(rho):
         require(0 < rho < math.inf, "rho", rho, "a finite number > 0")
     if is_known(rho, *ends):
-        # sigma^(1/rho) must be a float64, and its logarithm times rho have digits
+        # bounds: sigma^(1/rho) must fit float64, and rho times its logarithm must keep its digits
         least = max(abs(ends[0]), abs(ends[1])) / 1400
         require(least <= rho <= 1e8, "rho", rho, f"in {bounds(least, 1e8)}")
     log_snr, drops = GRIDS[spacing](num_steps, ends[0], ends[1], rho)
-    return from_log_snr(log_snr, _interpolate(-log_snr, -known, old.timestep), drops)
+    return from_log_snr(log_snr, _interpolate(-log_snr, -old_log_snr, old.timestep), drops)

@@ -12,7 +12,11 @@ from diffusion_jax.models.layers.norm import GroupNorm
 
 
 class Attention(nnx.Module):
-    """x + proj(softmax(q k' / sqrt(d)) v) over all pixels, d the channels of a head."""
+    """Multi-head self-attention over the pixels of an image, with a residual connection.
+
+    x + proj(softmax(q k' / sqrt(d)) v), where q, k and v are linear in the GroupNorm of x and d is
+    the number of channels of a head.
+    """
 
     def __init__(self, channels: int, heads: int, **options: Any) -> None:
         self.heads = heads
@@ -21,7 +25,7 @@ class Attention(nnx.Module):
         self.proj = linear(channels, channels, **options | {"kernel_init": ZERO})
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Every pixel attends to every pixel of its image."""
+        """Every pixel attends to all pixels of its image."""
         batch, height, width, channels = x.shape
         d = channels // self.heads
         qkv = self.qkv(self.norm(x)).reshape(batch, height * width, 3, self.heads, d)

@@ -1,4 +1,4 @@
-"""The embedding of the timestep and of the label."""
+"""The embedding of the timestep and the label."""
 
 import functools
 import math
@@ -13,16 +13,16 @@ from diffusion_jax.models.pure import uniform
 
 
 class Embedding(nnx.Module):
-    """Sinusoids of the timestep through two layers, plus a vector per class; in float32.
+    """Sinusoidal embedding of the timestep with two dense layers, plus a vector for the label.
 
-    Label ``num_classes``, with the last vector, means "no class".
+    It is computed in float32. The label ``num_classes`` means "no class".
     """
 
     def __init__(self, width: int, num_classes: int | None, *, rngs: nnx.Rngs) -> None:
         self.width = width
         self.linear_1 = linear(width, 4 * width, rngs=rngs)
         self.linear_2 = linear(4 * width, 4 * width, rngs=rngs)
-        # of unit variance, as in iDDPM's code
+        # U(-sqrt(3), sqrt(3)) has unit variance, as the embedding of iDDPM's code.
         unit = uniform(nnx.initializers.constant(math.sqrt(3)))
         embed = functools.partial(nnx.Embed, embedding_init=unit, rngs=rngs)
         self.label = None if num_classes is None else embed(num_classes + 1, 4 * width)
@@ -30,8 +30,8 @@ class Embedding(nnx.Module):
     def __call__(
         self, timestep: Float[Array, " B"], label: Int[Array, " B"] | None
     ) -> Float[Array, "B E"]:
-        """The sum of the two embeddings, of length E = 4 width."""
-        # cos(w t) and sin(w t) for w from 1 down to 1/10000 (Vaswani et al. 2017)
+        """The sum of both embeddings, of length E = 4 width."""
+        # cos(w t) and sin(w t), w = 10000^(-i / half) for i < half (Vaswani et al. 2017)
         half = self.width // 2
         w = jnp.exp(-math.log(10_000) / half * jnp.arange(half))
         angle = timestep.astype(jnp.float32)[:, None] * w[None]

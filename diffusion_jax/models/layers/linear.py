@@ -1,4 +1,4 @@
-"""Dense layers and convolutions with the initial weights that all networks here have."""
+"""Dense layers and convolutions with the weight initialisation of all networks here."""
 
 import functools
 import math
@@ -20,8 +20,8 @@ def glorot(key: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike) -> Arr
     return jnp.full(shape, math.sqrt(6 / (receptive * (c_in + c_out))), dtype)
 
 
-# a half-width of 0; the signs of these zeros are the draw's, as in parameters of earlier revisions
+# A half-width of 0. ``pure`` multiplies it by its draw, so these zeros have random signs.
 ZERO = uniform(nnx.initializers.zeros_init())
-linear = functools.partial(nnx.Linear, kernel_init=glorot)  # of the last axis: a 1x1 convolution
+linear = functools.partial(nnx.Linear, kernel_init=glorot)  # on the last axis: a 1x1 convolution
 conv = functools.partial(nnx.Conv, kernel_size=(3, 3), kernel_init=glorot)
-conv3x3 = functools.partial(Conv3x3, kernel_size=(3, 3), kernel_init=glorot)  # in its fast forms
+conv3x3 = functools.partial(Conv3x3, kernel_size=(3, 3), kernel_init=glorot)  # the fast forms

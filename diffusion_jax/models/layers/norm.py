@@ -1,9 +1,9 @@
-"""Group normalization, and with the SiLU that follows it as one function.
+"""Group normalisation, alone and fused with the SiLU after it.
 
-The gradient of ``norm_silu`` that JAX derives stores five arrays of the size of the input between
-the passes. ``lean_norm_silu`` is the same function with a written-out gradient that stores the
-input alone: a training step needs two fifths less temporary memory (docs/BENCHMARKS.md). It has no
-forward mode (``jax.jvp``).
+JAX's own gradient of ``norm_silu`` stores five arrays of the size of the input for the backward
+pass. ``lean_norm_silu`` is the same function with its own gradient, which stores only the input and
+a few numbers per channel. A training step then needs two fifths less temporary memory
+(docs/BENCHMARKS.md). ``lean_norm_silu`` does not support ``jax.jvp``.
 """
 
 import jax
@@ -19,17 +19,17 @@ Residuals = tuple[Images, OfChannels, OfChannels, Weights, Weights]
 
 
 def group_mean(groups: int, values: OfChannels) -> OfChannels:
-    """The mean over each group of neighbouring channels, repeated for each of its channels."""
+    """The mean over each group of adjacent channels, repeated for each channel of the group."""
     split = values.reshape(values.shape[0], groups, -1)
     mean = split.mean(2, keepdims=True)
     return jnp.broadcast_to(mean, split.shape).reshape(values.shape)
 
 
 def moments(groups: int, x: Images) -> tuple[OfChannels, OfChannels]:
-    """The mean of each channel's group, and 1 / sqrt(variance + epsilon), in float32.
+    """For each channel, the mean of its group and 1 / sqrt(variance + epsilon), in float32.
 
-    They follow from the moments of the channels, so that the large sums run along rows of memory
-    and no large numbers are subtracted from each other.
+    They are computed from the mean and variance of each channel. So the large sums read memory in
+    order, and the variance is no difference of large numbers.
     """
     x = x.astype(jnp.float32)
     mean_c = x.mean((1, 2))
@@ -40,13 +40,13 @@ def moments(groups: int, x: Images) -> tuple[OfChannels, OfChannels]:
 
 
 def normalize(x: Images, mean: OfChannels, gain: OfChannels, bias: Weights) -> Images:
-    """(x - mean) gain + bias, in float32."""
+    """The affine map (x - mean) gain + bias of every channel, in float32."""
     centred = x.astype(jnp.float32) - mean[:, None, None]
     return centred * gain[:, None, None] + bias[None, None, None]
 
 
 def norm_silu(groups: int, x: Images, scale: Weights, bias: Weights) -> Images:
-    """silu(group_norm(x)), computed in float32."""
+    """silu(group_norm(x)), computed in float32 and returned in x's dtype."""
     return _forward(groups, x, scale, bias)[0]
 
 
@@ -57,11 +57,12 @@ def _forward(groups: int, x: Images, scale: Weights, bias: Weights) -> tuple[Ima
 
 
 def _backward(groups: int, residuals: Residuals, dy: Images) -> tuple[Images, Weights, Weights]:
-    """The gradients of x, scale and bias, with z = scale x^ + bias.
+    """The gradients for x, scale and bias of y = silu(z), z = scale x^ + bias.
 
-    dx = (scale dz - mean(scale dz) - x^ mean(scale dz x^)) / deviation and
-    dz = dy s (1 + z (1 - s)), s = sigmoid(z). x^ is the normalized input; the means are over a
-    group's pixels and channels (Wu & He 2018; as Ioffe & Szegedy 2015, section 3).
+    dz = dy s (1 + z (1 - s)), s = sigmoid(z), and
+    dx = (scale dz - mean(scale dz) - x^ mean(scale dz x^)) / deviation. x^ is the normalised input,
+    and the means are over the pixels and channels of a group (Wu & He 2018; compare Ioffe & Szegedy
+    2015, section 3).
     """
     x, mean, inverse, scale, bias = residuals
     normalized = (x.astype(jnp.float32) - mean[:, None, None]) * inverse[:, None, None]
@@ -82,10 +83,11 @@ lean_norm_silu.defvjp(_forward, _backward)
 
 
 class GroupNorm(nnx.Module):
-    """Zero mean and unit variance over the pixels and channels of a group (Wu & He 2018).
+    """Group normalisation: zero mean, unit variance over a group's pixels and channels.
 
-    There are at most 32 groups of at least 4 channels, as in DDPM at its width of 128. With one
-    channel per group the norm would remove the timestep embedding that was added before it.
+    (Wu & He 2018.) There are at most 32 groups, and more than one only if each has at least 4
+    channels; DDPM has 32 groups of 4 at its width of 128. With one channel per group the norm would
+    remove the timestep embedding that was added before it.
     """
 
     def __init__(self, channels: int) -> None:
@@ -95,12 +97,12 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels))
 
     def __call__(self, x: Images) -> Images:
-        """Normalise each image on its own; the moments are float32."""
+        """Normalise each image separately; the computation is in float32."""
         mean, inverse = moments(self.groups, x)
         gain = self.scale[...][None] * inverse
         return normalize(x, mean, gain, self.bias[...]).astype(x.dtype)
 
     def silu(self, x: Images, lean: bool) -> Images:
-        """The norm and SiLU; ``lean`` has a smaller gradient, and no forward mode."""
+        """Normalise, then apply SiLU; ``lean`` saves memory for the gradient, without jax.jvp."""
         function = lean_norm_silu if lean else norm_silu
         return function(self.groups, x, self.scale[...], self.bias[...])

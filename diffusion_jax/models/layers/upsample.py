@@ -1,7 +1,7 @@
 """Nearest-neighbour upsampling by 2 and the 3x3 convolution after it, as one function.
 
-A 3x3 window on the large image covers 2x2 pixels of the small one, some of them more than once.
-``plain`` has 36 products for the four outputs of a pixel, ``phases`` 16 and ``nine_products`` 9.
+A 3x3 window of the large image covers only 2x2 pixels of the small image, some more than once. For
+the four outputs of a pixel, ``plain`` needs 36 products, ``phases`` 16 and ``nine_products`` 9.
 """
 
 from collections.abc import Sequence
@@ -17,18 +17,18 @@ Large = Float[Array, "B 2*H 2*W D"]
 
 
 def plain(x: Images, kernel: Kernel) -> Large:
-    """Each pixel twice along both axes, then ``conv.plain``."""
+    """Repeat each pixel twice along both axes, then apply ``conv.plain``."""
     return conv.plain(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2), kernel)
 
 
 def phases(x: Images, kernel: Kernel) -> Large:
-    """Each of the four phases of the output is a 2x2 convolution of the small image."""
-    # fold[phase, small, large]: which of the three large rows lie in each of two small rows
+    """``plain`` as four 2x2 convolutions of the small image, one per phase of the output."""
+    # fold[phase, small, large] is 1 if row ``large`` of the 3x3 window lies in small row ``small``.
     fold = jnp.array([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
     kernels = jnp.einsum("apr,bqs,rsio->abpqio", fold, fold, kernel)
 
-    # Four convolutions, because XLA:CPU takes 70 times as long for the weight gradient of one with
-    # four times the channels.
+    # Four convolutions, because on XLA:CPU the weight gradient of a single convolution with four
+    # times the channels takes 70 times as long.
     def phase(a: int, b: int) -> Array:
         pad = ((1 - a, a), (1 - b, b))
         w = kernels[a, b].astype(x.dtype)
@@ -38,10 +38,10 @@ def phases(x: Images, kernel: Kernel) -> Large:
 
 
 def nine_products(x: Images, kernel: Kernel) -> Large:
-    """Along each axis three products for the two outputs of pixel q, between pixels p and r.
+    """``plain`` with three products per axis instead of four, so nine per pixel.
 
-    With weights k, l, m the outputs are kp + (l + m)q = k(p - q) + (k + l + m)q and
-    (k + l)q + mr = (k + l + m)q + m(r - q).
+    Along one axis, a pixel q has neighbours p and r and two outputs. With weights k, l, m these are
+    kp + (l + m)q = k(p - q) + (k + l + m)q and (k + l)q + mr = (k + l + m)q + m(r - q).
     """
     batch, height, width, channels = x.shape
     take = jnp.array([[1.0, 0, 0], [1, 1, 1], [0, 0, 1]])
@@ -55,19 +55,19 @@ def nine_products(x: Images, kernel: Kernel) -> Large:
     def sums(products: list[Array]) -> list[Array]:
         return [products[0] + products[1], products[1] + products[2]]
 
-    def multiply(one: Array, weight: Array) -> Array:
-        return (one.reshape(-1, channels) @ weight).reshape(batch, height, width, -1)
+    def multiply(image: Array, weight: Array) -> Array:
+        return (image.reshape(-1, channels) @ weight).reshape(batch, height, width, -1)
 
     rows = []
     for along_rows, of_rows in zip(differences(x, 1, height), weights):
         along_both = differences(along_rows, 2, width)
-        rows.append(sums([multiply(one, weight) for one, weight in zip(along_both, of_rows)]))
+        rows.append(sums([multiply(image, weight) for image, weight in zip(along_both, of_rows)]))
     columns = [sums(list(column)) for column in zip(*rows)]
     return _interleave(list(zip(*columns)))
 
 
 def _interleave(outputs: Sequence[Sequence[Array]]) -> Array:
-    """Combine the phases [row][column] of the output."""
+    """Combine the phases outputs[row][column] to one image of twice the size."""
     rows = [jnp.stack(of_row, axis=3) for of_row in outputs]
     h = jnp.stack(rows, axis=2)
     batch, height, _, width, _, channels = h.shape
@@ -75,7 +75,7 @@ def _interleave(outputs: Sequence[Sequence[Array]]) -> Array:
 
 
 def upsample(x: Images, kernel: Kernel, is_training: bool) -> Large:
-    """``plain``, in the form that is fastest on the platform."""
+    """``plain`` by the algorithm that is fastest on the platform."""
     fewest = conv.MIN_CHANNELS_IN_TRAINING if is_training else conv.MIN_CHANNELS
     if min(kernel.shape[2:]) < fewest or x.dtype != jnp.float32:
         return phases(x, kernel)

@@ -265,7 +265,7 @@ def test_table_has_the_scores(results, path):
         if difference is not None:
             value, low, high = (f"{x:+.{digits}f}".replace("-", "−") for x in difference)
             assert f"{value} [{low}, {high}]" in text
-    assert "of the 18 in this table about 0.9" in text
+    assert "about 0.9 of the 18 in this table" in text
     assert results.notes[0] in text
     assert results.command in text
 
@@ -279,10 +279,10 @@ def test_findings_say_how_sure_they_are(results, path):
     start = text.index("bound (bits/dim) : lowest with s=0.02 ,")
     text = text[start : start + 300]
     difference = results.arms[4].scores["bits_per_dim"].difference
-    holds = "excludes" if comparison.excludes_zero(difference) else "holds"
+    verb = "excludes" if comparison.excludes_zero(difference) else "contains"
     digits = decimals([difference])
     assert f"Difference to s=0.008: {difference.value:+.{digits}f}".replace("-", "−") in text
-    assert f"which {holds} zero. Not told apart from {', '.join(equal)}." in text
+    assert f"the interval {verb} zero. Not significantly different from {', '.join(equal)}." in text
 
 
 def test_one_seed_does_not_tell_samples_apart_but_from_the_reference(results, tmp_path):
@@ -301,9 +301,9 @@ def test_one_seed_does_not_tell_samples_apart_but_from_the_reference(results, tm
         finding = finding[: finding.index("error of eps (")]
         assert f"lowest with {lowest} ," in finding
         if reference == lowest:
-            assert finding.endswith(" Not told apart from s=0.05. ")
+            assert finding.endswith(" Not significantly different from s=0.05. ")
         else:
-            assert "told apart" not in finding.lower()
+            assert "significantly" not in finding.lower()
 
 
 def test_what_a_name_holds_is_text(tmp_path):
@@ -346,7 +346,7 @@ def test_one_seed_gives_no_interval_where_there_is_none(tmp_path):
     assert math.isinf(results.arms[0].scores["quality"].mean.high)
     path, page = write(results, tmp_path)
     assert "inf" not in page.text.replace("information", "")
-    assert "of one seed, over the test images or the samples alone" in page.text
+    assert "intervals of one seed, over the test images or the samples alone" in page.text
     assert '<span class="ends">–</span>' in path.read_text(encoding="utf-8")
 
 
