@@ -1,9 +1,9 @@
-"""What mkdocs does not do by itself for this site.
+"""Hooks that add pages, links and formulas to the site that mkdocs builds.
 
-README.md, CONTRIBUTING.md and CHANGELOG.md are pages, though they lie above docs/. A link to a file
-of the repository leads to a page with its text. Formulas become MathML, and their font is a file of
-the site, so that no script and no network is needed to read them. A link to what does not exist
-stays as it is, and mkdocs reports it.
+README.md, CONTRIBUTING.md and CHANGELOG.md become pages, although they are not in docs/. A link to
+a file of the repository leads to a page with the text of that file. Formulas become MathML, with a
+font that is part of the site, so that they need no script and no network. A link to a missing file
+does not change, and mkdocs reports it.
 """
 
 import html
@@ -30,7 +30,7 @@ LANGUAGES = {".py": "python", ".json": "json", ".ipynb": "json", ".cfg": "ini"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages above docs/, and a page for each file of the repository that is linked."""
+    """Adds the pages that are not in docs/, and a page for each linked file of the repository."""
     for name in ABOVE_DOCS:
         files.append(File.generated(config, name, content=(REPOSITORY / name).read_text()))
     files.append(File.generated(config, "STIXTwoMath.ttf", abs_src_path=str(FONT)))
@@ -45,7 +45,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Points the links to files of the repository at their pages."""
+    """Replaces each link to a file of the repository by a link to its page."""
     here = posixpath.dirname(page.file.src_uri)
 
     def replace(match: re.Match[str]) -> str:
@@ -58,19 +58,19 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html_text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns the TeX of the formulas into MathML, which browsers draw."""
+    """Converts the TeX of the formulas to MathML, which browsers can display."""
     titles = list(page.toc)
-    for title in titles:  # grows as it is read
+    for title in titles:  # the loop also visits the children that it appends
         title.title = FORMULA_OF_TITLE.sub(_mathml, title.title)
         titles += title.children
     return FORMULA.sub(_mathml, html_text)
 
 
 def _mathml(formula: re.Match[str]) -> str:
-    """The MathML of a formula, a line of its own where its element is one."""
+    """The MathML of a formula: display style in a div, inline style in a span."""
     display = "block" if formula[1] == "div" else "inline"
     tex = html.unescape(formula[2]).strip()
-    # as TeX does, with a thin space on both sides of a function's name, and none before a bracket
+    # like TeX: a thin space on both sides of a function's name, but none before a bracket
     tex = FUNCTION.sub(lambda name: f"\\,{name[0]}" + ("" if name[1] else "\\,"), tex)
     mathml = latex2mathml.converter.convert(tex, display=display)
     return mathml.replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')
@@ -83,7 +83,7 @@ def _linked(file: File) -> list[Path]:
 
 
 def _target(file: File, link: str) -> Path | None:
-    """The file of the repository that a link leads to, None if there is none."""
+    """The file of the repository that a link leads to, or None."""
     if file.src_uri.startswith("source/"):
         return None
     folder = REPOSITORY if file.src_uri in ABOVE_DOCS else DOCS / posixpath.dirname(file.src_uri)
@@ -92,7 +92,7 @@ def _target(file: File, link: str) -> Path | None:
 
 
 def _uri(path: Path) -> str:
-    """The place of a file in the site."""
+    """The path of a file's page in the site."""
     if path.is_relative_to(DOCS):
         return path.relative_to(DOCS).as_posix()
     name = path.relative_to(REPOSITORY).as_posix()
@@ -100,7 +100,7 @@ def _uri(path: Path) -> str:
 
 
 def _text(path: Path) -> str:
-    """The page of a file or of a folder of the repository."""
+    """The Markdown text of the page of a file or folder of the repository."""
     name = path.relative_to(REPOSITORY).as_posix()
     if path.is_dir():
         entries = (f"- [{entry.name}]({path.name}/{entry.name}.md)" for entry in path.glob("*.py"))
