@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     used_devices = devices.select_devices(config.num_devices)
     job = grid.create_jobs(config)[0]
     dataset = load_dataset(create_dataset_choice(config))
-    devices.start_compilation_cache(config.compilation_cache)
+    devices.start_cache(config.compilation_cache)
     experiment, plan = job.experiment, job.experiment.training
     schedule = experiment.schedule
     state = init_state(experiment, seed=job.seed, num_timesteps=len(schedule))

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     devices.start(config.num_devices, config.sampling.batch_size, False, divide=False)
     experiment = create_experiment(config)
     dataset = load_dataset(create_dataset_choice(config))
-    devices.start_compilation_cache(config.compilation_cache)
+    devices.start_cache(config.compilation_cache)
     ema, step = restore_average(experiment.model.template, pathlib.Path(arguments.workdir), None)
     classifier = load_classifier(dataset, 0, pathlib.Path(arguments.workdir))
     real = features(classifier, to_x_0(dataset.test.images[:], dataset.levels))

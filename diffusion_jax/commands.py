@@ -24,6 +24,7 @@ from diffusion_jax.errors import ConfigError, RunError, WorkdirError, after_writ
 from diffusion_jax.evaluation.evaluate import Evaluator, Trained
 from diffusion_jax.evaluation.sums import describe_evaluation
 from diffusion_jax.experiment.dataset import create_dataset_choice
+from diffusion_jax.experiment.devices import start_devices
 from diffusion_jax.experiment.editing import EditedImages, create_edited_images
 from diffusion_jax.experiment.evaluation import EvaluationPlan, fit
 from diffusion_jax.experiment.experiment import Experiment, create_experiment, require_batches
@@ -32,6 +33,7 @@ from diffusion_jax.experiment.training import describe_changes
 from diffusion_jax.experiment.weak import Weak, create_weak, is_ahead, restore_weak
 from diffusion_jax.runtime import devices as runtime_devices
 from diffusion_jax.runtime.checkpoint import restore_average
+from diffusion_jax.runtime.compilation import start_cache
 from diffusion_jax.runtime.processes import together
 from diffusion_jax.runtime.workdir import Workdir
 from diffusion_jax.sampling.gallery import Samples, grids_in_training, write_samples
@@ -100,7 +102,7 @@ class _Context(NamedTuple):
 def _open(config: ConfigDict, path: pathlib.Path, batch_size: int, is_training: bool) -> _Context:
     """Start the devices, check the config and the folder, load the data; writes no run files."""
     require_batches(config)
-    runtime_devices.start(config.num_devices, batch_size, config.distributed, divide=is_training)
+    devices = start_devices(config, batch_size, divide=is_training)
     with together():
         experiment = create_experiment(config)
         workdir = Workdir(path)
@@ -109,7 +111,6 @@ def _open(config: ConfigDict, path: pathlib.Path, batch_size: int, is_training: 
             require_same(config, recorded, OF_THE_TRAINING if is_training else OF_THE_MODEL, path)
         elif not is_training:
             raise WorkdirError(path, "holds no run; train one first")
-        devices = runtime_devices.select_devices(config.num_devices)
         if is_training:
             runtime_devices.require_shared_batches(batch_size, devices)
             require_unset_ends(config)
@@ -128,7 +129,7 @@ def _open(config: ConfigDict, path: pathlib.Path, batch_size: int, is_training: 
 @contextlib.contextmanager
 def _begin(context: _Context) -> Iterator[bool]:
     """Lock the folder and log the devices; yields whether this process writes the files."""
-    runtime_devices.start_compilation_cache(context.config.compilation_cache)
+    start_cache(context.config.compilation_cache)
     is_writer = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         with together():
@@ -259,21 +260,19 @@ def ablate(config: ConfigDict, path: pathlib.Path, command: str) -> int:
     num_devices = config.num_devices or runtime_devices.count_cores()
     way_on_cpu = choose_way_on_cpu(config.ablate.parallel, num_jobs, num_devices)
     side_by_side = way_on_cpu in SIDE_BY_SIDE
-    runtime_devices.start(
-        config.num_devices,
+    devices = start_devices(
+        config,
         config.train.batch_size,
-        config.distributed,
         divide=not side_by_side,
         num_jobs=num_jobs if side_by_side else None,
     )
-    devices = runtime_devices.select_devices(config.num_devices)
     ablation = create_ablation(config)
     workdir = Workdir(path)
     parallel = choose_parallel(ablation, way_on_cpu, len(devices))
     ablation_of.check(ablation, workdir, devices, parallel)
     dataset = load_dataset(create_dataset_choice(config))
     ablation_of.check_data(ablation, dataset)
-    runtime_devices.start_compilation_cache(config.compilation_cache)
+    start_cache(config.compilation_cache)
     with workdir.lock(config.ablate.shard):
         runtime_devices.log(devices)
         site = Site(dataset=dataset, path=path, devices=devices, parallel=parallel)

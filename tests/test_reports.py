@@ -33,7 +33,7 @@ from diffusion_jax.diffusion.weightings import WEIGHTINGS
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.experiment.objective import create_objective
 from diffusion_jax.models import create_model
-from diffusion_jax.runtime.devices import start_compilation_cache
+from diffusion_jax.runtime.compilation import start_cache
 
 MEAN, VARIANCE = 0.4, 0.05
 DATA = gaussian(MEAN, VARIANCE)
@@ -589,7 +589,7 @@ def cache(tmp_path):
     """A new folder as jax's compilation cache; the previous settings are restored afterwards."""
     names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
     before = {name: getattr(jax.config, name) for name in names}
-    start_compilation_cache(str(tmp_path))
+    start_cache(str(tmp_path))
     yield tmp_path
     for name, value in before.items():
         jax.config.update(name, value)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from diffusion_jax.config.default import FIELDS, Effect
+from diffusion_jax.config.config import relevant_fields
 from diffusion_jax.data.dataset import Dataset
 from diffusion_jax.errors import RunError
 from diffusion_jax.experiment.experiment import Experiment
@@ -58,12 +58,7 @@ class Job(NamedTuple):
 
     def relevant_fields(self) -> dict[str, Any]:
         """The fields that the scores depend on."""
-        fields = self.config.to_dict()
-        for name, field in FIELDS.items():
-            section, _, leaf = name.rpartition(".")
-            if field.effect is Effect.NOTHING:
-                del (fields[section] if section else fields)[leaf]
-        return {name: value for name, value in fields.items() if value != {}}
+        return relevant_fields(self.config)
 
 
 class Ablation(NamedTuple):

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 from diffusion_jax.ablation.jobs import Ablation, Job, Parallel
+from diffusion_jax.runtime.compilation import named
 from diffusion_jax.runtime.devices import divide, local_copy, replicate
 from diffusion_jax.training.step import (
     ALONE,
@@ -45,7 +46,7 @@ def one_by_one(step: Steps, batch_size: int, devices: list[jax.Device]) -> Slots
     """One slot; the devices share its batch, as in ``--mode=train``."""
     return Slots(
         num=1,
-        steps=compile_steps(step, devices),
+        steps=named("the training step", compile_steps(step, devices)),
         indices=np.arange(batch_size).reshape(len(devices), -1),
         put=lambda trees: replicate(trees[0], devices),
         put_batches=lambda batches: divide_batches(batches[0], len(devices)),
@@ -97,7 +98,7 @@ def side_by_side(step: Steps, batch_size: int, devices: list[jax.Device], per_de
     )
     return Slots(
         num=len(devices) * per_device,
-        steps=compiled,
+        steps=named("the training step", compiled),
         indices=np.arange(batch_size),
         put=put,
         put_batches=put_batches,

@@ -89,6 +89,19 @@ def to_record(config: ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict(), allow_nan=False))
 
 
+def relevant_fields(config: ConfigDict) -> dict[str, Any]:
+    """The fields that the scores of a job depend on: what a finished job is recognised by."""
+    fields: dict[str, Any] = config.to_dict()
+    for name, field in default.FIELDS.items():
+        section, _, leaf = name.rpartition(".")
+        holder = fields[section] if section else fields
+        if leaf not in holder:  # a field of another model
+            continue
+        if field.effect is Effect.NOTHING or (field.is_newer and field.is_default(holder[leaf])):
+            del holder[leaf]
+    return {name: value for name, value in fields.items() if value != {}}
+
+
 def differences(config: ConfigDict, recorded: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The fields in which a config differs from a run's config.json, as (recorded, now).
 

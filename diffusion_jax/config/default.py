@@ -31,10 +31,19 @@ DATA, MODEL, BATCHES, TRAINING, LENGTH, SCORES, NOTHING = Effect
 
 
 class Field(NamedTuple):
-    """The default of a field, or its type if the field is unset, and the effect of the field."""
+    """The default of a field, or its type if the field is unset, and the effect of the field.
+
+    Finished jobs are recognised by their fields. A field that is newer than version 0.1.0 does not
+    count while it has its default, so that older finished jobs stay finished.
+    """
 
     default: Any
     effect: Effect
+    is_newer: bool = False
+
+    def is_default(self, value: Any) -> bool:
+        """Whether a value of the field, None if it is unset, is the default."""
+        return value == (None if isinstance(self.default, type) else self.default)
 
 
 FIELDS: dict[str, Field] = {
@@ -45,6 +54,10 @@ FIELDS: dict[str, Field] = {
     "distributed": Field(False, NOTHING),
     # folder of compiled programs; unset: ~/.cache/diffusion_jax; "off": none
     "compilation_cache": Field(Path, NOTHING),
+    # equal bits in every run on a GPU too, with slower steps; CPUs and TPUs always have them
+    "deterministic": Field(False, NOTHING),
+    # of float32 products: default (TF32 on GPUs, bfloat16 on TPUs), high, highest (float32)
+    "precision": Field("default", TRAINING, is_newer=True),
     # a name in sources.DATASETS, or of an image set that TFDS has prepared
     "dataset.name": Field("mnist", DATA),
     "dataset.archives": Field(Path, NOTHING),  # folder of the original archives; unset: download
@@ -145,6 +158,7 @@ FIELDS: dict[str, Field] = {
     "sampling.label": Field(int, SCORES),  # of all images; unset: i mod num_classes for image i
     "sampling.num_images": Field(64, SCORES),  # image i depends only on the seed and on i
     "sampling.batch_size": Field(64, NOTHING),  # of all devices together
+    "sampling.precision": Field(str, SCORES, is_newer=True),  # unset: config.precision
     # frames of the animations; unset: at most 40 (editing: none); 0: no animation
     "sampling.num_frames": Field(int, NOTHING),
     # also write evaluator.npz for guided-diffusion's evaluator: images in arr_0, labels in arr_1
@@ -171,6 +185,7 @@ FIELDS: dict[str, Field] = {
     # unset: all; otherwise one timestep is drawn in each of this many strata
     "evaluate.num_timesteps": Field(int, SCORES),
     "evaluate.batch_size": Field(64, NOTHING),  # images of all devices together
+    "evaluate.precision": Field(str, SCORES, is_newer=True),  # unset: highest
     # timesteps of an image in one compiled call; unset: 1 on a CPU, 8 on accelerators
     "evaluate.timesteps_per_call": Field(int, NOTHING),
     # clip the predicted x_0 to [-1, 1] in the bound (images only)
@@ -200,7 +215,7 @@ FIELDS: dict[str, Field] = {
 def get_config() -> ConfigDict:
     """The default config, with every field of FIELDS; other configs start from it."""
     config = ConfigDict()
-    for name, (default, _) in FIELDS.items():
+    for name, (default, *_) in FIELDS.items():
         section, _, leaf = name.rpartition(".")
         if section and section not in config:
             config[section] = ConfigDict()

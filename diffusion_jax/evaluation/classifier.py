@@ -19,8 +19,10 @@ from diffusion_jax.data.batches import read_batches
 from diffusion_jax.data.dataset import Dataset, Split
 from diffusion_jax.data.pixels import to_uint8, to_x_0
 from diffusion_jax.diffusion.streams import seed_key
-from diffusion_jax.models.classifier import create_classifier
+from diffusion_jax.models.classifier import ClassifierNetwork, create_classifier
 from diffusion_jax.runtime import files
+from diffusion_jax.runtime.compilation import named
+from diffusion_jax.runtime.numerics import HIGHEST, in_precision
 
 LOG = logging.getLogger("diffusion_jax")
 
@@ -60,7 +62,6 @@ def train_classifier(dataset: Dataset, seed: int) -> Classifier:
     num_steps = max(MIN_STEPS, NUM_EPOCHS * len(dataset.train) // BATCH_SIZE)
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, num_steps))
 
-    @jax.jit
     def step(
         params: PyTree,
         opt_state: PyTree,
@@ -74,6 +75,7 @@ def train_classifier(dataset: Dataset, seed: int) -> Classifier:
         updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state)
         return optax.apply_updates(params, updates), opt_state
 
+    compiled = named("the classifier's step", jax.jit(in_precision(HIGHEST, step)))
     LOG.info("training a classifier of %s for %d steps", dataset.name, num_steps)
     begun = time.monotonic()
     params = network.init(seed_key(seed))
@@ -81,10 +83,10 @@ def train_classifier(dataset: Dataset, seed: int) -> Classifier:
     stream = read_batches(dataset.train, BATCH_SIZE, seed)
     for _, batch in zip(range(num_steps), stream):
         x_0 = to_x_0(batch["image"], dataset.levels)
-        params, opt_state = step(params, opt_state, x_0, batch["label"])
+        params, opt_state = compiled(params, opt_state, x_0, batch["label"])
 
     classifier = Classifier(
-        apply=jax.jit(network.apply),
+        apply=_compile(network),
         params=params,
         levels=data.levels,
         scale=1.0,
@@ -204,12 +206,16 @@ def _restore(
     shapes = jax.eval_shape(network.init, seed_key(0))
     _, unravel = ravel_pytree(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
     return Classifier(
-        apply=jax.jit(network.apply),
+        apply=_compile(network),
         params=unravel(arrays["params"]),
         levels=data.levels,
         scale=float(arrays["scale"]),
         test_accuracy=float(arrays["test_accuracy"]),
     )
+
+
+def _compile(network: ClassifierNetwork) -> Callable[..., Any]:
+    return named("the classifier", jax.jit(in_precision(HIGHEST, network.apply)))
 
 
 def features(classifier: Classifier, x_0: Images) -> Float32[np.ndarray, "n d"]:

@@ -28,6 +28,8 @@ from diffusion_jax.drawing import plots
 from diffusion_jax.evaluation.sums import Sums, bound_curve, spread_evenly, summarise, write_terms
 from diffusion_jax.experiment.evaluation import EvaluationPlan
 from diffusion_jax.runtime import checkpoint, devices, files
+from diffusion_jax.runtime.compilation import named
+from diffusion_jax.runtime.numerics import HIGHEST, in_precision
 
 LOG = logging.getLogger("diffusion_jax")
 
@@ -54,13 +56,15 @@ class Evaluator:
         self._levels = network.objective.levels
         self._plan = plan
         self._devices = [d for d in used_devices if d.process_index == jax.process_index()]
-        axes = (None, None, None, 0, None)
-        self._bound = jax.pmap(
-            self._bound_of_batch, "device", in_axes=axes, out_axes=1, devices=self._devices
+        axes, own = (None, None, None, 0, None), self._devices
+        bound, flow = (
+            in_precision(plan.precision, function)
+            for function in (self._bound_of_batch, self._flow_of_batch)
         )
-        self._flow = jax.pmap(
-            self._flow_of_batch, "device", in_axes=axes[:4], devices=self._devices
-        )
+        bound = jax.pmap(bound, "device", in_axes=axes, out_axes=1, devices=own)
+        flow = jax.pmap(flow, "device", in_axes=axes[:4], devices=own)
+        self._bound = named("the bound", bound)
+        self._flow = named("the probability flow", flow)
 
     def evaluate(
         self, trained: Trained, split: Split, *, about: dict[str, Any], folder: pathlib.Path
@@ -77,7 +81,11 @@ class Evaluator:
         params, step, schedule, seed = trained
         sums = Sums(plan, len(schedule))
         progress = folder / "evaluation.npz"
-        signature = json.dumps([plan, seed, step, _digest(params), _digest(schedule)])
+        fields = plan._asdict()
+        if plan.precision == HIGHEST:  # evaluations that are older than the field go on
+            del fields["precision"]
+        digests = _digest(params), _digest(schedule)
+        signature = json.dumps([list(fields.values()), seed, step, *digests])
         sums.restore(progress, signature)
 
         # independent of the noise of training and of sampling

@@ -138,6 +138,7 @@ def summarise(sums: Sums, plan: EvaluationPlan, levels: int | None) -> dict[str,
             }.items()
         },
         "clip_x_0": plan.clip_x_0,
+        "precision": plan.precision,
         "levels": levels,
         "num_examples": plan.num_examples,
         "num_timesteps": len(arrays["count"]),

@@ -8,6 +8,7 @@ from diffusion_jax.data.dataset import DatasetInfo, Split
 from diffusion_jax.diffusion.likelihood import DIVERGENCES, SOLVERS
 from diffusion_jax.diffusion.schedules.schedule import Schedule
 from diffusion_jax.errors import ConfigError, choose, require
+from diffusion_jax.experiment.devices import create_precision
 
 
 class FlowPlan(NamedTuple):
@@ -27,6 +28,7 @@ class EvaluationPlan(NamedTuple):
     batch_size: int  # images of all devices together
     timesteps_per_call: int | None  # of each image in one call; None: the platform's fastest
     clip_x_0: bool
+    precision: str  # of products
     flow: FlowPlan | None
 
     @property
@@ -89,6 +91,7 @@ def create_evaluation_plan(
         batch_size=fields.batch_size,
         timesteps_per_call=fields.timesteps_per_call,
         clip_x_0=fields.clip_x_0 and dataset.levels is not None,
+        precision=create_precision(config, "evaluate.precision"),
         flow=flow,
     )
 

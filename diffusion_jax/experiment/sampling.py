@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from diffusion_jax.config.default import Effect, effect_of
+from diffusion_jax.config.config import relevant_fields
+from diffusion_jax.config.default import FIELDS
 from diffusion_jax.data.dataset import DatasetInfo
 from diffusion_jax.diffusion import samplers, schedules
 from diffusion_jax.diffusion.samplers.base import Sampler
@@ -15,6 +16,7 @@ from diffusion_jax.diffusion.schedules.spacings import GRIDS, SPACINGS
 from diffusion_jax.diffusion.variances import VARIANCES
 from diffusion_jax.errors import choose, in_section, require
 from diffusion_jax.experiment.arguments import arguments_of
+from diffusion_jax.experiment.devices import create_precision
 from diffusion_jax.experiment.editing import (
     EditedImages,
     EditingPlan,
@@ -67,6 +69,7 @@ class SamplingPlan(NamedTuple):
     evaluator_npz: bool
     is_conditional: bool
     label: int | None  # of all images; None: image i has class i mod num_classes
+    precision: str  # of products
     guidance: Guidance | None
     editing: EditingPlan | None
 
@@ -110,9 +113,8 @@ def create_sampling_plan(
         field = "config.sampling.dynamic_threshold"
         require(dataset.levels is not None, field, threshold, "unset: points have no range")
         require(0 < threshold <= 1, field, threshold, "in (0, 1]")
-    fits = dataset.levels is not None or not fields.evaluator_npz
-    field = "config.sampling.evaluator_npz"
-    require(fits, field, fields.evaluator_npz, "False: points")
+    is_allowed = dataset.levels is not None or not fields.evaluator_npz
+    require(is_allowed, "config.sampling.evaluator_npz", fields.evaluator_npz, "False: points")
     is_mu = config.loss.prediction == "mu"
     return SamplingPlan(
         sampler=sampler,
@@ -128,6 +130,7 @@ def create_sampling_plan(
         evaluator_npz=fields.evaluator_npz,
         is_conditional=is_conditional,
         label=fields.label,
+        precision=create_precision(config, "sampling.precision"),
         guidance=create_guidance(config, schedule),
         editing=edit,
     )
@@ -232,12 +235,9 @@ def identity_of_samples(
 
     ``params`` are those of the network and of the weak network.
     """
-    sections = {
-        section: {
-            name: value
-            for name, value in config[section].to_dict().items()
-            if effect_of(f"{section}.{name}") is not Effect.NOTHING
-        }
-        for section in ("sampling", "guidance", "editing")
-    }
+    fields = relevant_fields(config)
+    sections = {section: fields[section] for section in ("sampling", "guidance", "editing")}
+    precision = create_precision(config, "sampling.precision")
+    if precision != FIELDS["precision"].default:
+        sections["precision"] = precision
     return {"seed": config.seed, "digest": digest(flatten((params, edited))), **sections}

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.config.config import differences
 from diffusion_jax.errors import choose, require
+from diffusion_jax.experiment.devices import create_precision
 
 MAX_STEPS_PER_CALL = 10  # on accelerators; more are not faster, and delay the logs
 
@@ -29,6 +30,7 @@ class TrainingPlan(NamedTuple):
     ema_decay: float
     ema_warmup: bool
     flip: bool
+    precision: str  # of products
 
 
 def create_training_plan(config: ConfigDict) -> TrainingPlan:
@@ -84,6 +86,7 @@ def create_training_plan(config: ConfigDict) -> TrainingPlan:
         ema_decay=config.ema.decay,
         ema_warmup=config.ema.warmup,
         flip=config.dataset.flip,
+        precision=create_precision(config, "precision"),
     )
 
 

@@ -4,22 +4,19 @@ With one thread per convolution, two cores train faster as two devices than as o
 run before jax starts its backends.
 """
 
-import ctypes
 import functools
 import logging
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion_jax.diffusion.trees import Tree, map_leaves
 from diffusion_jax.errors import ConfigError, require
-from diffusion_jax.runtime import numerics
+from diffusion_jax.runtime import memory, numerics, platforms
 
 LOG = logging.getLogger("diffusion_jax")
 
@@ -41,13 +38,6 @@ XLA_FLAGS = "--xla_cpu_multi_thread_eigen=false", "--xla_cpu_prefer_vector_width
 # to share: on two cores a sampling step takes 10 % longer with two threads.
 THREADS = "NPROC"
 
-# Options of mallopt(3). M_TRIM_THRESHOLD: return only more than 2 GiB to the system. M_MMAP_MAX: no
-# mmap for large arrays, because free returns mapped memory at once. M_ARENA_MAX: one arena, because
-# the heaps of other arenas are too small for large arrays, which would then be mapped.
-MALLOC_OPTIONS = {-1: 2**31 - 1, -4: 0, -8: 1}
-HOLES = 2**11, 2**28  # smallest and largest size, in bytes, of the blocks that _fill_holes takes
-COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event after a compilation
-LONG_COMPILATION = 1.0  # seconds
 MIN_EXAMPLES_PER_CORE = 8  # with fewer, cores mostly wait for each other
 
 
@@ -57,6 +47,8 @@ def start(
     distributed: bool,
     divide: bool,
     num_jobs: int | None = None,
+    *,
+    deterministic: bool = False,
 ) -> None:
     """Start jax: fix its options, join the other processes, and make CPU cores devices.
 
@@ -65,6 +57,8 @@ def start(
     least MIN_EXAMPLES_PER_CORE examples each. In an ablation whose devices have jobs of their own
     it is at most the number of these, ``num_jobs``. In other modes it is at most the batch size,
     and a batch of one image is computed by one thread.
+
+    ``deterministic`` makes XLA:GPU compute equal bits in every run. Other platforms always do.
 
     Raises:
         ConfigError: num_devices is below 1 or more than there are, or the settings of the processes
@@ -84,13 +78,15 @@ def start(
         on_cpu = _devices_for(batch_size // processes, cores)
     else:
         on_cpu = min(batch_size, cores)  # uneven batches are padded
-    present = os.environ.get("XLA_FLAGS", "")
-    flags = [flag for flag in XLA_FLAGS if flag.split("=")[0] not in present]
-    os.environ["XLA_FLAGS"] = " ".join([present, *flags]).strip()
-    if batch_size == 1 and not (divide or num_jobs):
-        os.environ.setdefault(THREADS, "1")
+    platform = platforms.find()
     jax.config.update("jax_num_cpu_devices", on_cpu)
-    _manage_memory(is_training=divide or num_jobs is not None)
+    platforms.add_xla_flags(XLA_FLAGS if platform == "cpu" else ())
+    if platform == "cpu":
+        if batch_size == 1 and not (divide or num_jobs):
+            os.environ.setdefault(THREADS, "1")
+        memory.manage(is_training=divide or num_jobs is not None)
+    elif platform == "gpu" and deterministic:
+        platforms.add_deterministic_flag()
     if distributed:
         _join()
     try:
@@ -99,6 +95,7 @@ def start(
         reason = str(error) or "there is no such device, or jax is not installed for it"
         names = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax adds it at run time
         raise ConfigError(f"JAX_PLATFORMS = {names!r}: {reason}") from error
+    platforms.warn_unless(platform)
     if num_devices is not None and num_devices > local:
         raise ConfigError(f"config.num_devices = {num_devices}: there are {local}")
 
@@ -111,21 +108,6 @@ def require_shared_batches(batch_size: int, devices: list[jax.Device]) -> None:
     """
     allowed = f"a multiple of the {len(devices)} devices"
     require(batch_size % len(devices) == 0, "config.train.batch_size", batch_size, allowed)
-
-
-def start_compilation_cache(folder: str | None) -> None:
-    """Save compiled programs in a folder, so that later starts are fast; "off" saves none."""
-    if folder == "off":
-        return
-    try:
-        folder = folder or str(pathlib.Path("~/.cache/diffusion_jax").expanduser())
-    except RuntimeError as error:
-        LOG.warning("config.compilation_cache = None: no compiled program is kept: %s", error)
-        return
-    jax.config.update("jax_compilation_cache_dir", folder)
-    # Save small programs too: a start compiles dozens of them, which takes two seconds.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()  # jax reads the folder only at its first compilation
 
 
 def log(devices: list[jax.Device]) -> None:
@@ -148,45 +130,6 @@ def _devices_for(batch_size: int, cores: int) -> int:
         if batch_size % n == 0 and batch_size // n >= MIN_EXAMPLES_PER_CORE
     ]
     return max(fitting, default=1)
-
-
-@functools.cache  # so that the listener is registered only once
-def _manage_memory(is_training: bool) -> None:
-    """Make glibc return the compiler's memory to the system, and in training keep that of a step.
-
-    XLA:CPU allocates the temporary arrays of every training step again, and the page faults of new
-    memory take a seventh of the step's time. With MALLOC_OPTIONS glibc keeps the memory in a single
-    arena. A compilation leaves many free holes in that arena, and glibc searches them one by one,
-    so an allocation of 10 KB can take 50 microseconds; therefore the holes are filled. This must
-    run before jax starts its threads, so on all platforms. Other C libraries have no mallopt.
-    """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return
-    for option, value in MALLOC_OPTIONS.items() if is_training else ():
-        if not libc.mallopt(option, value):
-            LOG.warning("mallopt(%d, %d) was refused: steps may be slower", option, value)
-
-    def after(event: str, duration_secs: float, **_: object) -> None:
-        if event == COMPILED and duration_secs > LONG_COMPILATION:
-            libc.malloc_trim(0)
-            if is_training:
-                _fill_holes(libc)
-
-    jax.monitoring.register_event_duration_secs_listener(after)
-
-
-def _fill_holes(libc: ctypes.CDLL) -> None:
-    """Allocate the free blocks below the top of the heap for ever; this uses nearly no memory."""
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_size_t, (ctypes.c_size_t,)
-    libc.free.restype, libc.free.argtypes = None, (ctypes.c_size_t,)
-    smallest, size = HOLES
-    top = libc.malloc(size)
-    libc.free(top)
-    while size >= smallest:
-        if not 0 < (hole := libc.malloc(size)) < top:  # no hole of this size is left
-            libc.free(hole)
-            size -= size // 8
 
 
 def _join() -> None:

@@ -23,6 +23,8 @@ from diffusion_jax.experiment.experiment import Experiment
 from diffusion_jax.experiment.guidance import Guidance
 from diffusion_jax.experiment.sampling import Chain
 from diffusion_jax.runtime import devices
+from diffusion_jax.runtime.compilation import named
+from diffusion_jax.runtime.numerics import in_precision
 from diffusion_jax.sampling.edits import EDITS, EditInputs
 from diffusion_jax.sampling.latents import Latents
 
@@ -80,16 +82,22 @@ class Generator:
         self._plan = experiment.sampling
         self._devices = [d for d in used_devices if d.process_index == jax.process_index()]
         self._key = stream_key(experiment.seed, Stream.SAMPLING)
-        self._trajectory = jax.pmap(
-            self._of_device,
+        precision = self._plan.precision
+        trajectory = jax.pmap(
+            in_precision(precision, self._of_device),
             axis_name="device",
             in_axes=(None, 0, 0, None),
             static_broadcasted_argnums=3,
             devices=self._devices,
         )
-        self._inverse = jax.pmap(
-            self._invert_on_device, axis_name="device", in_axes=(None, 0), devices=self._devices
+        inverse = jax.pmap(
+            in_precision(precision, self._invert_on_device),
+            axis_name="device",
+            in_axes=(None, 0),
+            devices=self._devices,
         )
+        self._trajectory = named("the reverse chain", trajectory)
+        self._inverse = named("the inversion", inverse)
 
     def of_schedule(self, schedule_of: Callable[[PyTree], Schedule], seed: int) -> "Generator":
         """A generator for another schedule and seed, which shares the compiled chains."""

@@ -22,6 +22,7 @@ from diffusion_jax.diffusion.streams import Stream, stream_key
 from diffusion_jax.diffusion.timesteps import TimestepSampler
 from diffusion_jax.experiment.experiment import Experiment
 from diffusion_jax.experiment.training import TrainingPlan
+from diffusion_jax.runtime.numerics import HIGHEST, in_precision
 
 # Calls that may be under way. Several CPU devices deadlock in the all-reduce when unread steps
 # pile up, so there the loss of step k-1 is read at every step k.
@@ -138,7 +139,8 @@ def train_step(
         output = choices.losses_of(params, inputs)
         return jnp.mean(output.weights * output.losses), output
 
-    gradient, output = jax.grad(mean_loss, has_aux=True)(state.params)
+    compute_gradient = in_precision(plan.precision, jax.grad(mean_loss, has_aux=True))
+    gradient, output = compute_gradient(state.params)
     weighted = output.weights * output.losses
     gradient, loss = exchange.mean((gradient, jnp.mean(weighted)))
     updates, opt_state = plan.optimizer.update(gradient, state.opt_state, state.params)
@@ -149,7 +151,8 @@ def train_step(
 
     quartile = output.rows * QUARTILES // schedules.num_timesteps(constants.schedule)
     quartile = jax.nn.one_hot(quartile, QUARTILES)
-    sums = exchange.sum((weighted @ quartile, output.weights @ quartile))
+    total = in_precision(HIGHEST, lambda weights: weights @ quartile)
+    sums = exchange.sum((total(weighted), total(output.weights)))
     metrics = StepMetrics(loss, optax.tree.norm(gradient), *sums)
     return TrainState(state.step + 1, params, ema, opt_state, timestep_state), metrics
 

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from diffusion_jax.data.dataset import Dataset
 from diffusion_jax.diffusion.streams import Stream, stream_key
 from diffusion_jax.experiment.experiment import Experiment
+from diffusion_jax.runtime.compilation import named
 from diffusion_jax.runtime.devices import local_copy, replicate
 from diffusion_jax.runtime.stop import Stop
 from diffusion_jax.runtime.workdir import Workdir
@@ -61,7 +62,7 @@ def train(
     indices = np.split(np.arange(plan.batch_size), processes.count)[processes.index]
     indices = indices.reshape(len(local), -1)
     step = functools.partial(train_step, step_choices(experiment, BETWEEN_DEVICES))
-    steps = compile_steps(step, devices)
+    steps = named("the training step", compile_steps(step, devices))
     journal = functools.partial(Journal, max_in_flight=in_flight)
     run = Run(
         plan,

@@ -45,7 +45,7 @@ class Plms(Sampler):
         eps = jax.lax.cond(
             (now.state.num_steps < self.num_starting) & ~now.is_last,
             lambda: self._start(now, prediction),
-            lambda: jnp.tensordot(weights, history, 1),
+            lambda: jnp.tensordot(weights, history, 1, precision="highest"),
         )
         x_prev = step_along(now, prediction, eps)
         return x_prev, PndmState(history[:-1], now.state.num_steps + 1, now.state.schedule)
