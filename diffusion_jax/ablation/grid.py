@@ -172,9 +172,10 @@ def _choices(product: str) -> list[tuple[tuple[str, str], ...]]:
         if not (name and all(listed)):
             form = "FIELD=VALUE,VALUE or several of these with ; between them"
             raise ConfigError(f"{FIELD}: {axis.strip()!r} lacks a value: must be {form}")
-        if "." not in name or effect_of(name) not in ABLATED:
+        is_section = "." not in name and name not in FIELDS
+        if is_section or effect_of(name) not in ABLATED:
             fitting = (other for other, field in FIELDS.items() if field.effect in ABLATED)
-            known = dict.fromkeys(f"{other.partition('.')[0]}." for other in fitting)
+            known = dict.fromkeys("".join(other.partition(".")[:2]) for other in fitting)
             raise ConfigError(f"{FIELD}: {name!r} cannot be ablated: must be in {', '.join(known)}")
         if name in axes:
             raise ConfigError(f"{FIELD}: {name} is twice in {product.strip()!r}")

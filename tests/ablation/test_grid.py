@@ -156,7 +156,10 @@ MISTAKES = {
     "a whole section": ({"grid": "schedule=1"}, f"{GRID}: 'schedule' cannot be ablated"),
     "steps": ({"grid": "train.num_steps=1,2"}, f"{GRID}: 'train.num_steps' cannot be ablated"),
     "data": ({"grid": "dataset.name=mnist"}, f"{GRID}: 'dataset.name' cannot be ablated"),
-    "the seed": ({"grid": "seed=1"}, f"{GRID}: 'seed' cannot be ablated: must be in schedule., "),
+    "the seed": (
+        {"grid": "seed=1"},
+        f"{GRID}: 'seed' cannot be ablated: must be in precision, schedule., ",
+    ),
     "float": ({"grid": "schedule.s=0,small"}, "config.schedule.s = 'small': must be a finite"),
     "nan": ({"grid": "schedule.s=0,nan"}, "config.schedule.s = nan: must be a finite"),
     "int": ({"grid": "schedule.num_timesteps=9.5"}, "= '9.5': must be an integer"),
