@@ -24,13 +24,13 @@ def create_objective(config: ConfigDict, schedule: Schedule, dataset: DatasetInf
     """
     fields = config.loss
     parametrisation = choose("config.loss.prediction", fields.prediction, PREDICTIONS, "prediction")
-    possible = [name for name, other in PREDICTIONS.items() if determines_x_0(other, schedule)]
-    ends = "ends at zero SNR"
-    if not schedule.alpha_bar_prev[-1] > 0:
-        ends = "reaches zero SNR before its last timestep"
-    allowed = f"{' or '.join(possible)}: the schedule {ends}, where x_t says nothing of x_0"
-    is_possible = determines_x_0(parametrisation, schedule)
-    require(is_possible, "config.loss.prediction", fields.prediction, allowed)
+    if not determines_x_0(parametrisation, schedule):
+        possible = [name for name, other in PREDICTIONS.items() if determines_x_0(other, schedule)]
+        ends = "ends at zero SNR"
+        if not schedule.alpha_bar_prev[-1] > 0:
+            ends = "reaches zero SNR before its last timestep"
+        allowed = f"{' or '.join(possible)}: the schedule {ends}, where x_t says nothing of x_0"
+        require(False, "config.loss.prediction", fields.prediction, allowed)
     variance = choose("config.loss.variance", fields.variance, VARIANCES, "variance")
     weighting = create_weighting(config)
     is_vlb = fields.weighting == "vlb"

@@ -20,6 +20,7 @@ from diffusion_jax.config.config import (
     OF_THE_TRAINING,
     differences,
     load,
+    relevant_fields,
     require_same,
     to_record,
     value_of,
@@ -366,6 +367,18 @@ def test_the_effect_of_a_field_decides_what_depends_on_it(default_path, default)
                     require_same(default, to_record(config), fixed, "there")
             else:
                 require_same(default, to_record(config), fixed, "there")
+
+
+def test_a_newer_field_counts_only_if_it_has_another_value_than_its_default(default_path, default):
+    """So a job that was finished before the field existed stays finished."""
+    newer = [name for name, field in FIELDS.items() if field.is_newer]
+    assert newer
+    same = relevant_fields(default)
+    for name in newer:
+        section, _, leaf = name.rpartition(".")
+        assert leaf not in (same[section] if section else same)
+        fields = relevant_fields(load(default_path, [(name, "high")]))
+        assert (fields[section] if section else fields)[leaf] == "high"
 
 
 def test_fields_match_whole_names():
