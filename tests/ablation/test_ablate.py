@@ -510,6 +510,8 @@ def test_an_ablation_leaves_a_run_for_each_job_a_table_and_a_report(finished, sm
     assert len({row["config_hash"] for row in rows}) == 4
     page = html.unescape((path / "report.html").read_text())
     assert shlex.join(["python", "main.py", *words(small, path)]) in re.sub("</?span>", "", page)
+    assert "training default, evaluation highest, samples default" in page
+    assert ("Its terms are skewed" in page) == ("evaluate.num_timesteps" in small)
     for arm in ARMS:
         assert arm in done.stdout
     assert "the reference" in done.stdout

@@ -137,6 +137,8 @@ def test_a_stratified_budget_estimates_the_whole_bound(trained, evaluated, tmp_p
     assert done.code == 0, done.stderr
     found, whole = report(tmp_path / "run"), report(evaluated[0])
     assert found["num_timesteps_per_example"] == 4
+    assert "4 of 10 timesteps for each image: the terms are skewed" in done.stdout
+    assert "skewed" not in evaluated[1].stdout
     assert found["terms"]["L_0"] == whole["terms"]["L_0"]  # t = 1 is always its own stratum
     gap = abs(found["bits_per_dim"] - whole["bits_per_dim"])
     assert 0 < gap < 5 * np.hypot(found["standard_error"], whole["standard_error"])
