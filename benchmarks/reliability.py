@@ -291,9 +291,7 @@ def write_table(outcomes: dict[str, Outcome], page: pathlib.Path) -> None:
         lines.append(f"| {title} | {outcome.trials} | {outcome.held} | {outcome.seen} |")
     versions = f"jax {machine['versions']['jax']}, Python {machine['python']}"
     lines += ["", f"At {machine['commit']}, {machine['date']}, {versions}, {machine['cpu']}."]
-    before, _, rest = page.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.write_text("\n".join([before + BEGIN, "", *lines, "", END + after]))
+    tables.write_between(page, (BEGIN, END), "\n".join([*lines, ""]))
 
 
 def main() -> int:
