@@ -3,12 +3,12 @@ r"""The cases measured for diffusion_jax and its peers in turn on one machine, a
     pip install -e '.[bench]'
     python -m benchmarks.run --into=docs/BENCHMARKS [--rounds=7] [--limit=600] [CASE ...]
 
-Without CASE it runs all cases of a CPU; benchmarks.gpu runs those of a GPU. The contenders start and
-compile one after another, each within --limit seconds. In each round every contender runs once, in
-a process of its own that waits while the others run. A ratio is the median
-over the rounds of our time / the time of the best peer, the one with the smallest median. A case
-replaces its older measurement in the JSON file, and the table of the Markdown file is written from
-that, so one case can be measured again by itself. The machine should do nothing else.
+Without CASE it runs all cases of a CPU; benchmarks.gpu those of a GPU. Contenders start and
+compile one after another; one that is not ready within --limit seconds is left out. In each round
+every contender runs once, in a process of its own that waits while the others run. A ratio is the
+median over the rounds of our time / the time of the best peer, the one with the smallest median. A
+case replaces its older measurement in the JSON file, and the table of the Markdown file is written
+from that, so one case can be measured again by itself. The machine should do nothing else.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from benchmarks import commands, tables
 from benchmarks.cases import CASES, GPU_CASES, PLATFORMS, SIZES, Case
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
-READY_SECONDS = 600.0
+READY_SECONDS, ENDING_SECONDS = 600.0, 20.0
 
 
 class NotReadyError(RuntimeError):
@@ -43,6 +43,13 @@ class Limits(NamedTuple):
     to_be_ready: float = READY_SECONDS  # of each contender: it prepares, compiles and runs once
     last_start: float = math.inf  # a contender must be ready by then
     end: float = math.inf  # of all rounds
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kill a process that leads a session of its own, with those that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 class Worker:
@@ -92,21 +99,21 @@ class Worker:
 
     def seconds(self, limit: float) -> float:
         """Run the case once; its wall time in seconds."""
-        print("go", file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it has ended: the missing answer tells why
+            print("go", file=self._process.stdin, flush=True)
         return self._answer(limit, "a round was not done")["seconds"]
 
     def peak_mib(self) -> float:
         """End the process; its peak memory in MiB."""
         self._process.stdin.close()
-        peak = self._answer(math.inf, "")["peak_mib"]
-        self._process.wait()
+        peak = self._answer(ENDING_SECONDS, "its peak memory was not told")["peak_mib"]
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it may have files to remove
+            self._process.wait(ENDING_SECONDS)
         return peak
 
     def kill(self) -> None:
         """End the process and those that it has started, whatever they do."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        kill(self._process)
 
 
 def start_all(
@@ -143,7 +150,8 @@ def measure(
             raise error
         say(f"  left out: {contender}: {error}")
         figures[contender] = tables.Figures([], left_out=str(error))
-        workers.pop(contender, None)
+        if contender in workers:
+            workers.pop(contender).kill()
 
     try:
         workers |= start_all(case, limits, leave_out)
@@ -159,14 +167,17 @@ def measure(
                     seconds[contender].append(worker.seconds(left))
                 except RuntimeError as error:
                     leave_out(contender, error)
-        for contender, worker in workers.items():
+        for contender, worker in list(workers.items()):
             _require_parameters(case, contender, worker.about.get("num_parameters"))
-            figures[contender] = tables.Figures(
-                seconds=seconds[contender],
-                peak_mib=worker.peak_mib(),
-                num_parameters=worker.about.get("num_parameters"),
-                ready_seconds=worker.about["ready_seconds"],
-            )
+            try:
+                figures[contender] = tables.Figures(
+                    seconds=seconds[contender],
+                    peak_mib=worker.peak_mib(),
+                    num_parameters=worker.about.get("num_parameters"),
+                    ready_seconds=worker.about["ready_seconds"],
+                )
+            except RuntimeError as error:
+                leave_out(contender, error)
     finally:
         for worker in workers.values():
             worker.kill()

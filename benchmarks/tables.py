@@ -106,7 +106,7 @@ def add(
 
 
 def write_between(page: pathlib.Path, marks: tuple[str, str], lines: str) -> None:
-    """Write lines between two marks of a Markdown file; a page without them gets them at its end."""
+    """Write lines between two marks of a Markdown file, which gets them at its end without any."""
     begin, end = marks
     text = page.read_text() if page.exists() else ""
     if begin not in text:
@@ -171,9 +171,8 @@ def markdown(rows: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "Every contender, with the peak memory of its process (of the GPU, where it is on one), and "
-        "the seconds",
-        "until it was compiled and had run once (on a GPU twice), without its imports:",
+        "Every contender, with the seconds until it was compiled and had run once (on a GPU twice),",
+        "without its imports, and the peak memory of its process (of the GPU, where it is on one):",
         "",
         "| case | contender | speed | compiled in, s | memory, MiB | parameters |",
         "|---|---|---|---|---|---|",
@@ -185,8 +184,13 @@ def markdown(rows: dict[str, Any]) -> str:
             cells = [speed(row, figures), "" if ready is None else f"{ready:.1f}"]
             cells += ["" if memory is None else f"{memory:,.0f}", f"{count:,}" if count else ""]
             lines.append(f"| {' | '.join([row['title'], contender, *cells])} |")
+    return "\n".join([*lines, *describe_machines(rows)]) + "\n"
+
+
+def describe_machines(rows: dict[str, Any]) -> list[str]:
+    """The Markdown lines about the machines of some rows, with their versions and commits."""
     machines = {json.dumps(row["environment"], sort_keys=True): None for row in rows.values()}
-    lines += ["", "Measured on:", ""]
+    lines = ["", "Measured on:", ""]
     for machine in map(json.loads, machines):
         versions = [f"{name} {version}" for name, version in machine["versions"].items()]
         gpu = f"{machine['gpu']}, " if machine.get("gpu") else ""
@@ -194,4 +198,4 @@ def markdown(rows: dict[str, Any]) -> str:
             f"- {gpu}{machine['cores']} cores of {machine['cpu']}, Python {machine['python']}, "
             f"{', '.join(versions)}; commit {machine['commit']}, {machine['date']}"
         )
-    return "\n".join(lines) + "\n"
+    return lines

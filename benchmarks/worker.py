@@ -7,8 +7,8 @@ peak memory is its own and no threads or caches are shared. The process prints J
 about the contender once it is ready, the seconds of each later run, and the peak memory at the end
 of its input.
 
-It is ready when it has prepared, compiled and run once, on a GPU twice. The seconds until then count
-without the imports, and as if nothing had been compiled before.
+It is ready when it has prepared, compiled and run once, on a GPU twice. The seconds until then are
+those without the imports, and as if nothing had been compiled before.
 """
 
 import importlib
