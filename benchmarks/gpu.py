@@ -88,7 +88,8 @@ def measure(scene: Scene, name: str, limit: float, environment: dict[str, Any]) 
     except Exception as error:  # the other parts go on: a GPU is lent for minutes
         if not isinstance(error, RuntimeError):
             traceback.print_exc()
-        keep("failed", f"{type(error).__name__}: {error}")
+            error = f"{type(error).__name__}: {error}"
+        keep("failed", str(error))
     return "failed" not in results
 
 

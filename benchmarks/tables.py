@@ -171,8 +171,8 @@ def markdown(rows: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "Every contender, with the seconds until it was compiled and had run once (on a GPU twice),",
-        "without its imports, and the peak memory of its process (of the GPU, where it is on one):",
+        "Every contender, with the seconds until it was compiled and had run once (a GPU: twice),",
+        "without imports, and the peak memory of its process (of the GPU, where it is on one):",
         "",
         "| case | contender | speed | compiled in, s | memory, MiB | parameters |",
         "|---|---|---|---|---|---|",
