@@ -254,7 +254,11 @@ def resume(scene: Scene, deadline: float) -> Results:
     scene.call(words, deadline).require_success()
     runs = [str(scene.folder / name) for name in ("killed", "uninterrupted")]
     done = scene.call(["-m", "benchmarks.same", *runs], deadline, "cpu")
-    found = [line for line in done.lines if re.match(r"every bit|the newest|checkpoint|m", line)]
+    found = [
+        line
+        for line in done.lines
+        if re.match(r"every bit|the newest|checkpoint \d|metrics|samples", line)
+    ]
     yield "last checkpoint, records, samples", "; ".join(found) or str(done.failure)
     done.require_success()
 
