@@ -40,12 +40,19 @@ class Command(NamedTuple):
 def fresh_caches() -> Iterator[dict[str, str]]:
     """An environment with empty compilation caches, which its commands share."""
     with tempfile.TemporaryDirectory() as folder:
-        hidden = pathlib.Path(folder) / "hidden"
-        hidden.mkdir()
-        # tensorboardX imports torch if it is installed; here only the peers need it
-        (hidden / "torch.py").write_text("raise ImportError('only the peers need it')\n")
         caches = {"XDG_CACHE_HOME": folder, "TORCHINDUCTOR_CACHE_DIR": folder}
-        yield caches | {"HIDDEN": str(hidden)} | PLATFORMS["cpu"]
+        yield caches | {"HIDDEN": hide_torch(pathlib.Path(folder))} | PLATFORMS["cpu"]
+
+
+def hide_torch(folder: pathlib.Path) -> str:
+    """A new folder for PYTHONPATH in which torch cannot be imported.
+
+    tensorboardX imports torch if it is installed; in the benchmark only the peers need it.
+    """
+    hidden = folder / "hidden"
+    hidden.mkdir()
+    (hidden / "torch.py").write_text("raise ImportError('only the peers need it')\n")
+    return str(hidden)
 
 
 def call(words: list[str], environment: dict[str, str], is_peer: bool = True) -> float:

@@ -41,6 +41,32 @@ CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "default.py"
 
 Prepared = tuple[Callable[[], object], dict[str, Any]]
 
+# jax's events. A program that comes from the compilation cache has all three: it was compiled once
+# in the seconds that the cache saved and those of the retrieval together.
+COMPILED = "/jax/core/compile/backend_compile_duration"
+SAVED = "/jax/compilation_cache/compile_time_saved_sec"
+RETRIEVED = "/jax/compilation_cache/cache_retrieval_time_sec"
+_seconds: dict[str, list[float]] = {COMPILED: [], SAVED: [], RETRIEVED: []}
+
+
+def _on_duration(event: str, duration_secs: float, **_: object) -> None:
+    if event in _seconds:
+        _seconds[event].append(duration_secs)
+
+
+jax.monitoring.register_event_duration_secs_listener(_on_duration)
+
+
+def saved_seconds() -> float:
+    """The seconds that jax's compilation cache has saved, if JAX_COMPILATION_CACHE_DIR is set."""
+    return sum(_seconds[SAVED])
+
+
+def program_seconds() -> float | None:
+    """The seconds of the longest compilation, now or when its program came into the cache."""
+    cached = map(sum, zip(_seconds[SAVED], _seconds[RETRIEVED]))
+    return max([*_seconds[COMPILED], *cached], default=None)
+
 
 def create(size: str, fields: dict[str, Any]) -> tuple[Experiment, list[jax.Device]]:
     """The experiment of a size with some fields, and the devices as main.py starts them."""

@@ -40,6 +40,16 @@ def peak_of_device() -> int:
     return torch.cuda.max_memory_allocated()
 
 
+def saved_seconds() -> float:
+    """The seconds that compiled programs of earlier processes saved; a worker sees none of them."""
+    return 0.0
+
+
+def program_seconds() -> float | None:
+    """The seconds of the longest compilation; torch does not tell them."""
+    return None
+
+
 def create_diffusers(size: Size) -> torch.nn.Module:
     """The UNet2DModel that has the same layers as our U-Net."""
     shape, channels = size.shape, [size.width * m for m in size.channel_multipliers]

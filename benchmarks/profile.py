@@ -152,6 +152,11 @@ def main() -> None:
     side, copied = GEMM[platform], COPIED[platform]
     peak = rate(lambda x: x @ x, (side, side), dtype, 2 * side**3)
     bandwidth = rate(lambda x: x + 1, (copied,), "float32", 8 * copied)
+    print(
+        f"{count} {jax.devices()[0].device_kind} devices: {peak / 1e9:.0f} Gflop/s in a {dtype} "
+        f"matrix product, {bandwidth / 1e9:.0f} GB/s"
+    )
+    print(f"operations of a step: {needed / 1e9:.1f} G, floor {1e3 * needed / peak:.2f} ms")
     compiled = steps.lower(state, *inputs).compile()
 
     def run() -> None:
@@ -167,11 +172,6 @@ def main() -> None:
         run()
         seconds.append((time.perf_counter() - begun) / CALLS / per_call)
     median = statistics.median(seconds)
-    print(
-        f"{count} {jax.devices()[0].device_kind} devices: {peak / 1e9:.0f} Gflop/s in a {dtype} "
-        f"matrix product, {bandwidth / 1e9:.0f} GB/s"
-    )
-    print(f"operations of a step: {needed / 1e9:.1f} G, floor {1e3 * needed / peak:.2f} ms")
     print(f"measured: {1e3 * median:.2f} ms, {needed / peak / median:.0%} of the peak rate\n")
     print("| kind | ms of a step, all devices | share |\n|---|---|---|")
     total = profile(compiled.as_text(), run)

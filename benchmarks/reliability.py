@@ -12,7 +12,6 @@ trial did not hold.
 import argparse
 import contextlib
 import itertools
-import json
 import logging
 import os
 import pathlib
@@ -27,9 +26,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from benchmarks import tables
+from benchmarks import same, tables
+from benchmarks.cases import SMALL_NETWORK
 from diffusion_jax.errors import RunError
 from diffusion_jax.runtime import checkpoint
 
@@ -38,12 +36,7 @@ BEGIN = "<!-- written by benchmarks.reliability -->"
 END = "<!-- end of what benchmarks.reliability writes -->"
 NUM_STEPS, EVERY = 200, 10
 SMALL = {
-    "schedule.num_timesteps": 20,
-    "model.width": 16,
-    "model.channel_multipliers": (1,),
-    "model.num_blocks": 1,
-    "model.attention_resolutions": (),
-    "model.head_channels": 16,
+    **SMALL_NETWORK,
     "train.num_steps": NUM_STEPS,
     "train.batch_size": 32,
     "train.log_every_steps": 7,
@@ -100,22 +93,7 @@ class Scene(NamedTuple):
 
     def is_untouched(self, workdir: pathlib.Path) -> bool:
         """Whether a run ended with the arrays, records and samples of the undisturbed run."""
-        ends = [_end_of(path) for path in (workdir, self.untouched)]
-        return ends[0] == ends[1]
-
-
-def _end_of(workdir: pathlib.Path) -> tuple:
-    """The newest step, the digest of its arrays, the records without the speed, the samples."""
-    directory = workdir / "checkpoints"
-    newest = max(checkpoint.saved_steps(directory))
-    digest = checkpoint.digest(checkpoint.load(directory, newest))
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    records = [
-        {name: value for name, value in json.loads(line).items() if name != "images_per_second"}
-        for line in lines
-    ]
-    samples = np.load(workdir / "samples/samples.npz")["images"].tobytes()
-    return newest, digest, records, samples
+        return not list(same.differences(workdir, self.untouched))
 
 
 def _wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int) -> None:
@@ -291,9 +269,7 @@ def write_table(outcomes: dict[str, Outcome], page: pathlib.Path) -> None:
         lines.append(f"| {title} | {outcome.trials} | {outcome.held} | {outcome.seen} |")
     versions = f"jax {machine['versions']['jax']}, Python {machine['python']}"
     lines += ["", f"At {machine['commit']}, {machine['date']}, {versions}, {machine['cpu']}."]
-    before, _, rest = page.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.write_text("\n".join([before + BEGIN, "", *lines, "", END + after]))
+    tables.write_between(page, (BEGIN, END), "\n".join([*lines, ""]))
 
 
 def main() -> int:

@@ -23,11 +23,27 @@ class Figures(NamedTuple):
     peak_mib: float | None = None  # peak of the process's resident memory, or of the GPU's
     num_parameters: int | None = None
     left_out: str | None = None
+    ready_seconds: float | None = None  # until it was compiled, see benchmarks.worker
 
 
 def _git(*words: str) -> str:
+    """The output of git.
+
+    Raises:
+        OSError: there is no git.
+        CalledProcessError: this is no checkout.
+    """
     done = subprocess.run(["git", *words], capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+def _commit() -> str:
+    try:
+        # without docs/, where the table changes after each case
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs")
+        return _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "not known"
 
 
 def environment(gpu: str | None) -> dict[str, Any]:
@@ -43,16 +59,13 @@ def environment(gpu: str | None) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    # without docs/, where the table changes after each case
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs")
-    commit = _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     return {
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
         "gpu": gpu,
         "python": platform.python_version(),
         "versions": versions,
-        "commit": commit,
+        "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -66,6 +79,8 @@ def summarise(found: dict[str, Figures]) -> dict[str, Any]:
     if not peers:
         return {"best_peer": None}
     best = min(peers, key=lambda name: np.median(peers[name].seconds))
+    if not found["ours"].seconds:
+        return {"best_peer": best}
     ratios = np.divide(found["ours"].seconds, peers[best].seconds)
     low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))
     memory = found["ours"].peak_mib, peers[best].peak_mib
@@ -79,27 +94,32 @@ def add(
     row: dict[str, Any],
     found: dict[str, Figures],
     gpu: str | None,
-) -> None:
-    """Replace a case's older measurement in the JSON file, and write the Markdown file anew."""
+) -> dict[str, Any]:
+    """Replace a case's row in the JSON file, write the Markdown file anew, and return the row."""
     path = into.with_suffix(".json")
     rows = json.loads(path.read_text()) if path.exists() else {}
     figures = {contender: f._asdict() for contender, f in found.items()}
     rows[name] = row | summarise(found) | {"contenders": figures, "environment": environment(gpu)}
     path.write_text(json.dumps(rows, indent=1) + "\n")
-    write_page(into, rows)
+    write_between(into.with_suffix(".md"), (BEGIN, END), markdown(rows))
+    return rows[name]
 
 
-def write_page(into: pathlib.Path, rows: dict[str, Any]) -> None:
-    """Write the table into its place in the Markdown file."""
-    page = into.with_suffix(".md")
-    text = page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
-    before, _, rest = text.partition(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n\n{markdown(rows)}\n{END}{rest.partition(END)[2]}")
+def write_between(page: pathlib.Path, marks: tuple[str, str], lines: str) -> None:
+    """Write lines between two marks of a Markdown file, which gets them at its end without any."""
+    begin, end = marks
+    text = page.read_text() if page.exists() else ""
+    if begin not in text:
+        text += f"{begin}\n{end}\n"
+    before, _, rest = text.partition(begin)
+    page.write_text(f"{before}{begin}\n\n{lines}\n{end}{rest.partition(end)[2]}")
 
 
-def _speed(row: dict[str, Any], seconds: list[float]) -> str:
-    """The median [quartiles] of the speed, in the row's unit."""
-    low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75))
+def speed(row: dict[str, Any], figures: dict[str, Any]) -> str:
+    """The median [quartiles] of a contender's speed, in the row's unit, or why it was left out."""
+    if figures["left_out"]:
+        return f"left out: {figures['left_out']}"
+    low, median, high = np.quantile(figures["seconds"], (0.25, 0.5, 0.75))
     if row["per_second"]:
         low, median, high = (row["amount"] / s for s in (high, median, low))
     elif row["unit"] != "s":
@@ -108,10 +128,21 @@ def _speed(row: dict[str, Any], seconds: list[float]) -> str:
     return f"{median:,.{digits}f} [{low:,.{digits}f}, {high:,.{digits}f}]"
 
 
+def unit_of(row: dict[str, Any]) -> str:
+    """The unit of ``speed``, such as "ms per step"."""
+    if row["per_second"]:
+        return f"{row['unit']}/s"
+    return "s" if row["unit"] == "s" else f"ms per {row['unit']}"
+
+
 def _verdict(row: dict[str, Any]) -> str:
     target, limit = row.get("target"), row.get("limit")
+    seconds = row["contenders"]["ours"]["seconds"]
+    if not seconds:
+        wanted = target if limit is None else f"{limit:g} s"
+        return "" if wanted is None else f"at most {wanted}: not measured"
     if limit is not None:
-        median = np.median(row["contenders"]["ours"]["seconds"])
+        median = np.median(seconds)
         return f"at most {limit:g} s: {'met' if median <= limit else 'not met'}"
     if target is None or row["best_peer"] is None:
         return ""
@@ -126,37 +157,40 @@ def markdown(rows: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows.values():
-        unit = f"{row['unit']}/s" if row["per_second"] else row["unit"]
-        unit = f"ms per {unit}" if unit not in ("s", f"{row['unit']}/s") else unit
-        cells = [row["title"], unit, _speed(row, row["contenders"]["ours"]["seconds"])]
+        cells = [row["title"], unit_of(row), speed(row, row["contenders"]["ours"])]
         best = row["best_peer"]
-        if best is None:
-            cells += ["", "", ""]
+        cells.append("" if best is None else f"{speed(row, row['contenders'][best])}, {best}")
+        if "ratio" not in row:
+            cells += ["", ""]
         else:
-            cells.append(f"{_speed(row, row['contenders'][best]['seconds'])}, {best}")
             cells.append(f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]")
             memory = row["memory_ratio"]
             cells.append("" if memory is None else f"{memory:.2f}")
-        rounds = len(row["contenders"]["ours"]["seconds"])
+        rounds = max(len(figures["seconds"]) for figures in row["contenders"].values())
         cells += [_verdict(row), f"{rounds}, {row['environment']['commit']}"]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "Every contender, with the peak memory of its process (of the GPU, where it is on one):",
+        "Every contender, with the seconds until it was compiled and had run once (a GPU: twice),",
+        "without imports, and the peak memory of its process (of the GPU, where it is on one):",
         "",
+        "| case | contender | speed | compiled in, s | memory, MiB | parameters |",
+        "|---|---|---|---|---|---|",
     ]
-    lines += ["| case | contender | speed | memory, MiB | parameters |", "|---|---|---|---|---|"]
     for row in rows.values():
         for contender, figures in row["contenders"].items():
-            if figures["left_out"]:
-                cells = [f"left out: {figures['left_out']}", "", ""]
-            else:
-                memory, count = figures["peak_mib"], figures["num_parameters"]
-                cells = [_speed(row, figures["seconds"])]
-                cells += ["" if memory is None else f"{memory:,.0f}", f"{count:,}" if count else ""]
+            ready, memory = figures.get("ready_seconds"), figures["peak_mib"]
+            count = figures["num_parameters"]
+            cells = [speed(row, figures), "" if ready is None else f"{ready:.1f}"]
+            cells += ["" if memory is None else f"{memory:,.0f}", f"{count:,}" if count else ""]
             lines.append(f"| {' | '.join([row['title'], contender, *cells])} |")
+    return "\n".join([*lines, *describe_machines(rows)]) + "\n"
+
+
+def describe_machines(rows: dict[str, Any]) -> list[str]:
+    """The Markdown lines about the machines of some rows, with their versions and commits."""
     machines = {json.dumps(row["environment"], sort_keys=True): None for row in rows.values()}
-    lines += ["", "Measured on:", ""]
+    lines = ["", "Measured on:", ""]
     for machine in map(json.loads, machines):
         versions = [f"{name} {version}" for name, version in machine["versions"].items()]
         gpu = f"{machine['gpu']}, " if machine.get("gpu") else ""
@@ -164,4 +198,4 @@ def markdown(rows: dict[str, Any]) -> str:
             f"- {gpu}{machine['cores']} cores of {machine['cpu']}, Python {machine['python']}, "
             f"{', '.join(versions)}; commit {machine['commit']}, {machine['date']}"
         )
-    return "\n".join(lines) + "\n"
+    return lines
