@@ -203,8 +203,8 @@ def mean_losses(arm: ArmScores) -> tuple[np.ndarray, np.ndarray]:
     common = arm.jobs[0].steps
     for job in arm.jobs[1:]:
         common = np.intersect1d(common, job.steps)
-    losses = [np.float64(job.losses[np.isin(job.steps, common)]) for job in arm.jobs]
-    return np.asarray(common), np.mean(losses, axis=0)
+    losses = np.array([job.losses[np.isin(job.steps, common)] for job in arm.jobs], np.float64)
+    return np.asarray(common), losses.mean(axis=0)
 
 
 def _thinned(steps: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
