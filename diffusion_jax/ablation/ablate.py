@@ -171,9 +171,10 @@ def _facts(ablation: Ablation, dataset: Dataset, classifier: Classifier) -> dict
         return "; ".join(dict.fromkeys(fact(job) for job in ablation.jobs))
 
     def precision(job: Job) -> str:
-        each = job.experiment
-        plans = {"training": each.training, "evaluation": each.evaluation, "samples": each.sampling}
-        return ", ".join(f"{name} {plan.precision}" for name, plan in plans.items())
+        training = job.experiment.training.precision
+        evaluation = job.experiment.evaluation.precision
+        sampling = job.experiment.sampling.precision
+        return f"training {training}, evaluation {evaluation}, samples {sampling}"
 
     plan = ablation.jobs[0].experiment.training
     return {
