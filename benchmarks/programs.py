@@ -117,15 +117,15 @@ def of_sampling(
     generator = Generator(experiment, None, devices)
     inputs = ChainInputs(
         params=(experiment.model.template, None),
-        rows=experiment.sampling.chain.rows(experiment.schedule),
-        native=experiment.schedule,
+        rows=shapes(experiment.sampling.chain.rows(experiment.schedule)),
+        native=shapes(experiment.schedule),
         sampler=experiment.sampling.sampler,
         guidance=None,
-        key=jax.random.key(0),
+        key=shapes(jax.random.key(0)),
     )
     indices = np.arange(batch_size).reshape(len(devices), -1)
     chain = generator._trajectory.__wrapped__  # without the display of its compilation
-    return {"chain": (chain, shapes(inputs), indices, None, 0)}
+    return {"chain": (chain, inputs, indices, None, 0)}
 
 
 def of_evaluation(

@@ -1,4 +1,4 @@
-"""The benchmark of a GPU: its limits, its table, and the whole of it on a CPU."""
+"""The benchmarks of a GPU, all of them rehearsed on a CPU, and of compilations."""
 
 import json
 import os
@@ -6,10 +6,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks import gpu, run, same, tables
+from benchmarks import compile as compile_benchmark
+from benchmarks import gpu, ours, programs, run, same, tables
 from benchmarks.cases import CASES
 from benchmarks.parts import PARTS
 from diffusion_jax.runtime.checkpoint import Checkpoints
@@ -22,9 +24,10 @@ DATA = CASES["data"]._replace(options={"batch_size": 128, "num_batches": 4}, pee
 
 
 def test_a_contender_over_its_limit_is_left_out_in_words(tmp_path):
-    row = run.add(tmp_path / "B", "data", DATA, 2, run.Limits(to_be_ready=0.1))
+    case = DATA._replace(peers=())
+    row = run.add(tmp_path / "B", "data", case, 2, run.Limits(to_be_ready=0.1))
     reasons = {name: figures["left_out"] for name, figures in row["contenders"].items()}
-    assert reasons == {"ours": "not ready within 0 s", "DataLoader": "not ready within 0 s"}
+    assert reasons == {"ours": "not ready within 0 s"}
     page = (tmp_path / "B.md").read_text()
     assert f"| {DATA.title} | ours | left out: not ready within 0 s |" in page
 
@@ -114,3 +117,59 @@ def test_every_part_runs_on_a_cpu(tmp_path):
     assert all(row["contenders"]["ours"]["ready_seconds"] > 0 for row in rows.values())
     page = (tmp_path / "B.md").read_text()
     assert "| compile | train step, tiny, bfloat16, batch 16, as it is |" in page
+
+
+def test_a_program_is_measured_in_its_three_stages():
+    square = jax.jit(lambda x: x @ x)
+    measured = compile_benchmark.measure(square, jax.ShapeDtypeStruct((8, 8), np.float32))
+    assert min(measured.trace, measured.lower, measured.compile) > 0
+    assert measured.lines > 3
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The benchmarks take the devices of the tests, which have started."""
+    monkeypatch.setattr(ours.devices, "start", lambda *_, **__: None)
+
+
+def test_the_parts_of_a_step_are_programs_of_their_own(started):
+    named = programs.of_training("tiny", 8, "float32", jax.devices()[:2])
+    lines = {
+        name: function.lower(*arguments).as_text().count("\n")
+        for name, (function, *arguments) in named.items()
+    }
+    assert lines["network"] < lines["loss"] < lines["gradient"] < lines["step"]
+    assert lines["clipping"] < lines["optimizer"] < lines["step"]
+    assert {"averages", "exchange"} < set(lines)
+
+
+def test_the_programs_of_an_evaluation_lower(started):
+    named = programs.of_evaluation("tiny", 2, "float32", jax.devices()[:2])
+    assert set(named) == {"bound", "flow"}
+    for function, *arguments in named.values():
+        assert function.lower(*arguments).as_text()
+
+
+def test_the_chain_is_compiled_and_is_a_row_of_a_table():
+    words = "--what=sample", "--size=tiny", "--batch-size=2"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.compile", *words],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith("| chain |")]
+    assert all(float(cell.replace(",", "")) >= 0 for cell in row.split("|")[2:-1])
+
+
+def test_an_unknown_part_is_refused_in_words():
+    words = "--what=sample", "--size=tiny", "--batch-size=2", "--parts", "step"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.compile", *words],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("--parts: step: must be in chain")

@@ -82,6 +82,7 @@ def start(
     jax.config.update("jax_num_cpu_devices", on_cpu)
     platforms.add_xla_flags(XLA_FLAGS if platform == "cpu" else ())
     if platform == "cpu":
+        platforms.choose_cpu_over_libtpu()
         if batch_size == 1 and not (divide or num_jobs):
             os.environ.setdefault(THREADS, "1")
         memory.manage(is_training=divide or num_jobs is not None)

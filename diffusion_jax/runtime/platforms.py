@@ -40,12 +40,28 @@ def find() -> str:
     if asked:
         first = asked.split(",")[0]
         return NAMES.get(first, first)
-    plugins = {entry.name for entry in importlib.metadata.entry_points(group="jax_plugins")}
-    if plugins and any(map(os.path.exists, GPU_NODES)):
+    if _plugins() and any(map(os.path.exists, GPU_NODES)):
         return "gpu"
-    if importlib.util.find_spec("libtpu") is not None and _has_tpu():
+    if _has_libtpu() and _has_tpu():
         return "tpu"
     return "cpu"
+
+
+def choose_cpu_over_libtpu() -> None:
+    """Choose the CPU if libtpu is installed without a TPU, because libtpu would print errors.
+
+    Without libtpu, or with another plugin, the choice stays with jax.
+    """
+    if not jax.config.jax_platforms and _has_libtpu() and not _plugins():  # type: ignore[attr-defined]  # jax adds it at run time
+        jax.config.update("jax_platforms", "cpu")
+
+
+def _plugins() -> set[str]:
+    return {entry.name for entry in importlib.metadata.entry_points(group="jax_plugins")}
+
+
+def _has_libtpu() -> bool:
+    return importlib.util.find_spec("libtpu") is not None
 
 
 def _has_tpu() -> bool:

@@ -15,7 +15,14 @@ UNKNOWN = "--xla_no_such_flag=1"
 
 @pytest.fixture
 def flags(monkeypatch):
-    """XLA_FLAGS is empty; jax, which has started, does not read it again."""
+    """XLA_FLAGS is empty. Jax has started, so it reads no flags and keeps its number of devices."""
+    update = jax.config.update
+
+    def update_others(_, name, value):
+        if name != "jax_num_cpu_devices":
+            update(name, value)
+
+    monkeypatch.setattr(type(jax.config), "update", update_others)
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.delenv("NPROC", raising=False)
     return lambda: os.environ["XLA_FLAGS"].split()
@@ -83,6 +90,27 @@ def test_only_a_cpu_gets_flags_threads_and_memory_of_cpus(monkeypatch, flags, pl
     assert managed == [False] * is_cpu
     # jax runs on the CPU here, which is said where something else was expected
     assert ("jax runs on cpu" in caplog.text) != is_cpu
+
+
+@pytest.mark.parametrize(
+    ("names", "libtpu", "plugins", "chosen"),
+    [
+        (None, True, set(), "cpu"),
+        (None, False, set(), None),
+        (None, True, {"another"}, None),
+        ("tpu", True, set(), "tpu"),
+    ],
+)
+def test_libtpu_without_a_tpu_is_not_loaded(monkeypatch, names, libtpu, plugins, chosen):
+    before = jax.config.jax_platforms
+    monkeypatch.setattr(platforms, "_has_libtpu", lambda: libtpu)
+    monkeypatch.setattr(platforms, "_plugins", lambda: plugins)
+    jax.config.update("jax_platforms", names)
+    try:
+        platforms.choose_cpu_over_libtpu()
+        assert jax.config.jax_platforms == chosen
+    finally:
+        jax.config.update("jax_platforms", before)
 
 
 def test_flags_of_the_user_stay_as_they_are(monkeypatch, flags):
