@@ -48,17 +48,10 @@ class Measured(NamedTuple):
 
 def measure(compiled: Any, *arguments: Any) -> Measured:
     """Trace, lower and compile a jitted or pmapped function for arguments or their shapes."""
-    import jax
-
-    seconds = collections.defaultdict(list)
-
-    def on_duration(event: str, duration: float, **_: Any) -> None:
-        seconds[event].append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(on_duration)
+    seconds = _record_seconds()
+    seconds.clear()
     lowered = compiled.lower(*arguments)
     program = lowered.compile()
-    jax.monitoring.unregister_event_duration_listener(on_duration)
     memory = program.memory_analysis()
     # the trace of the whole program contains those of the functions that it calls
     return Measured(
@@ -67,6 +60,20 @@ def measure(compiled: Any, *arguments: Any) -> Measured:
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
     )
+
+
+@functools.cache  # jax keeps a listener for ever
+def _record_seconds() -> dict[str, list[float]]:
+    """The seconds of jax's events from now on, by their names."""
+    import jax
+
+    seconds: dict[str, list[float]] = collections.defaultdict(list)
+
+    def on_duration(event: str, duration: float, **_: Any) -> None:
+        seconds[event].append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(on_duration)
+    return seconds
 
 
 def describe_topology(name: str) -> list[Any]:
@@ -112,6 +119,7 @@ def main() -> None:
     os.environ.update(PLATFORMS[arguments.platform])
     import jax
 
+    jax.config.update("jax_enable_compilation_cache", False)
     devices = describe_topology(arguments.topology) if arguments.platform == "tpu" else None
     named = create_programs(
         arguments.what, arguments.size, arguments.batch_size, arguments.dtype, devices

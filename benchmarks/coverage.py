@@ -3,9 +3,9 @@ r"""Coverage of the confidence intervals of --mode=evaluate's bound, on a traine
     python -m benchmarks.coverage --config=configs/digits.py --workdir=DIR FLAGS
 
 with the FLAGS that trained the model. It computes the term of every test image at every timestep:
-these terms are the population. Then it draws evaluations of few images and few timesteps from it,
-as `--mode=evaluate` draws them, and counts how often the population's mean lies within 1.96
-standard errors of the estimate. It prints a Markdown table.
+these terms are the population. Then it draws evaluations from it, of few images with replacement
+and of few timesteps, one in each stratum as in `--mode=evaluate`. It counts how often the
+population's mean lies within 1.96 standard errors of the estimate, and prints a Markdown table.
 """
 
 import pathlib
@@ -26,6 +26,7 @@ from diffusion_jax.experiment.dataset import create_dataset_choice
 from diffusion_jax.experiment.experiment import create_experiment
 from diffusion_jax.runtime import devices
 from diffusion_jax.runtime.checkpoint import restore_average
+from diffusion_jax.runtime.numerics import in_precision
 
 IMAGES = (10, 30, 100, 300)
 TIMESTEPS = (2, 5, 10, 50)  # of each image
@@ -49,14 +50,13 @@ def compute_terms(argv: list[str]) -> Population:
     num_images = len(dataset.test.images)
     examples = Examples(
         x_0=to_x_0(dataset.test.images[:], dataset.levels),
-        label=None,
+        label=dataset.test.labels,
         indices=np.arange(num_images),
         batch_size=num_images,
     )
     key = stream_key(config.seed, Stream.EVALUATION)
     clip_x_0 = experiment.evaluation.clip_x_0
 
-    @jax.jit
     def compute(params: PyTree, x_0: Float[jax.Array, "batch ..."], strata: Strata) -> jax.Array:
         terms = bound_terms(
             experiment.network,
@@ -69,6 +69,7 @@ def compute_terms(argv: list[str]) -> Population:
         )
         return terms[1].bits
 
+    compiled = jax.jit(in_precision(experiment.evaluation.precision, compute))
     every = stratify(len(schedule), len(schedule))  # strata of one timestep
     calls = [
         Strata(*(field[start : start + AT_ONCE] for field in every))
@@ -76,7 +77,7 @@ def compute_terms(argv: list[str]) -> Population:
     ]
     print(f"step {step}, {num_images} images, {len(schedule)} timesteps\n")
     return np.concatenate(
-        [np.asarray(compute(params, examples.x_0, strata), np.float64) for strata in calls]
+        [np.asarray(compiled(params, examples.x_0, strata), np.float64) for strata in calls]
     )
 
 

@@ -34,6 +34,7 @@ from benchmarks.run import say
 
 BEGIN, END = "<!-- written by benchmarks.gpu -->", "<!-- end of what benchmarks.gpu writes -->"
 SECONDS = 580.0  # of ten minutes: jax starts once before the parts do
+LEAST_SECONDS = 5  # of a part
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 # in a process of its own, because a process that has started a GPU keeps memory of it
@@ -90,6 +91,8 @@ def measure(scene: Scene, name: str, limit: float, environment: dict[str, Any]) 
             traceback.print_exc()
             error = f"{type(error).__name__}: {error}"
         keep("failed", str(error))
+    if not results:
+        keep("failed", "it measured nothing")
     return "failed" not in results
 
 
@@ -128,7 +131,10 @@ def main() -> int:
         commands.hide_torch(scene.folder)
         for number, name in enumerate(names):
             limit = share(names[number:], end - time.monotonic())
-            if not measure(scene, name, limit, environment):
+            if limit < LEAST_SECONDS:  # an older result of the part stays
+                say(f"{name}: not started, no time was left")
+                failed.append(name)
+            elif not measure(scene, name, limit, environment):
                 failed.append(name)
     with contextlib.suppress(FileNotFoundError):
         print(arguments.into.with_suffix(".md").read_text())

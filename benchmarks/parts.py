@@ -299,7 +299,7 @@ def precision(scene: Scene, deadline: float) -> Results:
         report = json.loads((scene.folder / "digits" / "evaluation.json").read_text())
         bits[name] = report["bits_per_dim"]
         distance = bits[name] - next(iter(bits.values()))
-        yield name, f"{bits[name]:.7f}" + (f", the CPU's {-distance:+.1e}" if distance else "")
+        yield name, f"{bits[name]:.7f}" + (f", {distance:+.1e} from the CPU's" if distance else "")
 
 
 def profile(scene: Scene, deadline: float) -> Results:

@@ -12,9 +12,11 @@ from runs import DIGITS, REPOSITORY, TOY2D, arguments, run
 from diffusion_jax.config.config import load
 from diffusion_jax.data.dataset import Split
 from diffusion_jax.diffusion.bound import stratify
+from diffusion_jax.evaluation import classifier
 from diffusion_jax.evaluation.evaluate import Evaluator
 from diffusion_jax.experiment.evaluation import fit
 from diffusion_jax.experiment.experiment import create_experiment
+from diffusion_jax.models.classifier import create_classifier
 from diffusion_jax.runtime.numerics import PRECISIONS
 from diffusion_jax.sampling.generator import Generator
 from diffusion_jax.training.step import (
@@ -35,11 +37,11 @@ def load_digits(**fields):
     return load(str(REPOSITORY / "configs" / "digits.py"), overrides)
 
 
-def precisions_of(lowered):
+def precisions_of(lowered, least=4):
     """The precisions of all matrix products and convolutions of a program, in lower case."""
     text = lowered.as_text()
     products = re.findall(r"stablehlo\.(?:dot_general|convolution).*", text)
-    assert len(products) > 4
+    assert len(products) > least
     return [
         frozenset(word.lower() for word in re.findall(r"DEFAULT|HIGHEST|HIGH", line)) or {"default"}
         for line in products
@@ -112,6 +114,15 @@ def test_products_have_the_precision_of_the_config(lower, fields, expected):
         *precisions, first, second = sorted(precisions, key=lambda found: found == {"highest"})
         assert first == second == {"highest"}
     assert set(precisions) == {frozenset([expected])}
+
+
+def test_the_classifier_has_the_highest_precision():
+    """Scores of samples must not depend on the platform's short products."""
+    network = create_classifier((8, 8, 1), 10)
+    params = zeros(jax.eval_shape(network.init, jax.random.key(0)))
+    program = classifier._compile(network).__wrapped__
+    precisions = precisions_of(program.lower(params, np.zeros((2, 8, 8, 1), np.float32)), 2)
+    assert set(precisions) == {frozenset(["highest"])}
 
 
 @pytest.mark.parametrize("field", ["precision", "sampling.precision", "evaluate.precision"])

@@ -54,9 +54,10 @@ FIELDS: dict[str, Field] = {
     "distributed": Field(False, NOTHING),
     # folder of compiled programs; unset: ~/.cache/diffusion_jax; "off": none
     "compilation_cache": Field(Path, NOTHING),
-    # equal bits in every run on a GPU too, with slower steps; CPUs and TPUs always have them
+    # equal bits in every run on a GPU too, with slower steps; a CPU always computes equal bits
     "deterministic": Field(False, NOTHING),
-    # of float32 products: default (TF32 on GPUs, bfloat16 on TPUs), high, highest (float32)
+    # of float32 products in training: default (TF32 on GPUs, bfloat16 on TPUs), high (between the
+    # two others on TPUs), highest (float32); a CPU always computes float32
     "precision": Field("default", TRAINING, is_newer=True),
     # a name in sources.DATASETS, or of an image set that TFDS has prepared
     "dataset.name": Field("mnist", DATA),
@@ -198,7 +199,8 @@ FIELDS: dict[str, Field] = {
     "evaluate.flow_divergence": Field("hutchinson", SCORES),
     # ablate: train and score one model for each combination of values (an arm) and each seed
     # A list "schedule.s=0,0.008,0.02", a product "schedule.s=0,0.008; loss.prediction=eps,v", or
-    # several of these "... | schedule.name=linear"; of schedule, loss, model, optimizer and ema.
+    # several of these "... | schedule.name=linear"; of schedule, loss, model, optimizer, ema and
+    # precision.
     "ablate.grid": Field(str, NOTHING),  # unset: nothing to ablate
     "ablate.seeds": Field((0, 1, 2), NOTHING),  # each arm is trained with each of these seeds
     "ablate.reference": Field(str, NOTHING),  # all arms are compared with this one; unset: first

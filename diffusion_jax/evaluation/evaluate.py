@@ -82,8 +82,8 @@ class Evaluator:
         sums = Sums(plan, len(schedule))
         progress = folder / "evaluation.npz"
         fields = plan._asdict()
-        if plan.precision == HIGHEST:  # evaluations that are older than the field go on
-            del fields["precision"]
+        if plan.precision == HIGHEST and self._devices[0].platform == "cpu":
+            del fields["precision"]  # so that an evaluation that is older than the field resumes
         digests = _digest(params), _digest(schedule)
         signature = json.dumps([list(fields.values()), seed, step, *digests])
         sums.restore(progress, signature)

@@ -5,6 +5,8 @@ import logging
 import jax
 from ml_collections import ConfigDict
 
+from diffusion_jax.config.config import value_of
+from diffusion_jax.config.default import FIELDS
 from diffusion_jax.errors import choose
 from diffusion_jax.runtime import devices
 from diffusion_jax.runtime.numerics import HIGHEST, PRECISIONS
@@ -29,16 +31,17 @@ def start_devices(
         deterministic=config.deterministic,
     )
     for field in ("precision", "sampling.precision", "evaluate.precision"):
-        value = create_precision(config, field)
-        if value not in ("default", HIGHEST) and jax.default_backend() == "cpu":
+        create_precision(config, field)
+        value = value_of(config, field)
+        if not FIELDS[field].is_default(value) and jax.default_backend() == "cpu":
             LOG.info("config.%s = %s: on a CPU it changes nothing", field, value)
     return devices.select_devices(config.num_devices)
 
 
 def create_precision(config: ConfigDict, field: str) -> str:
-    """The precision of a mode's products: training's, unless the mode has one of its own.
+    """The precision of the products of a mode.
 
-    Evaluation has the highest, so that bits/dim are those of a float32 network.
+    If it is unset, that of sampling is training's, and that of evaluation is the highest.
 
     Raises:
         ConfigError: an unknown precision.

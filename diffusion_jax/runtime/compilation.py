@@ -21,6 +21,7 @@ LOG = logging.getLogger("diffusion_jax")
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 COMPILED = "/jax/core/compile/backend_compile_duration"
 FROM_CACHE = "/jax/compilation_cache/cache_hits"
+AUTOTUNING = "xla_gpu_per_fusion_autotune_cache_dir"
 LONG = 1.0  # seconds of a compilation that the log tells
 
 P = ParamSpec("P")
@@ -49,7 +50,8 @@ class _Display:
     def __init__(self, program: str) -> None:
         self._program = program
         self._is_from_cache = False
-        self._ended: threading.Event | None = None  # of the compilation that goes on
+        self._ended = threading.Event()  # of the compilation that goes on
+        self._thread: threading.Thread | None = None  # that shows it
 
     def __enter__(self) -> None:
         _listen()
@@ -67,7 +69,8 @@ class _Display:
         self._stop()
         self._is_from_cache = False
         self._ended = threading.Event()
-        threading.Thread(target=self._show, args=(self._ended,), daemon=True).start()
+        self._thread = threading.Thread(target=self._show, args=(self._ended,), daemon=True)
+        self._thread.start()
 
     def end(self, seconds: float) -> None:
         self._stop()
@@ -79,9 +82,10 @@ class _Display:
         self._is_from_cache = True
 
     def _stop(self) -> None:
-        if self._ended is not None:
-            self._ended.set()
-            self._ended = None
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()  # so that the terminal's line is gone before the next one
+            self._thread = None
 
     def _show(self, ended: threading.Event) -> None:
         """A line of the terminal with the seconds so far; nothing where there is no terminal."""
@@ -124,6 +128,8 @@ def start_cache(folder: str | None) -> None:
         LOG.warning("config.compilation_cache = None: no compiled program is kept: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", folder)
+    # on a GPU also what XLA finds out by timing kernels
+    jax.config.update("jax_persistent_cache_enable_xla_caches", AUTOTUNING)
     # Save small programs too: a start compiles dozens of them, which takes two seconds.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compilation_cache.reset_cache()  # jax reads the folder only at its first compilation

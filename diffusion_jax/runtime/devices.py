@@ -58,7 +58,7 @@ def start(
     it is at most the number of these, ``num_jobs``. In other modes it is at most the batch size,
     and a batch of one image is computed by one thread.
 
-    ``deterministic`` makes XLA:GPU compute equal bits in every run. Other platforms always do.
+    ``deterministic`` makes XLA:GPU compute equal bits in every run, as CPUs always do.
 
     Raises:
         ConfigError: num_devices is below 1 or more than there are, or the settings of the processes
@@ -87,7 +87,7 @@ def start(
             os.environ.setdefault(THREADS, "1")
         memory.manage(is_training=divide or num_jobs is not None)
     elif platform == "gpu" and deterministic:
-        platforms.add_deterministic_flag()
+        platforms.add_deterministic_flags()
     if distributed:
         _join()
     try:

@@ -18,7 +18,7 @@ HOLES = 2**11, 2**28  # smallest and largest size, in bytes, of the blocks that 
 LONG_COMPILATION = 1.0  # seconds
 
 
-@functools.cache  # so that the listener is registered only once
+@functools.cache  # jax keeps a listener for ever, so it is registered once
 def manage(is_training: bool) -> None:
     """Make glibc return the compiler's memory to the system, and in training keep that of a step.
 

@@ -46,10 +46,14 @@ def fix() -> None:
 
     The config sets the precision of products, so jax's own option for it is unset too.
     """
-    for name, value in {**FIXED, "jax_default_matmul_precision": None}.items():
+    for name, value in FIXED.items():
         if name not in jax.config.values:  # an option that this version of jax does not have
             continue
         before = jax.config.values[name]
         if getattr(before, "value", before) != value:
             LOG.warning("%s = %s: set to %s, because results depend on it", name, before, value)
             jax.config.update(name, value)
+    precision = jax.config.values["jax_default_matmul_precision"]
+    if precision is not None:
+        LOG.warning("jax_default_matmul_precision = %s: unset, config.precision says it", precision)
+        jax.config.update("jax_default_matmul_precision", None)

@@ -22,12 +22,26 @@ LOG = logging.getLogger("diffusion_jax")
 # jax's names of platforms, and ours.
 NAMES = {"cpu": "cpu", "cuda": "gpu", "rocm": "gpu", "gpu": "gpu", "tpu": "tpu"}
 
-# The device nodes of NVIDIA (also under WSL 2) and AMD.
-GPU_NODES = "/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd"
-TPU_NODES = "/dev/accel0", "/dev/vfio/0"
-# The first of these flags also fixes the choice of kernels, which else depends on timings.
-DETERMINISTIC = "xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops"
-GOOGLE = "0x1ae0"  # the PCI vendor of TPUs
+# For each kind of GPU, a part of its plugin's name: its device nodes (/dev/dxg under WSL 2), and
+# the variables that can hide the GPU.
+GPU_NODES = {
+    "cuda": ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/dxg"),
+    "rocm": ("/dev/kfd", "/dev/dxg"),
+}
+HIDING = {
+    "cuda": ("CUDA_VISIBLE_DEVICES",),
+    "rocm": ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"),
+}
+TPU_NODES = ("accel[0-9]*", "vfio/[0-9]*")  # in /dev
+DEVICES, PCI = pathlib.Path("/dev"), pathlib.Path("/sys/bus/pci/devices")
+GOOGLE = "0x1ae0"  # the PCI vendor of TPUs and of network cards
+TPU_IDS = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}  # v3 to 7x
+
+# Each of these makes XLA:GPU deterministic; the second also needs kernels that are not timed.
+DETERMINISTIC = (
+    ("--xla_gpu_deterministic_ops=true",),
+    ("--xla_gpu_exclude_nondeterministic_ops=true", "--xla_gpu_autotune_level=0"),
+)
 
 
 def find() -> str:
@@ -36,15 +50,13 @@ def find() -> str:
     Without JAX_PLATFORMS jax takes an accelerator that is there and that it has a plugin for.
     ``warn_unless`` tells when the guess was wrong.
     """
-    asked = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax adds it at run time
-    if asked:
-        first = asked.split(",")[0]
+    names = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax adds it at run time
+    if names:
+        first = names.split(",")[0]
         return NAMES.get(first, first)
-    if _plugins() and any(map(os.path.exists, GPU_NODES)):
+    if any(_has_gpu(kind) for kind in GPU_NODES):
         return "gpu"
-    if _has_libtpu() and _has_tpu():
-        return "tpu"
-    return "cpu"
+    return "tpu" if _has_libtpu() and _has_tpu() else "cpu"
 
 
 def choose_cpu_over_libtpu() -> None:
@@ -52,7 +64,9 @@ def choose_cpu_over_libtpu() -> None:
 
     Without libtpu, or with another plugin, the choice stays with jax.
     """
-    if not jax.config.jax_platforms and _has_libtpu() and not _plugins():  # type: ignore[attr-defined]  # jax adds it at run time
+    names = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax adds it at run time
+    if not names and _has_libtpu() and not _plugins():
+        LOG.info("libtpu is installed, but no TPU was found (JAX_PLATFORMS=tpu looks again)")
         jax.config.update("jax_platforms", "cpu")
 
 
@@ -60,21 +74,30 @@ def _plugins() -> set[str]:
     return {entry.name for entry in importlib.metadata.entry_points(group="jax_plugins")}
 
 
+def _has_gpu(kind: str) -> bool:
+    is_hidden = any(os.environ.get(name) in ("", "-1") for name in HIDING[kind])
+    has_node = any(map(os.path.exists, GPU_NODES[kind]))
+    return has_node and not is_hidden and any(kind in plugin for plugin in _plugins())
+
+
 def _has_libtpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
 def _has_tpu() -> bool:
-    vendors = pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")
-    return any(map(os.path.exists, TPU_NODES)) or any(
-        vendor.read_text().strip() == GOOGLE for vendor in vendors
+    if any(path for nodes in TPU_NODES for path in DEVICES.glob(nodes)):
+        return True
+    return any(
+        (device / "vendor").read_text().strip() == GOOGLE
+        and (device / "device").read_text().strip() in TPU_IDS
+        for device in PCI.glob("*")
     )
 
 
 def warn_unless(expected: str) -> None:
     """Say so if jax runs on another platform than was prepared for."""
     actual = jax.default_backend()
-    if actual != expected:
+    if actual != expected and expected in NAMES.values():
         LOG.warning(
             "jax runs on %s where %s was expected, so its memory and flags are not set for it: "
             "JAX_PLATFORMS=%s sets them",
@@ -96,16 +119,20 @@ def add_xla_flags(flags: Iterable[str]) -> None:
     os.environ["XLA_FLAGS"] = " ".join(word for word in words if word not in unknown)
 
 
-def add_deterministic_flag() -> None:
-    """Make XLA:GPU compute equal bits in every run, and say what it costs.
+def add_deterministic_flags() -> None:
+    """Make XLA:GPU compute equal bits in every run, and log what it costs.
 
     Raises:
-        ConfigError: this version of jax has no such flag.
+        ConfigError: this jaxlib has no such flags, or XLA_FLAGS has another value of them.
     """
-    known = [name for name in DETERMINISTIC if knows_xla_flag(name)]
-    allowed = f"False: this jaxlib has none of the XLA flags {', '.join(DETERMINISTIC)}"
+    known = [flags for flags in DETERMINISTIC if all(map(knows_xla_flag, map(_name, flags)))]
+    names = ", ".join(_name(flags[0]) for flags in DETERMINISTIC)
+    allowed = f"False: this jaxlib has none of the XLA flags {names}"
     require(known, "config.deterministic", True, allowed)
-    add_xla_flags([f"--{known[0]}=true"])
+    add_xla_flags(known[0])
+    missing = set(known[0]) - set(os.environ["XLA_FLAGS"].split())
+    allowed = f"False, or XLA_FLAGS must have {' '.join(known[0])}"
+    require(not missing, "config.deterministic", True, allowed)
     LOG.info(
         "config.deterministic = True: XLA:GPU chooses kernels without timing them and avoids those "
         "that add in a random order, so steps are slower"
@@ -113,8 +140,9 @@ def add_deterministic_flag() -> None:
 
 
 def knows_xla_flag(name: str) -> bool:
-    """Whether every library of XLA that is installed has the name of a flag in it."""
-    return all(_contains(library, name.encode()) for library in _xla_libraries())
+    """Whether every library of XLA that is installed has a flag of this name."""
+    # A name that ends here and starts here: libraries also contain the names of removed flags.
+    return all(_contains(library, b"\0" + name.encode() + b"\0") for library in _xla_libraries())
 
 
 def _name(flag: str) -> str:

@@ -200,10 +200,10 @@ def _draw_grid(shown: np.ndarray, samples: Samples) -> Image.Image:
         columns = slice(ANIMATED_IMAGES)
         ends = [0, -1] if plan.editing.task == "interpolate" else columns
         begun = pictures(samples.edited.x_0[ends], levels)
-        rows = {"given": begun}
+        rows = {"image": begun}
         if plan.editing.task == "inpaint":
-            rows["kept"] = np.where(samples.edited.mask == 1, np.uint8(128), begun)
-        rows = {name: images[columns] for name, images in (rows | {"made": shown}).items()}
+            rows["known part"] = np.where(samples.edited.mask == 1, np.uint8(128), begun)
+        rows = {name: images[columns] for name, images in (rows | {"edit": shown}).items()}
         return labelled_grid(list(rows.values()), list(rows))
     if plan.is_conditional and plan.label is None:
         num_classes = dataset.num_classes or 1

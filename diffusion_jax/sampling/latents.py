@@ -36,10 +36,11 @@ class Latents:
         """The latents for the edits of these indices."""
         numbers = self._numbers_of(indices, len(self._x_0))
         missing = [n for n in np.unique(numbers).tolist() if n not in self._latents]
-        if missing:
-            self._per_device = self._per_device or -(-len(missing) // self._num_devices)
-            filled = np.resize(missing, (self._num_devices, self._per_device))
-            inverted = np.concatenate(self._invert(self._x_0[filled]))
-            self._latents |= zip(missing, inverted)
+        self._per_device = self._per_device or -(-len(missing) // self._num_devices)
+        at_once = self._num_devices * self._per_device
+        for start in range(0, len(missing), at_once):
+            batch = missing[start : start + at_once]
+            padded = np.resize(batch, (self._num_devices, self._per_device))
+            self._latents |= zip(batch, np.concatenate(self._invert(self._x_0[padded])))
         flat = np.stack([self._latents[n] for n in numbers.ravel().tolist()])
         return flat.reshape(*numbers.shape, *flat.shape[1:])

@@ -56,7 +56,11 @@ def test_calls_have_one_shape_when_images_are_needed_later(x_0):
 
     numbers_of = EDITS["variations"].inverted
     latents = Latents(invert, x_0, numbers_of=numbers_of, num_devices=2)
-    for first in (0, 4, 8):
+    for first in (0, 4, 8, 12):
         indices = np.arange(first, first + 4).reshape(2, 2)
         np.testing.assert_array_equal(latents.of(indices)[..., 0, :, :, :], 2 * x_0[indices % 5])
     assert shapes == [(2, 2, 2, 3, 1)] * 2
+    latents = Latents(invert, x_0, numbers_of=numbers_of, num_devices=2)
+    latents.of(np.zeros((2, 1), int))  # one image at first, then four more: in parts of two
+    np.testing.assert_array_equal(latents.of(np.arange(5))[:, 0], 2 * x_0)
+    assert shapes[2:] == [(2, 1, 2, 3, 1)] * 3
