@@ -83,6 +83,7 @@ def plan():
         ema_decay=0.9,
         ema_warmup=False,
         flip=False,
+        precision="default",
     )
 
 

@@ -352,7 +352,8 @@ def test_draws_are_uniform_in_each_stratum():
 
 
 def _plan(**fields):
-    return EvaluationPlan(**({"timesteps_per_call": 5, "clip_x_0": False, "flow": None} | fields))
+    others = {"timesteps_per_call": 5, "clip_x_0": False, "precision": "highest", "flow": None}
+    return EvaluationPlan(**(others | fields))
 
 
 def _objective():
