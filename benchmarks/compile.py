@@ -12,7 +12,6 @@ compilation cache is off. Prints a Markdown table.
 """
 
 import argparse
-import collections
 import functools
 import os
 from collections.abc import Callable
@@ -27,10 +26,7 @@ WITHOUT_TPU = {
 }
 PLATFORMS = {"cpu": {"JAX_PLATFORMS": "cpu"}, "gpu": {}, "tpu": WITHOUT_TPU}
 TOPOLOGY = "v5e:1x1"
-STAGES = [
-    f"/jax/core/compile/{stage}_duration"
-    for stage in ("jaxpr_trace", "jaxpr_to_mlir_module", "backend_compile")
-]
+TRACED = "/jax/core/compile/jaxpr_trace_duration"  # an event of jax
 WHAT = ("train", "sample", "evaluate")
 MIB = 2**20
 
@@ -48,32 +44,21 @@ class Measured(NamedTuple):
 
 def measure(compiled: Any, *arguments: Any) -> Measured:
     """Trace, lower and compile a jitted or pmapped function for arguments or their shapes."""
-    seconds = _record_seconds()
-    seconds.clear()
+    # these import jax, for which the environment is set now
+    from benchmarks.ours import SECONDS
+    from diffusion_jax.runtime.compilation import COMPILED, LOWERED
+
+    SECONDS.clear()
     lowered = compiled.lower(*arguments)
     program = lowered.compile()
     memory = program.memory_analysis()
     # the trace of the whole program contains those of the functions that it calls
     return Measured(
-        *(max(seconds[stage]) for stage in STAGES),
+        *(max(SECONDS[stage]) for stage in (TRACED, LOWERED, COMPILED)),
         lines=lowered.as_text().count("\n"),
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
     )
-
-
-@functools.cache  # jax keeps a listener for ever
-def _record_seconds() -> dict[str, list[float]]:
-    """The seconds of jax's events from now on, by their names."""
-    import jax
-
-    seconds: dict[str, list[float]] = collections.defaultdict(list)
-
-    def on_duration(event: str, duration: float, **_: Any) -> None:
-        seconds[event].append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(on_duration)
-    return seconds
 
 
 def describe_topology(name: str) -> list[Any]:
@@ -92,7 +77,7 @@ def create_programs(
     what: str, size: str, batch_size: int, dtype: str, devices: list[Any] | None
 ) -> dict[str, Callable[[], Measured]]:
     """The programs of a mode by their names; ``devices`` None: those of this machine."""
-    from benchmarks import programs  # imports jax, for which the environment is set now
+    from benchmarks import programs  # which imports jax too
 
     create = {
         "train": programs.of_training,

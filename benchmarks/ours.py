@@ -1,6 +1,7 @@
 """The cases as diffusion_jax runs them, through the functions that main.py calls."""
 
 import atexit
+import collections
 import contextlib
 import functools
 import itertools
@@ -24,6 +25,7 @@ from diffusion_jax.experiment.evaluation import fit
 from diffusion_jax.experiment.experiment import Experiment, create_experiment
 from diffusion_jax.runtime import checkpoint, devices
 from diffusion_jax.runtime.checkpoint import Checkpoints
+from diffusion_jax.runtime.compilation import COMPILED
 from diffusion_jax.sampling.generator import Generator
 from diffusion_jax.training.step import (
     BETWEEN_DEVICES,
@@ -43,15 +45,13 @@ Prepared = tuple[Callable[[], object], dict[str, Any]]
 
 # jax's events. A program that comes from the compilation cache has all three: it was compiled once
 # in the seconds that the cache saved and those of the retrieval together.
-COMPILED = "/jax/core/compile/backend_compile_duration"
 SAVED = "/jax/compilation_cache/compile_time_saved_sec"
 RETRIEVED = "/jax/compilation_cache/cache_retrieval_time_sec"
-_seconds: dict[str, list[float]] = {COMPILED: [], SAVED: [], RETRIEVED: []}
+SECONDS: dict[str, list[float]] = collections.defaultdict(list)  # of all events, by their names
 
 
 def _on_duration(event: str, duration_secs: float, **_: object) -> None:
-    if event in _seconds:
-        _seconds[event].append(duration_secs)
+    SECONDS[event].append(duration_secs)
 
 
 jax.monitoring.register_event_duration_secs_listener(_on_duration)
@@ -59,13 +59,13 @@ jax.monitoring.register_event_duration_secs_listener(_on_duration)
 
 def saved_seconds() -> float:
     """The seconds that jax's compilation cache has saved, if JAX_COMPILATION_CACHE_DIR is set."""
-    return sum(_seconds[SAVED])
+    return sum(SECONDS[SAVED])
 
 
 def program_seconds() -> float | None:
     """The seconds of the longest compilation, now or when its program came into the cache."""
-    cached = map(sum, zip(_seconds[SAVED], _seconds[RETRIEVED]))
-    return max([*_seconds[COMPILED], *cached], default=None)
+    cached = map(sum, zip(SECONDS[SAVED], SECONDS[RETRIEVED]))
+    return max([*SECONDS[COMPILED], *cached], default=None)
 
 
 def create(size: str, fields: dict[str, Any]) -> tuple[Experiment, list[jax.Device]]:

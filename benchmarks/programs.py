@@ -32,13 +32,19 @@ NUM_STEPS = 50  # of the chain
 TIMESTEPS = 8  # of an image in one call of the bound
 
 
+def _create(
+    size: str, fields: dict[str, Any], devices: list[Any] | None
+) -> tuple[Experiment, list[Any]]:
+    experiment, own = ours.create(size, fields)
+    return experiment, devices or own
+
+
 def of_training(
     size: str, batch_size: int, dtype: str, devices: list[Any] | None
 ) -> dict[str, Program]:
     """The training step, and its parts on the share of one device."""
     fields = {"train.batch_size": batch_size, "model.dtype": dtype}
-    experiment, own = ours.create(size, fields)
-    devices = devices or own
+    experiment, devices = _create(size, fields, devices)
     share = batch_size // len(devices)
     image = jax.ShapeDtypeStruct((share, *experiment.dataset.shape), jnp.float32)
     init = functools.partial(init_state, experiment, seed=0, num_timesteps=len(experiment.schedule))
@@ -112,8 +118,7 @@ def of_sampling(
         "sampling.batch_size": batch_size,
         "sampling.num_frames": 0,
     }
-    experiment, own = ours.create(size, fields)
-    devices = devices or own
+    experiment, devices = _create(size, fields, devices)
     generator = Generator(experiment, None, devices)
     inputs = ChainInputs(
         params=(experiment.model.template, None),
@@ -133,8 +138,7 @@ def of_evaluation(
 ) -> dict[str, Program]:
     """The bound of a batch, and its probability flow."""
     fields = {"model.dtype": dtype, "evaluate.flow_examples": batch_size}
-    experiment, own = ours.create(size, fields)
-    devices = devices or own
+    experiment, devices = _create(size, fields, devices)
     images = np.zeros((batch_size, *experiment.dataset.shape), np.uint8)
     plan = fit(experiment.evaluation, Split(images, None))
     evaluator = Evaluator(experiment.network, plan, devices)

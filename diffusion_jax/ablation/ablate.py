@@ -135,8 +135,8 @@ def report(ablation: Ablation, site: Site, command: str, lost: list[str]) -> Non
     records = [json.loads(record_of(job, path).read_text()) for job in ablation.jobs]
     if any(record["versions"] != versions() for record in records):
         notes.append("Some jobs were scored under other versions: see their finished.json.")
-    plans = [job.experiment.evaluation.num_timesteps for job in ablation.jobs]
-    if any(n < len(job.experiment.schedule) for n, job in zip(plans, ablation.jobs)):
+    experiments = [job.experiment for job in ablation.jobs]
+    if any(each.evaluation.num_timesteps < len(each.schedule) for each in experiments):
         notes.append(SKEWED)
     about = About(
         command=command,

@@ -94,8 +94,7 @@ def start(
         local = jax.local_device_count()
     except (AssertionError, RuntimeError) as error:  # AssertionError: JAX_PLATFORMS has no device
         reason = str(error) or "there is no such device, or jax is not installed for it"
-        names = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax adds it at run time
-        raise ConfigError(f"JAX_PLATFORMS = {names!r}: {reason}") from error
+        raise ConfigError(f"JAX_PLATFORMS = {platforms.requested()!r}: {reason}") from error
     platforms.warn_unless(platform)
     if num_devices is not None and num_devices > local:
         raise ConfigError(f"config.num_devices = {num_devices}: there are {local}")

@@ -50,8 +50,7 @@ def find() -> str:
     Without JAX_PLATFORMS jax takes an accelerator that is there and that it has a plugin for.
     ``warn_unless`` tells when the guess was wrong.
     """
-    names = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax adds it at run time
-    if names:
+    if names := requested():
         first = names.split(",")[0]
         return NAMES.get(first, first)
     if any(_has_gpu(kind) for kind in GPU_NODES):
@@ -59,13 +58,18 @@ def find() -> str:
     return "tpu" if _has_libtpu() and _has_tpu() else "cpu"
 
 
+def requested() -> str | None:
+    """The platforms that JAX_PLATFORMS, or jax's option, names."""
+    names: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax adds it at run time
+    return names
+
+
 def choose_cpu_over_libtpu() -> None:
     """Choose the CPU if libtpu is installed without a TPU, because libtpu would print errors.
 
     Without libtpu, or with another plugin, the choice stays with jax.
     """
-    names = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax adds it at run time
-    if not names and _has_libtpu() and not _plugins():
+    if not requested() and _has_libtpu() and not _plugins():
         LOG.info("libtpu is installed, but no TPU was found (JAX_PLATFORMS=tpu looks again)")
         jax.config.update("jax_platforms", "cpu")
 
