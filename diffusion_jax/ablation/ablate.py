@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -131,24 +132,31 @@ def report(ablation: Ablation, site: Site, command: str, lost: list[str]) -> Non
     """Write ablation.csv and report.html, and print the scores; ``lost`` are arms that failed."""
     dataset, path = site.dataset, site.path
     classifier = load_classifier(dataset, 0, path)
-    notes = [f"{name} failed and is left out." for name in lost]
     records = [json.loads(record_of(job, path).read_text()) for job in ablation.jobs]
-    if any(record["versions"] != versions() for record in records):
-        notes.append("Some jobs were scored under other versions: see their finished.json.")
-    experiments = [job.experiment for job in ablation.jobs]
-    if any(each.evaluation.num_timesteps < len(each.schedule) for each in experiments):
-        notes.append(SKEWED)
     about = About(
         command=command,
         versions=versions(),
         facts=_facts(ablation, dataset, classifier),
-        notes=tuple(notes),
+        notes=_notes(ablation, lost, records),
     )
     results = collect(ablation, dataset, classifier, path, about)
     write_csv(results, path / "ablation.csv")
     write_report(results, path / "report.html")
     print(describe_results(results))
     LOG.info("%s", path / "report.html")
+
+
+def _notes(
+    ablation: Ablation, lost: list[str], records: Sequence[dict[str, Any]]
+) -> tuple[str, ...]:
+    """What a reader of the scores must know; ``records`` are the finished.json of all jobs."""
+    notes = [f"{name} failed and is left out." for name in lost]
+    if any(record["versions"] != versions() for record in records):
+        notes.append("Some jobs were scored under other versions: see their finished.json.")
+    experiments = [job.experiment for job in ablation.jobs]
+    if any(each.evaluation.num_timesteps < len(each.schedule) for each in experiments):
+        notes.append(SKEWED)
+    return tuple(notes)
 
 
 def _facts(ablation: Ablation, dataset: Dataset, classifier: Classifier) -> dict[str, str]:

@@ -517,6 +517,16 @@ def test_an_ablation_leaves_a_run_for_each_job_a_table_and_a_report(finished, sm
     assert "the reference" in done.stdout
 
 
+@pytest.mark.parametrize(("num_timesteps", "is_skewed"), [(9, True), (10, False), (None, False)])
+def test_a_report_says_that_the_terms_of_few_timesteps_are_skewed(num_timesteps, is_skewed):
+    overrides = DIGITS | {"ablate.grid": "schedule.s=0,0.008", "ablate.reference": "none"}
+    overrides |= {"evaluate.num_timesteps": num_timesteps}
+    texts = [(name, str(value)) for name, value in overrides.items()]
+    config = configuration.load(f"{REPOSITORY}/configs/digits.py", texts)
+    notes = ablate._notes(grid.create_ablation(config), [], [])
+    assert (ablate.SKEWED in notes) == is_skewed
+
+
 @pytest.fixture(scope="module")
 def collected(finished, small, digits):
     """The results of the finished ablation."""
